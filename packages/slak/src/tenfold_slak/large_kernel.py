@@ -1,0 +1,193 @@
+"""Depthwise convolution with very large kernels: one function, exact backends, a tuner that remembers (section 3).
+
+Three exact facts make the pure-PyTorch form fast on CPUs: taps farther than H - 1 from the centre only ever meet
+padding and can be cut; a wide kernel is a tall one on the transposed map; and the weight gradient is itself a depthwise
+convolution. The first two are applied here to every backend, so a backend sees tall, cropped kernels only.
+"""
+
+import time
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from tenfold_slak.backends import BACKENDS, load
+
+#: Choices of `tune`, by device, dtype, shapes and whether gradients are needed.
+_tuned: dict[tuple, str] = {}
+
+
+def large_kernel_dwconv(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "channels 1 kh kw"],
+    backend: str = "auto",
+    bias: Float[Tensor, " channels"] | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Depthwise cross-correlation, stride 1, zero padding (kh // 2, kw // 2): the output has the size of the input.
+
+    `y[b,c,h,w] = sum_ij weight[c,0,i,j] x[b,c,h+i-kh//2,w+j-kw//2] (+ bias[c])`, exact for any odd kernel, also one that
+    is larger than the map. Differentiable in x, weight and bias. Under autocast it computes in autocast's dtype, as
+    `conv2d` does; products are accumulated in float32 or better.
+
+    Args:
+        x: maps, any memory format.
+        weight: one kernel a channel, odd sizes.
+        backend: `auto`, or one of `conv2d` (the framework's), `direct` (CPU), `toeplitz`, `fft`, `triton`. `auto` takes
+            what `tune` measured for this shape; on a GPU it measures when first asked, elsewhere, and whenever
+            deterministic algorithms are demanded, it follows a fixed rule.
+        bias: added to every position of its channel.
+
+    Raises:
+        ValueError: an even kernel, a weight that does not fit x, an unknown backend or one that cannot serve x.
+        TypeError: x and weight differ in dtype (outside autocast).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if torch.jit.is_tracing() or _exporting() or x.is_meta:
+        backend = "conv2d"  # exported graphs hold the plain operator, for any image size and any runtime
+    _check(x, weight)
+    if backend == "auto":
+        backend = _choose(x, weight)
+    module = load(backend)
+    if not module.supports(x, _cropped(x, weight)):
+        raise ValueError(
+            f"backend {backend!r} cannot serve a {tuple(weight.shape[2:])} kernel on {x.dtype} maps on {x.device}: "
+            "use backend='auto'"
+        )
+    if backend == "conv2d":
+        return module.correlate(x, weight, bias)
+    return _LargeKernel.apply(x, weight, bias, module)
+
+
+class _LargeKernel(torch.autograd.Function):
+    """Crop, turn upright, run a backend; the gradients by the same two functions of the backend."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, module: ModuleType) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.module = module
+        return _upright(module, x, _crop(weight, _cropped(x, weight)), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        kh, kw = _cropped(x, weight)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            # An odd kernel with "same" padding: the adjoint is the correlation with the flipped kernel.
+            grad_x = _upright(ctx.module, grad, _crop(weight, (kh, kw)).flip(2, 3), None)
+        if ctx.needs_input_grad[1]:
+            if kw > kh:
+                transposed = x.transpose(2, 3), grad.transpose(2, 3)
+                grad_weight = ctx.module.kernel_gradient(*transposed, (kw, kh)).transpose(2, 3)
+            else:
+                grad_weight = ctx.module.kernel_gradient(x, grad, (kh, kw))
+            # The cut taps met nothing but padding, so their gradient is exactly zero.
+            rows, columns = (weight.shape[2] - kh) // 2, (weight.shape[3] - kw) // 2
+            grad_weight = F.pad(grad_weight, (columns, columns, rows, rows))
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _upright(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`correlate`, a wide kernel as a tall one on the transposed map."""
+    if weight.shape[3] <= weight.shape[2]:
+        return module.correlate(x, weight, bias)
+    return module.correlate(x.transpose(2, 3), weight.transpose(2, 3), bias).transpose(2, 3)
+
+
+def _cropped(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Kernel size without the taps that lie outside the map for every output: at most 2H - 1 by 2W - 1."""
+    return min(weight.shape[2], 2 * x.shape[2] - 1), min(weight.shape[3], 2 * x.shape[3] - 1)
+
+
+def _crop(weight: Tensor, size: tuple[int, int]) -> Tensor:
+    rows, columns = (weight.shape[2] - size[0]) // 2, (weight.shape[3] - size[1]) // 2
+    return weight[:, :, rows : rows + size[0], columns : columns + size[1]]
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
+        raise ValueError(f"a depthwise weight for {x.shape[1]} channels has shape (C, 1, kh, kw); got {tuple(weight.shape)}")
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(f"large kernels must have odd sizes, so that they have a centre; got {tuple(weight.shape[2:])}")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"maps are {x.dtype} but the kernel is {weight.dtype}: convert one, or use torch.autocast")
+
+
+def _exporting() -> bool:
+    # torch.compiler.is_exporting is newer than the oldest torch we support.
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def _rule(x: Tensor, weight: Tensor) -> str:
+    """The backend to expect best without measuring: a function of the shapes alone, so that runs can be repeated."""
+    if x.is_cuda:
+        return "toeplitz" if load("toeplitz").supports(x, _cropped(x, weight)) else "fft"
+    # Two long axes have no direct CPU kernel; from about 9 taps the transform is faster.
+    return "fft" if min(_cropped(x, weight)) > 9 else "direct"
+
+
+def _key(x: Tensor, weight: Tensor) -> tuple:
+    train = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return (x.device, x.dtype, tuple(x.shape), tuple(weight.shape[2:]), train, torch.get_num_threads())
+
+
+def _choose(x: Tensor, weight: Tensor) -> str:
+    key = _key(x, weight)
+    if key in _tuned:
+        return _tuned[key]
+    if x.is_cuda and not torch.are_deterministic_algorithms_enabled() and not torch.compiler.is_compiling():
+        return tune(x, weight)
+    return _rule(x, weight)
+
+
+def tune(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "channels 1 kh kw"],
+    rounds: int = 5,
+) -> str:
+    """Measure every backend that can serve this shape and remember the fastest for `backend="auto"`.
+
+    Forward alone is timed under `no_grad` or when neither tensor needs a gradient, otherwise forward and backward.
+    The choice is kept for this process, per device, dtype, shapes, need of gradients and number of threads.
+
+    Returns:
+        The name of the fastest backend.
+    """
+    key = _key(x, weight)
+    train = key[4]
+    x, weight = x.detach(), weight.detach()
+    times: dict[str, float] = {}
+    for name in BACKENDS:
+        try:
+            usable = load(name).supports(x, _cropped(x, weight))
+        except ImportError:  # Triton is not installed on every platform
+            usable = False
+        # Interpreted Triton is for tests; it never wins and may take minutes.
+        if usable and not (name == "triton" and not x.is_cuda):
+            times[name] = min(_time_once(x, weight, name, train) for _ in range(rounds + 1))
+    _tuned[key] = min(times, key=times.__getitem__)
+    return _tuned[key]
+
+
+def _time_once(x: Tensor, weight: Tensor, backend: str, train: bool) -> float:
+    with torch.set_grad_enabled(train), torch.autocast(x.device.type, enabled=False):
+        x, weight = x.requires_grad_(train), weight.requires_grad_(train)
+        _synchronize(x)
+        start = time.perf_counter()
+        y = large_kernel_dwconv(x, weight, backend)
+        if train:
+            torch.autograd.grad(y, (x, weight), y.detach())
+        _synchronize(x)
+        return time.perf_counter() - start
+
+
+def _synchronize(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
