@@ -31,6 +31,8 @@ def large_kernel_dwconv(
     is larger than the map. Differentiable in x, weight and bias. Under autocast it computes in autocast's dtype, as
     `conv2d` does; products are accumulated in float32 or better.
 
+    The result of a wide kernel may be a transposed view.
+
     Args:
         x: maps, any memory format.
         weight: one kernel a channel, odd sizes.
@@ -43,7 +45,7 @@ def large_kernel_dwconv(
         ValueError: an even kernel, a weight that does not fit x, an unknown backend or one that cannot serve x.
         TypeError: x and weight differ in dtype (outside autocast).
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -70,35 +72,34 @@ class _LargeKernel(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, module: ModuleType) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.module = module
-        return _upright(module, x, _crop(weight, _cropped(x, weight)), bias)
+        kernel = _crop(weight, _cropped(x, weight))
+        if kernel.shape[3] <= kernel.shape[2]:
+            return module.correlate(x, kernel, bias)
+        return module.correlate(x.transpose(2, 3), kernel.transpose(2, 3), bias).transpose(2, 3)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        kh, kw = _cropped(x, weight)
+        kernel = _crop(weight, _cropped(x, weight))
+        wide = kernel.shape[3] > kernel.shape[2]
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            # An odd kernel with "same" padding: the adjoint is the correlation with the flipped kernel.
-            grad_x = _upright(ctx.module, grad, _crop(weight, (kh, kw)).flip(2, 3), None)
-        if ctx.needs_input_grad[1]:
-            if kw > kh:
-                transposed = x.transpose(2, 3), grad.transpose(2, 3)
-                grad_weight = ctx.module.kernel_gradient(*transposed, (kw, kh)).transpose(2, 3)
-            else:
-                grad_weight = ctx.module.kernel_gradient(x, grad, (kh, kw))
-            # The cut taps met nothing but padding, so their gradient is exactly zero.
-            rows, columns = (weight.shape[2] - kh) // 2, (weight.shape[3] - kw) // 2
-            grad_weight = F.pad(grad_weight, (columns, columns, rows, rows))
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
+        if wide:
+            x, grad, kernel = (t.transpose(2, 3) for t in (x, grad, kernel))
+        if ctx.module.WANTS_CONTIGUOUS:
+            grad = grad.contiguous()  # once for both gradients
+        if ctx.needs_input_grad[0]:
+            # An odd kernel with "same" padding: the adjoint is the correlation with the flipped kernel.
+            grad_x = ctx.module.correlate(grad, kernel.flip(2, 3))
+            grad_x = grad_x.transpose(2, 3) if wide else grad_x
+        if ctx.needs_input_grad[1]:
+            grad_weight = ctx.module.kernel_gradient(x, grad, (kernel.shape[2], kernel.shape[3]))
+            grad_weight = grad_weight.transpose(2, 3) if wide else grad_weight
+            # The cut taps met nothing but padding, so their gradient is exactly zero.
+            rows, columns = ((whole - cut) // 2 for whole, cut in zip(weight.shape[2:], grad_weight.shape[2:], strict=True))
+            grad_weight = F.pad(grad_weight, (columns, columns, rows, rows))
         return grad_x, grad_weight, grad_bias, None
-
-
-def _upright(module: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`correlate`, a wide kernel as a tall one on the transposed map."""
-    if weight.shape[3] <= weight.shape[2]:
-        return module.correlate(x, weight, bias)
-    return module.correlate(x.transpose(2, 3), weight.transpose(2, 3), bias).transpose(2, 3)
 
 
 def _cropped(x: Tensor, weight: Tensor) -> tuple[int, int]:

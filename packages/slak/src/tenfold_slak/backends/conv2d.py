@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+WANTS_CONTIGUOUS = False
+
 
 def supports(x: Tensor, kernel_size: tuple[int, int]) -> bool:
     """Always: this is the fallback."""

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+WANTS_CONTIGUOUS = False
+
 
 def supports(x: Tensor, kernel_size: tuple[int, int]) -> bool:
     """Any floating-point input; half precision is transformed in float32."""

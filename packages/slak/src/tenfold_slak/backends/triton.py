@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tenfold_slak.backends.toeplitz import diagonal_sums
 
+WANTS_CONTIGUOUS = False
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 

@@ -1,0 +1,1 @@
+"""The networks: `slak` defines them, `entrypoints` registers them with timm."""
