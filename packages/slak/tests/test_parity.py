@@ -1,0 +1,234 @@
+"""Outputs of the released implementation, one case a file; `TENFOLD_PARITY_DIR` names another folder of files."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tenfold_slak.ema import SparseEMA
+from tenfold_slak.erf import contribution_maps, log_scaled, rectangle
+from tenfold_slak.layer import LargeKernel, merge_large_kernels
+from tenfold_slak.masks import bernoulli_masks, erk_densities, maskable_parameters, snip_densities, snip_scores, without_dense
+from tenfold_slak.models.slak import Block, SLaK
+from tenfold_slak.optim import cosine_schedule, layer_id, parameter_groups
+from tenfold_slak.sparse import CosinePruneRate, DynamicSparseTraining
+
+FOLDER = Path(os.environ.get("TENFOLD_PARITY_DIR") or Path(__file__).parent / "parity")
+FILES = sorted(FOLDER.glob("*.npz"))
+
+
+class Fixture:
+    """A file: options, and its arrays as tensors grouped by the part before the first slash."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            self.kind = str(np.atleast_1d(file["kind"])[0])
+            self.cfg = json.loads(str(np.atleast_1d(file["cfg/json"])[0]))
+            arrays = {key: np.asarray(file[key]) for key in file.files if key not in {"kind", "cfg/json"}}
+        self.tensors = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
+    torch.testing.assert_close(
+        ours.detach(), theirs, rtol=tolerance, atol=tolerance, check_dtype=False, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def check_gradients(fixture: Fixture, module: torch.nn.Module, x: torch.Tensor | None, tolerance: float) -> None:
+    parameters = dict(module.named_parameters())
+    expected = fixture.group("grad/")
+    assert set(expected) - {"x"} == {name for name, p in parameters.items() if p.grad is not None}
+    for name, gradient in expected.items():
+        ours = x.grad if name == "x" else parameters[name].grad
+        close(ours, gradient, tolerance, f"gradient of {name}")
+
+
+def network(cfg: dict) -> SLaK:
+    *kernels, small = cfg["kernel_size"]
+    return SLaK(
+        num_classes=cfg["num_classes"],
+        depths=cfg["depths"],
+        dims=cfg["dims"],
+        width_factor=cfg["width_factor"],
+        kernel_sizes=kernels,
+        small_kernel=small,
+        decomposed=cfg["Decom"],
+        bn=cfg.get("bn", True),
+        layer_scale_init=cfg.get("layer_scale_init_value", 1e-6),
+    ).double()
+
+
+def large_kernel(cfg: dict, channels: int) -> LargeKernel:
+    return LargeKernel(channels, cfg["kernel"], cfg["small"], cfg["decom"], cfg.get("bn", True)).double()
+
+
+def check_module(fixture: Fixture, module: torch.nn.Module, tolerance: float = 1e-10) -> None:
+    module.load_state_dict(fixture.group("state/"))
+    x = fixture["in/x"].requires_grad_()
+    close(module.eval()(x), fixture["out/eval"], tolerance, "eval")
+    for form in ("two", "one"):
+        merged = merge_large_kernels(torch.nn.Sequential(copy.deepcopy(module)), form)
+        close(merged(x), fixture["out/eval"], tolerance, f"merged, {form} kernels")
+    y = module.train()(x)
+    close(y, fixture["out/train"], tolerance, "train")
+    y.backward(fixture["in/grad_out"])
+    check_gradients(fixture, module, x, tolerance)
+    state = module.state_dict()
+    for name, value in fixture.group("out/after/").items():
+        close(state[name], value, tolerance, f"{name} after one step")
+
+
+def check_layer(fixture: Fixture) -> None:
+    layer = large_kernel(fixture.cfg, fixture.cfg["C"])
+    check_module(fixture, layer)
+    if "out/eq_kernel" in fixture:
+        layer.load_state_dict(fixture.group("state/"))
+        kernel, bias = layer.folded_one()
+        close(kernel, fixture["out/eq_kernel"], 1e-10, "merged kernel")
+        close(bias, fixture["out/eq_bias"], 1e-10, "merged bias")
+
+
+def check_block(fixture: Fixture) -> None:
+    cfg = fixture.cfg
+    scale = 1.0 if "state/gamma" in fixture else 0.0
+    check_module(fixture, Block(cfg["dim"], large_kernel(cfg, cfg["dim"]), layer_scale_init=scale).double())
+
+
+def check_model(fixture: Fixture) -> None:
+    model = network(fixture.cfg)
+    model.load_state_dict(fixture.group("state/"))
+    x, y = fixture["in/x"], fixture["in/y"]
+    outputs = fixture.group("out/")
+    model.eval()
+    ours = {"eval_logits": model(x)}
+    ours["eval_features"] = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.train()
+    ours["train_logits"] = model(x)
+    ours["loss"] = F.cross_entropy(ours["train_logits"], y)
+    ours["loss"].backward()
+    for name, value in fixture.group("out/").items():
+        close(ours[name], value, 1e-9, name)
+    check_gradients(fixture, model, None, 1e-9)
+
+
+def check_dst(fixture: Fixture) -> None:
+    cfg = fixture.cfg
+    model = network(cfg["model"])
+    model.load_state_dict(fixture.group("state/"))
+    xs, ys = fixture["in/xs"], fixture["in/ys"]
+    density = 1 - cfg["sparsity"]
+    parameters = maskable_parameters(model, cfg["only_L"])
+    assert list(parameters) == cfg["names"]
+    densities = snip_densities(snip_scores(model, xs[0], ys[0], names=parameters), density)
+    ours = torch.tensor([1 - densities[name] for name in parameters], dtype=torch.float64)
+    close(ours, fixture["out/snip_layer_sparsity"], 1e-8, "layer sparsity")
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    draws = fixture.group("in/init_uniform/")
+    masks = without_dense(bernoulli_masks(shapes, densities, lambda name, _: draws[name]))
+    same_masks(masks, fixture.group("out/mask0/"), "mask0")
+
+    groups = parameter_groups(model, cfg["lr"], cfg["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    rate = CosinePruneRate(cfg["prune_rate"], cfg["T_max"], cfg["eta_min"])
+    step = 0
+    sparse = DynamicSparseTraining(
+        model, masks, optimizer, rate, cfg["update_frequency"], cfg["growth"],
+        uniform=lambda name, _: fixture[f"in/grow_uniform/{step - 1}/{name}"],
+    )  # fmt: skip
+    ema = SparseEMA(model, cfg["ema_decay"])
+    losses, rates = [], []
+    for step in range(1, len(xs)):  # noqa: B007 - read by the draws
+        loss = F.cross_entropy(model.train()(xs[step]), ys[step])
+        loss.backward()
+        optimizer.step()
+        moved = sparse.step()
+        optimizer.zero_grad()
+        ema.update(model, sparse.masks)
+        losses.append(loss.detach())
+        rates.append(rate.value)
+        if moved:
+            same_masks(sparse.masks, fixture.group(f"out/mask_after{step}/"), f"mask after {step}")
+    close(torch.stack(losses), fixture["out/loss"], 1e-8, "loss")
+    close(torch.tensor(rates, dtype=torch.float64), fixture["out/prune_rate"], 1e-8, "prune rate")
+    state = model.state_dict()
+    for name, value in fixture.group("out/param/").items():
+        close(state[name], value, 1e-8, name)
+    average = ema.state_dict()
+    for name, value in fixture.group("out/ema/").items():
+        close(average[name], value, 1e-8, f"average of {name}")
+
+
+def same_masks(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], what: str) -> None:
+    assert ours.keys() == theirs.keys(), what
+    for name, mask in theirs.items():
+        assert torch.equal(ours[name], mask.bool()), f"{what} of {name}"
+
+
+def check_schedules(fixture: Fixture) -> None:
+    cfg = fixture.cfg
+    for i, case in enumerate(cfg["cosine_cases"]):
+        close(cosine_schedule(*case), fixture[f"out/cosine{i}"], 1e-12, f"cosine case {case}")
+    plain = cfg["prune_decay"]
+    decay = CosinePruneRate(plain["start"], plain["T_max"], plain["eta_min"])
+    values = torch.tensor([decay.advance() for _ in range(plain["steps"])], dtype=torch.float64)
+    close(values, fixture["out/prune_decay"], 1e-12, "prune rate")
+    resumed = cfg["prune_decay_resumed"]
+    decay = CosinePruneRate(resumed["start"], resumed["T_max"], resumed.get("eta_min", 0.005))
+    decay.advance(resumed["init_step"])
+    values = torch.tensor([decay.advance() for _ in range(resumed["steps"])], dtype=torch.float64)
+    close(values, fixture["out/prune_decay_resumed"], 1e-12, "resumed prune rate")
+    ids = torch.tensor([layer_id(name) for name in cfg["layer_id_names"]])
+    assert torch.equal(ids, fixture["out/layer_id"].to(ids.dtype))
+
+
+def check_erk(fixture: Fixture) -> None:
+    densities = erk_densities(fixture.cfg["shapes"], fixture.cfg["density"])
+    close(torch.tensor(densities, dtype=torch.float64), fixture["out/densities"], 1e-10, "densities")
+
+
+def check_erf(fixture: Fixture) -> None:
+    model = network(fixture.cfg["model"])
+    model.load_state_dict(fixture.group("state/"))
+    maps = contribution_maps(model.eval().forward_features, fixture["in/x"])
+    close(maps, fixture["out/maps"], 1e-9, "maps")
+    mean = maps.mean(0)
+    close(mean, fixture["out/mean"], 1e-9, "mean")
+    scaled = log_scaled(mean)
+    close(scaled, fixture["out/log_scaled"], 1e-9, "log-scaled map")
+    rectangles = [rectangle(scaled, share) for share in fixture.cfg["thresholds"]]
+    close(torch.tensor(rectangles, dtype=torch.float64), fixture["out/rectangles"], 1e-9, "rectangles")
+
+
+CHECKS = {
+    "layer": check_layer, "block": check_block, "model": check_model, "dst": check_dst,
+    "schedules": check_schedules, "erk": check_erk, "erf": check_erf,
+}  # fmt: skip
+
+
+def test_there_are_files() -> None:
+    assert FILES, f"no *.npz in {FOLDER}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_parity(path: Path) -> None:
+    fixture = Fixture(path)
+    assert fixture.kind in CHECKS, f"{path.name} is of an unknown kind: {fixture.kind}"
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        CHECKS[fixture.kind](fixture)
+    finally:
+        torch.set_default_dtype(default)
