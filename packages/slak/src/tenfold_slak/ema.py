@@ -32,20 +32,17 @@ class SparseEMA:
         """Move towards the model's weights; call it after the masks were applied."""
         masks = masks or {}
         current = {bare_name(name): value for name, value in model.state_dict().items()}
-        averages: list[Tensor] = []
-        values: list[Tensor] = []
         for name, average in self.module.state_dict().items():
-            name, value = bare_name(name), current[bare_name(name)].to(average.device)
-            if name in masks:
-                grown = masks[name] & (average == 0)
-                average.lerp_(value, 1 - self.decay).add_(value * grown, alpha=self.decay).mul_(masks[name])
-            elif average.is_floating_point():
-                averages.append(average)
-                values.append(value)
-            else:
+            value = current[bare_name(name)].to(average.device)
+            if not average.is_floating_point():
                 average.copy_(value)
-        torch._foreach_mul_(averages, self.decay)
-        torch._foreach_add_(averages, values, alpha=1 - self.decay)
+                continue
+            mask = masks.get(bare_name(name))
+            if mask is None:
+                average.lerp_(value, 1 - self.decay)
+                continue
+            grown = mask & (average == 0)
+            average.lerp_(value, 1 - self.decay).add_(value * grown, alpha=self.decay).mul_(mask)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Of the averaged copy."""

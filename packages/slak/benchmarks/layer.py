@@ -1,0 +1,209 @@
+"""The large-kernel layer at the four stages of SLaK-T: every way to compute it, interleaved in one run, as ratios.
+
+    python benchmarks/layer.py                           CPU: float32, batch 4, 2 threads
+    python benchmarks/layer.py --device cuda --dtype bfloat16 --batch 64
+
+Two tables: inference, and training (forward and backward with gradients for the map and all kernels). Methods that give
+only the summed map cannot feed the three batch norms of training; they are marked "1 map". The last line of each table is
+the sum over the 3, 3, 9, 3 blocks, and how many times faster than each peer our form is. The floor is the time of the
+multiply-adds that do not meet padding, at the rate of the matrix product measured in the same run.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tenfold_slak.large_kernel import large_kernel_dwconv
+from torch import Tensor
+
+#: channels, height = width, kernel, blocks
+STAGES = [(124, 56, 51, 3), (249, 28, 49, 3), (499, 14, 47, 9), (998, 7, 13, 3)]
+SMALL = 5
+Layer = Callable[..., list[Tensor]]
+
+
+def plain(x: Tensor, tall: Tensor, wide: Tensor, small: Tensor) -> list[Tensor]:
+    """Three framework convolutions: what a port would write."""
+    return [large_kernel_dwconv(x, kernel, "conv2d") for kernel in (tall, wide, small)]
+
+
+def three_maps(backend: str) -> Layer:
+    """Our training form: one map a branch."""
+    return lambda x, *kernels: [large_kernel_dwconv(x, kernel, backend) for kernel in kernels]
+
+
+def folded(backend: str) -> Layer:
+    """Our inference form: the small kernel inside the tall one, two convolutions, one map."""
+
+    def run(x: Tensor, tall: Tensor, wide: Tensor, small: Tensor) -> list[Tensor]:
+        margin = (tall.shape[2] - SMALL) // 2
+        tall = tall + F.pad(small, (0, 0, margin, margin))
+        return [large_kernel_dwconv(x, tall, backend) + large_kernel_dwconv(x, wide, backend)]
+
+    return run
+
+
+def merged(backend: str) -> Layer:
+    """One dense M x M kernel, one map."""
+
+    def run(x: Tensor, tall: Tensor, wide: Tensor, small: Tensor) -> list[Tensor]:
+        margin, inner = (tall.shape[2] - SMALL) // 2, (tall.shape[2] - SMALL) // 2
+        kernel = F.pad(tall, (margin, margin)) + F.pad(wide, (0, 0, margin, margin)) + F.pad(small, (inner,) * 4)
+        return [large_kernel_dwconv(x, kernel, backend)]
+
+    return run
+
+
+def methods(device: str, training: bool) -> dict[str, tuple[Layer, bool]]:
+    """Name -> function, whether it is given channels-last maps. The first is ours."""
+    ours = "direct" if device == "cpu" else "auto"
+    found: dict[str, tuple[Layer, bool]] = {
+        f"ours ({ours})": (three_maps(ours) if training else folded(ours), False),
+        "conv2d contiguous": (plain, False),
+        "conv2d channels-last": (plain, True),
+        "FFT, 1 map": (folded("fft"), False),
+        "Toeplitz GEMM, 1 map": (folded("toeplitz"), False),
+        "dense kernel by FFT, 1 map": (merged("fft"), False),
+    }
+    if device != "cpu":
+        found["Triton"] = (three_maps("triton") if training else folded("triton"), False)
+        found["Toeplitz GEMM"] = (three_maps("toeplitz") if training else folded("toeplitz"), False)
+        found["dense kernel by conv2d, 1 map"] = (merged("conv2d"), False)
+    return found
+
+
+class Case:
+    """Inputs of one stage, and one timed call on them."""
+
+    def __init__(self, stage: int, args: argparse.Namespace, layer: Layer, channels_last: bool) -> None:
+        channels, size, k, _ = STAGES[stage]
+        options = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        generator = torch.Generator(args.device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, **options)
+
+        self.x = draw(args.batch, channels, size, size).contiguous(memory_format=form).requires_grad_(args.training)
+        shapes = [(k, SMALL), (SMALL, k), (SMALL, SMALL)]
+        self.kernels = [draw(channels, 1, *shape).requires_grad_(args.training) for shape in shapes]
+        self.grad = draw(args.batch, channels, size, size).contiguous(memory_format=form)
+        self.layer, self.args = layer, args
+
+    def __call__(self) -> float:
+        if self.args.device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.set_grad_enabled(self.args.training), torch.inference_mode(not self.args.training):
+            maps = self.layer(self.x, *self.kernels)
+            if self.args.training:
+                torch.autograd.grad(maps, (self.x, *self.kernels), [self.grad] * len(maps))
+        if self.args.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def useful_macs(size: int, kernel: int, batch: int, channels: int) -> int:
+    """Multiply-adds of the three branches that do not meet padding."""
+
+    def pairs(taps: int) -> int:  # (output, tap) pairs inside a line of `size`
+        return sum(min(taps, size - o + taps // 2, o + taps // 2 + 1, size) for o in range(size))
+
+    return batch * channels * (2 * pairs(kernel) * pairs(SMALL) + pairs(SMALL) ** 2)
+
+
+def matmul_rate(args: argparse.Namespace) -> float:
+    """Multiply-adds a second of a large matrix product."""
+    n = 1024 if args.device == "cpu" else 8192
+    a = torch.randn(n, n, device=args.device, dtype=getattr(torch, args.dtype))
+    times = []
+    for _ in range(7):
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return n**3 / min(times)
+
+
+def _peak(stage: int, name: str, args: argparse.Namespace, queue: "multiprocessing.Queue[float]") -> None:
+    torch.set_num_threads(args.threads)
+    case = Case(stage, args, *methods(args.device, args.training)[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    case()
+    if args.device == "cpu":
+        queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    else:
+        queue.put((torch.cuda.max_memory_allocated() - held) / 2**20)
+
+
+def peak_memory(stage: int, name: str, args: argparse.Namespace) -> float:
+    """MiB that one call needs beyond its inputs, measured in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    queue: multiprocessing.Queue[float] = context.Queue()
+    process = context.Process(target=_peak, args=(stage, name, args, queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def table(args: argparse.Namespace) -> None:
+    """Measure one table and print it."""
+    names = methods(args.device, args.training)
+    totals = dict.fromkeys(names, 0.0)
+    floor = 0.0
+    rate = matmul_rate(args)
+    print(f"\n{'training (forward + backward)' if args.training else 'inference'}, median ms of {args.rounds} rounds")
+    columns = "".join(f"{f'{c} x {s}x{s}, {k}':>18}" for c, s, k, _ in STAGES)
+    print(f"{'':32}{columns}{'sum of blocks':>16}{'ours is':>12}")
+    cells: dict[str, list[float]] = {name: [] for name in names}
+    for stage, (channels, size, kernel, blocks) in enumerate(STAGES):
+        cases = {name: Case(stage, args, *method) for name, method in names.items()}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for case in cases.values():
+            case()
+        for _ in range(args.rounds):
+            for name, case in cases.items():
+                times[name].append(case())
+        for name, values in times.items():
+            cells[name].append(statistics.median(values))
+            totals[name] += blocks * cells[name][-1]
+        # Backward holds two products of the same size, for the map and for the kernels.
+        floor += blocks * useful_macs(size, kernel, args.batch, channels) * (3 if args.training else 1) / rate
+    ours = next(iter(totals.values()))
+    for name, values in cells.items():
+        row = "".join(f"{1e3 * value:18.2f}" for value in values)
+        print(f"{name:32}{row}{1e3 * totals[name]:16.1f}{totals[name] / ours:11.2f}x")
+    print(f"{'floor':32}{'':{18 * len(STAGES)}}{1e3 * floor:16.1f}{floor / ours:11.2f}x")
+    if args.memory:
+        print(f"{'peak memory of stage 1, MiB':32}" + ", ".join(f"{n}: {peak_memory(0, n, args):.0f}" for n in names))
+
+
+def main() -> None:
+    """Both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, one process a method")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for args.training in (False, True):
+        table(args)
+
+
+if __name__ == "__main__":
+    main()

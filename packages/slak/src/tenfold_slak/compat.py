@@ -1,0 +1,218 @@
+"""The authors' checkpoint files, in and out, and the way to and from plain ConvNeXt weights (section 4)."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold_slak.layer import MergedOne, merge_large_kernels
+from tenfold_slak.models.slak import SLaK
+
+State = dict[str, Tensor]
+
+#: Keys under which the released training script saves weights, in the order in which they are looked for.
+_CONTAINERS = ("model", "state_dict", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not a SLaK network, or not this one; the message lists the keys that do not fit."""
+
+
+def read_official(file: Path | str, weights: str | None = None) -> State:
+    """The weights in a released file, with bare names.
+
+    Nothing in the file is executed: tensors, containers and the `argparse.Namespace` of the training script are read.
+
+    Args:
+        file: `checkpoint-*.pth` as published or as the released script saves it, or safetensors.
+        weights: `model` or `model_ema`; by default `model`.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds no weights of that name.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): fetch it again") from error
+    return bare_state(content, weights)
+
+
+def bare_state(content: Any, weights: str | None = None) -> State:
+    """The state dict inside what a checkpoint holds, without wrappers' prefixes.
+
+    Raises:
+        CheckpointError: there is none, or not under `weights`.
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"a checkpoint is a dictionary; this one holds {type(content).__name__}")
+    if weights is not None:
+        if weights not in content:
+            raise CheckpointError(f"the checkpoint has no {weights!r}; it holds {', '.join(map(str, content))}")
+        content = content[weights]
+    else:
+        for key in _CONTAINERS:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    state = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            while name.startswith(_PREFIXES):
+                name = name.split(".", 1)[1]
+            state[name] = value
+    if not state:
+        raise CheckpointError("the checkpoint holds no tensors")
+    return state
+
+
+def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor arguments of the `SLaK` that a state dict belongs to.
+
+    Raises:
+        CheckpointError: the keys are not SLaK's.
+    """
+    blocks = [match for match in (re.match(r"stages\.(\d)\.(\d+)\.", name) for name in state) if match]
+    needed = ["downsample_layers.0.0.weight", *(f"downsample_layers.{i}.1.weight" for i in (1, 2, 3))]
+    missing = [name for name in needed if name not in state]
+    if missing or {int(match[1]) for match in blocks} != {0, 1, 2, 3}:
+        raise CheckpointError(f"these are not the weights of a SLaK network; missing: {', '.join(missing) or 'stages'}")
+    depths = [1 + max(int(match[2]) for match in blocks if int(match[1]) == stage) for stage in range(4)]
+    layers = [f"stages.{stage}.0.large_kernel." for stage in range(4)]
+    decomposed = layers[0] + "LoRA1.conv.weight" in state
+    kind = "LoRA1.conv" if decomposed else "lkb_origin.conv"
+    if any(prefix + "lkb_reparam.weight" in state for prefix in layers):
+        kind = "lkb_reparam"
+    absent = [prefix + kind + ".weight" for prefix in layers if prefix + kind + ".weight" not in state]
+    if absent:
+        raise CheckpointError(f"these are not the weights of a SLaK network; missing: {', '.join(absent)}")
+    kernels = [state[f"{prefix}{kind}.weight"].shape for prefix in layers]
+    small = [state[name].shape[2] for prefix in layers if (name := prefix + "small_conv.conv.weight") in state]
+    return {
+        "in_chans": state[needed[0]].shape[1],
+        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+        "depths": tuple(depths),
+        "dims": tuple(state[name].shape[0] for name in needed),
+        "kernel_sizes": tuple(shape[2] for shape in kernels),
+        # Without any small branch the network is in ConvNeXt mode, whose small kernel is "larger than the kernel".
+        "small_kernel": kernels[0][3] if decomposed else (small[0] if small else 100),
+        "decomposed": decomposed,
+        "bn": any(name.endswith(".bn.weight") for name in state),
+        "layer_scale_init": 1.0 if "stages.0.0.gamma" in state else 0.0,
+    }
+
+
+def load_official_checkpoint(
+    source: Path | str | Mapping[str, Any], model: SLaK | None = None, weights: str | None = None
+) -> SLaK:
+    """A network with the released weights; its architecture is read off the shapes unless a model is given.
+
+    Files whose layers are merged (`lkb_reparam`) give a merged network. Downstream backbones (`norm0..norm3`, no head)
+    load without those norms; `SLaKBackbone.load` keeps them.
+
+    Args:
+        source: a file, or what was read from one.
+        model: filled in place if given.
+        weights: `model` or `model_ema`; by default `model`.
+
+    Raises:
+        CheckpointError: keys are missing, left over or of another shape; they are listed.
+        FileNotFoundError: there is no such file.
+    """
+    state = read_official(source, weights) if isinstance(source, str | Path) else bare_state(source, weights)
+    state = {name: value for name, value in state.items() if not re.match(r"norm\d\.", name)}
+    if model is None:
+        arguments = infer_arguments(state)
+        merged = any(".lkb_reparam." in name for name in state)
+        if merged:  # the shape of the branches before merging is lost: any that merge to the same kernel will do
+            arguments |= {"decomposed": False, "small_kernel": 100}
+        with torch.device("meta"):
+            model = SLaK(**arguments)
+        model = model.to_empty(device="cpu")
+        if merged:
+            merge_large_kernels(model, "one")
+        if "norm.weight" not in state:
+            state |= {"norm.weight": torch.ones(model.num_features), "norm.bias": torch.zeros(model.num_features)}
+        dtype = next(iter(state.values())).dtype
+        model = model.to(dtype) if dtype.is_floating_point else model
+    check_state(model.state_dict(), state)
+    model.load_state_dict(state)
+    return model
+
+
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` with the list of keys that are missing, left over or of another shape."""
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, should be {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(f"{len(problems)} keys do not fit the network: {'; '.join(problems[:20])}{more}")
+
+
+def to_official(model: SLaK) -> dict[str, State]:
+    """What the released script reads: `{"model": state_dict}` under the released names, on the CPU."""
+    return {"model": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}}
+
+
+def to_convnext(model: SLaK) -> State:
+    """Weights of a plain ConvNeXt, whose depthwise convolution has a bias and no norm: `dwconv.{weight,bias}`.
+
+    Each large-kernel layer is merged to one kernel; exact in eval mode. With 7 x 7 kernels this is the ConvNeXt layout.
+    """
+    merged: State = {}
+    for name, value in model.state_dict().items():
+        if ".large_kernel." not in name:
+            merged[name] = value.detach().clone()
+    for stage_index, stage in enumerate(model.stages):
+        for index, block in enumerate(stage):
+            layer = block.large_kernel if isinstance(block.large_kernel, MergedOne) else block.large_kernel.merged("one")
+            prefix = f"stages.{stage_index}.{index}.dwconv."
+            merged[prefix + "weight"] = layer.lkb_reparam.weight.detach().clone()
+            merged[prefix + "bias"] = layer.lkb_reparam.bias.detach().clone()
+    return merged
+
+
+def from_convnext(state: Mapping[str, Tensor]) -> SLaK:
+    """A network in ConvNeXt mode with a plain ConvNeXt's weights (released ConvNeXt names), for inference and training.
+
+    The batch norms start as identities that carry the depthwise bias: mean 0, variance 1 - eps, so that the scale is one.
+
+    Raises:
+        CheckpointError: a key is missing or left over.
+    """
+    converted: State = {}
+    for name, value in state.items():
+        match = re.match(r"(stages\.\d+\.\d+)\.dwconv\.(weight|bias)$", name)
+        if match is None:
+            converted[name] = value
+            continue
+        prefix = f"{match[1]}.large_kernel.lkb_origin."
+        if match[2] == "weight":
+            converted[prefix + "conv.weight"] = value
+            continue
+        converted[prefix + "bn.weight"] = torch.ones_like(value)
+        converted[prefix + "bn.bias"] = value
+        converted[prefix + "bn.running_mean"] = torch.zeros_like(value)
+        converted[prefix + "bn.running_var"] = torch.full_like(value, 1 - 1e-5)
+        converted[prefix + "bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+    return load_official_checkpoint(converted)

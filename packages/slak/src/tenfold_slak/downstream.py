@@ -1,0 +1,240 @@
+"""Segmentation and detection on SLaK without the mm-stacks: backbone, UPerNet, torchvision's detectors (section 6)."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tenfold_slak.compat import bare_state, check_state, read_official
+from tenfold_slak.models.slak import ChannelsFirstLayerNorm, SLaK
+
+
+class SLaKBackbone(nn.Module):
+    """The four stages' maps at strides 4, 8, 16, 32, each through its own channels-first layer norm `norm0..norm3`.
+
+    Args:
+        body: a network; its own last norm and head are not used.
+        masks: by parameter name; kept fixed and applied to the weights before each forward, as in the paper's
+            fine-tuning.
+    """
+
+    def __init__(self, body: SLaK, masks: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.downsample_layers, self.stages = body.downsample_layers, body.stages
+        self.widths = body.widths
+        for i, width in enumerate(body.widths):
+            self.add_module(f"norm{i}", ChannelsFirstLayerNorm(width, eps=1e-6))
+        self._masks = dict(masks or {})
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> "OrderedDict[str, Tensor]":
+        """Maps by name `0`..`3`, finest first."""
+        self.apply_masks()
+        maps: OrderedDict[str, Tensor] = OrderedDict()
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = stage(downsample(x))
+            maps[str(i)] = self.get_submodule(f"norm{i}")(x)
+        return maps
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Zero the masked weights."""
+        parameters = dict(self.named_parameters())
+        for name, mask in self._masks.items():
+            parameters[name].mul_(mask.to(parameters[name].device))
+
+    def load(self, source: Path | str | Mapping[str, Any], sparse: bool = True) -> "SLaKBackbone":
+        """Released weights: an ImageNet classifier's (its norm and head are left out) or a downstream backbone's.
+
+        Args:
+            source: a file, or what was read from one.
+            sparse: keep the zero weights at zero from now on; files do not store masks, so they are read off the zeros.
+
+        Raises:
+            CheckpointError: keys do not fit, they are listed.
+        """
+        state = read_official(source) if isinstance(source, str | Path) else bare_state(source)
+        own = self.state_dict()
+        heads = ("norm.", "head.", "decode_head.", "auxiliary_head.")
+        state = {name: value for name, value in state.items() if not name.startswith(heads)}
+        norms = {name: value for name, value in own.items() if name.startswith("norm") and name not in state}
+        check_state(own, {**state, **norms})
+        self.load_state_dict({**state, **norms})
+        if sparse:
+            maskable = {name: p for name, p in self.named_parameters() if p.ndim in {2, 4}}
+            self._masks = {name: p.detach() != 0 for name, p in maskable.items() if not bool((p != 0).all())}
+        return self
+
+
+def _conv_bn(before: int, after: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class UPerHead(nn.Module):
+    """Pyramid pooling on the coarsest map, a feature pyramid over all, and a 1x1 classifier on their fusion.
+
+    Args:
+        widths: channels of the four maps.
+        num_classes: classes.
+        channels: of the pyramid; the paper uses 512.
+        pools: grid sizes of the pyramid pooling.
+        dropout: before the classifier, whole channels.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        num_classes: int,
+        channels: int = 512,
+        pools: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.pools = tuple(pools)
+        self.pooled = nn.ModuleList([_conv_bn(widths[-1], channels, 1) for _ in pools])
+        self.bottleneck = _conv_bn(widths[-1] + len(pools) * channels, channels, 3)
+        self.laterals = nn.ModuleList([_conv_bn(width, channels, 1) for width in widths[:-1]])
+        self.smooth = nn.ModuleList([_conv_bn(channels, channels, 3) for _ in widths[:-1]])
+        self.fuse = _conv_bn(len(widths) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Float[Tensor, "batch classes height width"]:
+        """Scores at the size of the finest map."""
+        coarse = maps[-1]
+        pooled = [
+            _resize(conv(F.adaptive_avg_pool2d(coarse, pool)), coarse.shape[2:])
+            for pool, conv in zip(self.pools, self.pooled, strict=True)
+        ]
+        pyramid = [self.bottleneck(torch.cat([coarse, *pooled], 1))]
+        for feature, lateral in zip(reversed(maps[:-1]), reversed(self.laterals), strict=True):
+            pyramid.insert(0, lateral(feature) + _resize(pyramid[0], feature.shape[2:]))
+        size = pyramid[0].shape[2:]
+        smoothed = [conv(level) for conv, level in zip(self.smooth, pyramid[:-1], strict=True)] + [pyramid[-1]]
+        fused = self.fuse(torch.cat([_resize(level, size) for level in smoothed], 1))
+        return self.classify(self.dropout(fused))
+
+
+class UPerNet(nn.Module):
+    """A SLaK backbone with a UPerNet head and, in training, an auxiliary convolutional head on the third stage.
+
+    Args:
+        backbone: its maps feed both heads.
+        num_classes: 150 for ADE20K.
+        channels: of the main head.
+        auxiliary_channels: of the other.
+        auxiliary_weight: of its loss.
+        ignore_index: label that counts nowhere.
+    """
+
+    def __init__(
+        self,
+        backbone: SLaKBackbone,
+        num_classes: int = 150,
+        channels: int = 512,
+        auxiliary_channels: int = 256,
+        auxiliary_weight: float = 0.4,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = UPerHead(backbone.widths, num_classes, channels)
+        self.auxiliary_head = nn.Sequential(
+            _conv_bn(backbone.widths[2], auxiliary_channels, 3),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(auxiliary_channels, num_classes, 1),
+        )
+        self.num_classes, self.auxiliary_weight, self.ignore_index = num_classes, auxiliary_weight, ignore_index
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
+        """Scores at the size of the images."""
+        return _resize(self.decode_head(list(self.backbone(x).values())), x.shape[2:])
+
+    def loss(self, x: Float[Tensor, "batch channels height width"], labels: Tensor) -> Float[Tensor, ""]:
+        """Cross-entropy of the main head plus the weighted one of the auxiliary head.
+
+        Args:
+            x: images.
+            labels: (B, H, W) integers, `ignore_index` where nothing is known.
+        """
+        maps = list(self.backbone(x).values())
+        main = _resize(self.decode_head(maps), x.shape[2:])
+        auxiliary = _resize(self.auxiliary_head(maps[2]), x.shape[2:])
+        main_loss = F.cross_entropy(main, labels, ignore_index=self.ignore_index)
+        return main_loss + self.auxiliary_weight * F.cross_entropy(auxiliary, labels, ignore_index=self.ignore_index)
+
+    @torch.inference_mode()
+    def slide(
+        self, x: Float[Tensor, "batch channels height width"], window: int = 512, stride: int = 341
+    ) -> Float[Tensor, "batch classes height width"]:
+        """Mean of the scores of overlapping windows that cover the image, as in the paper's evaluation."""
+        height, width = x.shape[2:]
+        total = x.new_zeros(x.shape[0], self.num_classes, height, width)
+        count = x.new_zeros(1, 1, height, width)
+        for top in _starts(height, window, stride):
+            for left in _starts(width, window, stride):
+                area = (..., slice(top, min(top + window, height)), slice(left, min(left + window, width)))
+                total[area] += self(x[area])
+                count[area] += 1
+        return total / count
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin so that they cover the length; the last one ends at its end."""
+    if length <= window:
+        return [0]
+    return [*range(0, length - window, stride), length - window]
+
+
+def _fpn(backbone: SLaKBackbone, channels: int) -> nn.Module:
+    from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+    class WithFPN(nn.Module):
+        """Five levels, as torchvision's detectors take them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out_channels = backbone, channels
+            self.fpn = FeaturePyramidNetwork(list(backbone.widths), channels, extra_blocks=LastLevelMaxPool())
+
+        def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
+            return self.fpn(self.body(x))
+
+    return WithFPN()
+
+
+def faster_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
+    """torchvision's Faster R-CNN on a five-level pyramid of the backbone (PASCAL VOC).
+
+    Args:
+        backbone: see `SLaKBackbone`.
+        num_classes: with the background.
+        channels: of the pyramid.
+        options: of `torchvision.models.detection.FasterRCNN`.
+    """
+    from torchvision.models.detection import FasterRCNN
+
+    return FasterRCNN(_fpn(backbone, channels), num_classes, **options)
+
+
+def mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
+    """torchvision's Mask R-CNN on a five-level pyramid of the backbone (COCO); it has one box stage, the paper three.
+
+    Args:
+        backbone: see `SLaKBackbone`.
+        num_classes: with the background.
+        channels: of the pyramid.
+        options: of `torchvision.models.detection.MaskRCNN`.
+    """
+    from torchvision.models.detection import MaskRCNN
+
+    return MaskRCNN(_fpn(backbone, channels), num_classes, **options)
