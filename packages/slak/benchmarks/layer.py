@@ -11,10 +11,10 @@ multiply-adds that do not meet padding, at the rate of the matrix product measur
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 #: channels, height = width, kernel, blocks
 STAGES = [(124, 56, 51, 3), (249, 28, 49, 3), (499, 14, 47, 9), (998, 7, 13, 3)]
 SMALL = 5
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Layer = Callable[..., list[Tensor]]
 
 
@@ -98,14 +99,14 @@ class Case:
     def __call__(self) -> float:
         if self.args.device != "cpu":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = CLOCKS[self.args.clock]()
         with torch.set_grad_enabled(self.args.training), torch.inference_mode(not self.args.training):
             maps = self.layer(self.x, *self.kernels)
             if self.args.training:
                 torch.autograd.grad(maps, (self.x, *self.kernels), [self.grad] * len(maps))
         if self.args.device != "cpu":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return CLOCKS[self.args.clock]() - start
 
 
 def useful_macs(size: int, kernel: int, batch: int, channels: int) -> int:
@@ -125,26 +126,32 @@ def matmul_rate(args: argparse.Namespace) -> float:
     for _ in range(7):
         if args.device != "cpu":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = CLOCKS[args.clock]()
         a @ a
         if args.device != "cpu":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(CLOCKS[args.clock]() - start)
     return n**3 / min(times)
 
 
 def _peak(stage: int, name: str, args: argparse.Namespace, queue: "multiprocessing.Queue[float]") -> None:
     torch.set_num_threads(args.threads)
     case = Case(stage, args, *methods(args.device, args.training)[name])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if args.device != "cpu":
+    if args.device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        held = _status("VmRSS")
+        case()
+        queue.put(_status("VmHWM") - held)
+    else:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-    case()
-    if args.device == "cpu":
-        queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-    else:
+        case()
         queue.put((torch.cuda.max_memory_allocated() - held) / 2**20)
+
+
+def _status(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
 def peak_memory(stage: int, name: str, args: argparse.Namespace) -> float:
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: for busy machines, with --threads 1")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, one process a method")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

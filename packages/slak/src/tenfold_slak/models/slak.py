@@ -141,7 +141,7 @@ class SLaK(nn.Module):
         """Class scores of images of at least 32 x 32 pixels (each stage needs at least one position)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch width h w"]:
+    def forward_features(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch features h w"]:
         """The map after the last stage, 1/32 of the image's size.
 
         Raises:
@@ -149,7 +149,7 @@ class SLaK(nn.Module):
         """
         return self._stages(x)[-1]
 
-    def forward_head(self, x: Float[Tensor, "batch width h w"], pre_logits: bool = False) -> Float[Tensor, "batch *rest"]:
+    def forward_head(self, x: Float[Tensor, "batch features h w"], pre_logits: bool = False) -> Float[Tensor, "batch *rest"]:
         """Global mean, layer norm, dropout, head."""
         if self.global_pool:
             x = self.norm(x.mean((2, 3)))

@@ -1,0 +1,211 @@
+"""Every backend against loops, against the plain convolution, and its gradients against finite differences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tenfold_slak import backends
+from tenfold_slak.backends.toeplitz import diagonal_sums, toeplitz_matrices
+from tenfold_slak.large_kernel import _rule, _tuned, large_kernel_dwconv, tune
+from torch import Tensor
+
+DOUBLE = {"dtype": torch.float64}
+EXACT = ["direct", "toeplitz", "fft"]
+ALL = [*EXACT, "triton"]
+
+
+def needs(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+
+def by_loops(x: Tensor, weight: Tensor) -> Tensor:
+    """The definition, one output at a time."""
+    batch, channels, height, width = x.shape
+    kh, kw = weight.shape[2:]
+    y = torch.zeros_like(x)
+    for b in range(batch):
+        for c in range(channels):
+            for h in range(height):
+                for w in range(width):
+                    for i in range(kh):
+                        for j in range(kw):
+                            row, column = h + i - kh // 2, w + j - kw // 2
+                            if 0 <= row < height and 0 <= column < width:
+                                y[b, c, h, w] += weight[c, 0, i, j] * x[b, c, row, column]
+    return y
+
+
+@pytest.mark.parametrize("backend", ["conv2d", *ALL])
+@pytest.mark.parametrize("kernel", [(7, 3), (3, 7), (11, 3)])
+def test_definition(backend: str, kernel: tuple[int, int]) -> None:
+    needs(backend)
+    x, weight = torch.randn(2, 2, 5, 4, **DOUBLE), torch.randn(2, 1, *kernel, **DOUBLE)
+    torch.testing.assert_close(large_kernel_dwconv(x, weight, backend), by_loops(x, weight), rtol=1e-12, atol=1e-12)
+
+
+def compare(backend: str, x: Tensor, weight: Tensor, tolerance: float, grad: Tensor | None = None) -> None:
+    """Values and all gradients against three lines of plain convolution."""
+    bias = torch.randn(x.shape[1], dtype=x.dtype)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    expected = F.conv2d(*leaves, padding=padding, groups=x.shape[1])
+    grad = torch.randn_like(expected) if grad is None else grad
+    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    ours = large_kernel_dwconv(leaves[0], leaves[1], backend, leaves[2])
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(ours, leaves, grad), expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    backend=st.sampled_from(EXACT),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    half=st.tuples(st.integers(0, 12), st.integers(0, 6)),
+    wide=st.booleans(),
+)
+def test_equals_conv2d(backend: str, batch: int, size: tuple[int, int], half: tuple[int, int], wide: bool) -> None:
+    kernel = (2 * half[0] + 1, 2 * half[1] + 1)
+    kernel = kernel[::-1] if wide else kernel
+    if backend == "toeplitz" and not backends.load("toeplitz").supports(torch.empty(0), kernel):
+        backend = "fft"
+    x = torch.randn(batch, 3, *size, **DOUBLE)
+    compare(backend, x, torch.randn(3, 1, *kernel, **DOUBLE), 1e-11)
+
+
+@pytest.mark.parametrize("height", [7, 14, 15, 28, 33, 56])
+@pytest.mark.parametrize("kernel", [(51, 5), (5, 51), (5, 5)])
+def test_triton_at_ragged_sizes(height: int, kernel: tuple[int, int]) -> None:
+    needs("triton")
+    compare("triton", torch.randn(2, 1, height, height, **DOUBLE), torch.randn(1, 1, *kernel, **DOUBLE), 1e-11)
+
+
+def test_triton_tiles_larger_maps() -> None:
+    needs("triton")
+    compare("triton", torch.randn(1, 1, 130, 9, **DOUBLE), torch.randn(1, 1, 21, 3, **DOUBLE), 1e-11)
+
+
+@pytest.mark.parametrize("backend", ["conv2d", *ALL])
+@pytest.mark.parametrize(("size", "kernel"), [((5, 4), (7, 3)), ((4, 5), (3, 11)), ((3, 3), (3, 3))])
+def test_gradcheck(backend: str, size: tuple[int, int], kernel: tuple[int, int]) -> None:
+    needs(backend)
+    x = torch.randn(2, 2, *size, **DOUBLE, requires_grad=True)
+    weight = torch.randn(2, 1, *kernel, **DOUBLE, requires_grad=True)
+    bias = torch.randn(2, **DOUBLE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: large_kernel_dwconv(t[0], t[1], backend, t[2]), (x, weight, bias))
+
+
+def test_second_derivatives_of_the_direct_form() -> None:
+    x = torch.randn(1, 2, 4, 3, **DOUBLE, requires_grad=True)
+    weight = torch.randn(2, 1, 5, 3, **DOUBLE, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: large_kernel_dwconv(*t, "direct"), (x, weight))
+
+
+def test_taps_that_meet_only_padding_get_no_gradient() -> None:
+    x, weight = torch.randn(2, 3, 6, 6), torch.randn(3, 1, 51, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(large_kernel_dwconv(x, weight, "direct").square().sum(), weight)
+    assert gradient.shape == weight.shape
+    assert not gradient[:, :, : 25 - 5].any()
+    assert not gradient[:, :, 25 + 6 :].any()
+    assert gradient[:, :, 20:31].ne(0).all()
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_accumulates_in_single(backend: str, dtype: torch.dtype) -> None:
+    """Against float64 on the same rounded inputs; only the result's own rounding may show, not the sum over B*H*W."""
+    needs(backend)
+    x, weight = torch.randn(4, 3, 28, 28).to(dtype), torch.randn(3, 1, 21, 5).to(dtype)
+    grad = torch.randn(4, 3, 28, 28).to(dtype)
+    results = []
+    for kind, name in ((torch.float64, "conv2d"), (dtype, backend)):
+        leaves = [t.to(kind).requires_grad_() for t in (x, weight)]
+        y = large_kernel_dwconv(*leaves, name)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))])
+    for expected, ours in zip(*results, strict=True):
+        assert float((ours.double() - expected).norm() / expected.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("backend", ["direct", "toeplitz", "fft", "triton"])
+def test_any_memory_format(backend: str, form: torch.memory_format) -> None:
+    needs(backend)
+    x = torch.randn(2, 3, 6, 9, **DOUBLE).contiguous(memory_format=form)
+    grad = torch.randn(2, 3, 6, 9, **DOUBLE).contiguous(memory_format=form)
+    compare(backend, x, torch.randn(3, 1, 3, 9, **DOUBLE), 1e-11, grad)
+
+
+@given(height=st.integers(1, 9), half=st.integers(0, 12))
+def test_diagonal_sums_are_the_adjoint_of_toeplitz_matrices(height: int, half: int) -> None:
+    taps = min(2 * half + 1, 2 * height - 1)
+    weight = torch.randn(2, 1, taps, 3, **DOUBLE)
+    products = torch.randn(2, height, 3, height, **DOUBLE)
+    forward = (toeplitz_matrices(weight, height) * products).sum()
+    adjoint = (diagonal_sums(products.transpose(1, 2), taps) * weight[:, 0].transpose(1, 2)).sum()
+    torch.testing.assert_close(forward, adjoint)
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    x, weight = torch.randn(1, 2, 8, 8), torch.randn(2, 1, 7, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = large_kernel_dwconv(x, weight)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_auto_follows_a_rule_then_the_tuner() -> None:
+    x, weight = torch.randn(1, 2, 8, 8), torch.randn(2, 1, 7, 3)
+    assert _rule(x, weight) == "direct"
+    assert _rule(torch.randn(1, 2, 20, 20), torch.randn(2, 1, 31, 31)) == "fft"
+    try:
+        fastest = tune(x, weight, rounds=1)
+        assert fastest in backends.BACKENDS
+        assert fastest in _tuned.values()
+        torch.testing.assert_close(large_kernel_dwconv(x, weight), large_kernel_dwconv(x, weight, "conv2d"))
+    finally:
+        _tuned.clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "backend", "words"),
+    [
+        ((2, 1, 6, 5), "auto", "odd"),
+        ((3, 1, 7, 5), "auto", "2 channels"),
+        ((2, 1, 7, 5), "cuda", "unknown backend"),
+        ((2, 1, 31, 31), "toeplitz", "cannot serve"),
+    ],
+)
+def test_refusals(shape: tuple[int, ...], backend: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        large_kernel_dwconv(torch.randn(1, 2, 40, 40), torch.randn(shape), backend)
+
+
+def test_refuses_mixed_dtypes() -> None:
+    with pytest.raises(TypeError, match="float64"):
+        large_kernel_dwconv(torch.randn(1, 2, 8, 8), torch.randn(2, 1, 3, 3, **DOUBLE))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["conv2d", "toeplitz", "fft", "triton", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "size", "kernel"), [(124, 56, 51), (249, 28, 49), (499, 14, 47), (998, 7, 13)])
+def test_on_the_gpu(backend: str, dtype: torch.dtype, channels: int, size: int, kernel: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "generator": generator}
+    for shape in ((kernel, 5), (5, kernel), (5, 5)):
+        x = torch.randn(3, channels, size, size, **options).to(dtype)
+        weight = torch.randn(channels, 1, *shape, **options).to(dtype)
+        grad = torch.randn(3, channels, size, size, **options).to(dtype)
+        results = []
+        for kind, name in ((torch.float64, "conv2d"), (dtype, backend)):
+            leaves = [t.to(kind).requires_grad_() for t in (x, weight)]
+            y = large_kernel_dwconv(*leaves, name)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))])
+        for expected, ours in zip(*results, strict=True):
+            # cuDNN's own half-precision weight gradient is coarser than ours; TF32 is float32's default on the GPU.
+            limit = 2e-2 if backend in {"conv2d", "auto"} else 3e-3
+            assert float((ours.double() - expected).norm() / expected.norm()) < limit
