@@ -4,9 +4,9 @@
     python benchmarks/layer.py --device cuda --dtype bfloat16 --batch 64
 
 Two tables: inference, and training (forward and backward with gradients for the map and all kernels). Methods that give
-only the summed map cannot feed the three batch norms of training; they are marked "1 map". The last line of each table is
-the sum over the 3, 3, 9, 3 blocks, and how many times faster than each peer our form is. The floor is the time of the
-multiply-adds that do not meet padding, at the rate of the matrix product measured in the same run.
+only the summed map cannot feed the three batch norms of training; they are marked "1 map". The last line of each table
+is the sum over the 3, 3, 9, 3 blocks, and how many times faster than each peer our form is. The floor is the time of
+the multiply-adds that do not meet padding, at the rate of the matrix product measured in the same run.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tenfold_slak.large_kernel import large_kernel_dwconv
 from torch import Tensor
+
+from tenfold_slak.large_kernel import large_kernel_dwconv
 
 #: channels, height = width, kernel, blocks
 STAGES = [(124, 56, 51, 3), (249, 28, 49, 3), (499, 14, 47, 9), (998, 7, 13, 3)]
@@ -44,7 +45,7 @@ def folded(backend: str) -> Layer:
     def run(x: Tensor, tall: Tensor, wide: Tensor, small: Tensor) -> list[Tensor]:
         margin = (tall.shape[2] - SMALL) // 2
         tall = tall + F.pad(small, (0, 0, margin, margin))
-        return [large_kernel_dwconv(x, tall, backend) + large_kernel_dwconv(x, wide, backend)]
+        return [large_kernel_dwconv(x, tall, backend).add_(large_kernel_dwconv(x, wide, backend))]
 
     return run
 
@@ -205,7 +206,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: for busy machines, with --threads 1")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: for busy machines, with --threads 1"
+    )
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, one process a method")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,18 +1,19 @@
 """Whole networks: images a second at 224 pixels, training and inference, interleaved in one run, as ratios to SLaK-T.
 
-    python benchmarks/model.py                        CPU: float32, batch 4, 2 threads
-    python benchmarks/model.py --device cuda --dtype bfloat16 --batch 128
+python benchmarks/model.py                        CPU: float32, batch 4, 2 threads
+python benchmarks/model.py --device cuda --dtype bfloat16 --batch 128
 """
 
 import argparse
 import statistics
 import time
 
-import tenfold_slak
 import timm
 import torch
-from tenfold_slak.layer import merge_large_kernels
 from torch import nn
+
+import tenfold_slak
+from tenfold_slak.layer import merge_large_kernels
 
 #: Name in the table -> timm name. timm has no RepLKNet, so its style is built from our layer: dense 31 + 5.
 NETWORKS = {

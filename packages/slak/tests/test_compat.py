@@ -6,15 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tenfold_slak.compat import (
-    CheckpointError, from_convnext, infer_arguments, load_official_checkpoint, to_convnext, to_official,
+    CheckpointError,
+    from_convnext,
+    infer_arguments,
+    load_official_checkpoint,
+    to_convnext,
+    to_official,
 )  # fmt: skip
 from tenfold_slak.downstream import SLaKBackbone, UPerNet, _starts, faster_rcnn, mask_rcnn
 from tenfold_slak.erf import contribution_maps, effective_receptive_field, plot, rectangle
 from tenfold_slak.layer import merge_large_kernels
 from tenfold_slak.models.slak import SLaK, create
 
-SMALL = {"depths": (1, 1, 2, 1), "dims": (6, 8, 12, 16), "kernel_sizes": (21, 13, 7, 5), "small_kernel": 3, "num_classes": 5}
+SMALL = {
+    "depths": (1, 1, 2, 1),
+    "dims": (6, 8, 12, 16),
+    "kernel_sizes": (21, 13, 7, 5),
+    "small_kernel": 3,
+    "num_classes": 5,
+}
 VARIETY = [
     {},
     {"decomposed": False},
@@ -87,7 +99,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         load_official_checkpoint({**state, "norm.weight": torch.zeros(3)})
     with pytest.raises(CheckpointError, match="not the weights of a SLaK"):
         load_official_checkpoint({"conv1.weight": torch.zeros(3, 3)})
-    with pytest.raises(CheckpointError, match="2 keys|20 keys|keys do not fit"):
+    with pytest.raises(CheckpointError, match="2 keys do not fit"):
         load_official_checkpoint(state, small(num_classes=4))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_official_checkpoint(tmp_path / "absent.pth")

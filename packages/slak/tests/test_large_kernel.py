@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from tenfold_slak import backends
 from tenfold_slak.backends.toeplitz import diagonal_sums, toeplitz_matrices
 from tenfold_slak.large_kernel import _rule, _tuned, large_kernel_dwconv, tune
-from torch import Tensor
 
 DOUBLE = {"dtype": torch.float64}
 EXACT = ["direct", "toeplitz", "fft"]

@@ -6,28 +6,35 @@ import sys
 import textwrap
 
 import pytest
-import tenfold_slak
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+import tenfold_slak
 from tenfold_slak.export import export_onnx, export_program
 from tenfold_slak.layer import LargeKernel, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters, macs_by_layer
 from tenfold_slak.masks import initial_masks, maskable_parameters
 from tenfold_slak.models.slak import VARIANTS, SLaK, create
-from torch import nn
 
-TINY = {"depths": (1, 1, 2, 1), "dims": (6, 8, 12, 16), "kernel_sizes": (21, 13, 7, 5), "small_kernel": 3, "num_classes": 5}
+TINY = {
+    "depths": (1, 1, 2, 1),
+    "dims": (6, 8, 12, 16),
+    "kernel_sizes": (21, 13, 7, 5),
+    "small_kernel": 3,
+    "num_classes": 5,
+}
 
 
 def shaken(model: nn.Module) -> nn.Module:
     """Random weights and running statistics, so that nothing is hidden behind zeros, ones and tiny layer scales."""
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
-            tensor.uniform_(0.2, 0.9).mul_(torch.where(torch.rand_like(tensor) < 0.5, -1.0, 1.0)) if tensor.ndim != 1 else (
-                tensor.uniform_(0.2, 0.9)
-            )
+            tensor.uniform_(0.2, 0.9).mul_(
+                torch.where(torch.rand_like(tensor) < 0.5, -1.0, 1.0)
+            ) if tensor.ndim != 1 else (tensor.uniform_(0.2, 0.9))
     return model
 
 

@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from tenfold_slak.ema import SparseEMA
 from tenfold_slak.erf import contribution_maps, log_scaled, rectangle
 from tenfold_slak.layer import LargeKernel, merge_large_kernels
-from tenfold_slak.masks import bernoulli_masks, erk_densities, maskable_parameters, snip_densities, snip_scores, without_dense
+from tenfold_slak.masks import (
+    bernoulli_masks,
+    erk_densities,
+    maskable_parameters,
+    snip_densities,
+    snip_scores,
+    without_dense,
+)
 from tenfold_slak.models.slak import Block, SLaK
 from tenfold_slak.optim import cosine_schedule, layer_id, parameter_groups
 from tenfold_slak.sparse import CosinePruneRate, DynamicSparseTraining
@@ -111,7 +119,6 @@ def check_model(fixture: Fixture) -> None:
     model = network(fixture.cfg)
     model.load_state_dict(fixture.group("state/"))
     x, y = fixture["in/x"], fixture["in/y"]
-    outputs = fixture.group("out/")
     model.eval()
     ours = {"eval_logits": model(x)}
     ours["eval_features"] = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -150,7 +157,7 @@ def check_dst(fixture: Fixture) -> None:
     )  # fmt: skip
     ema = SparseEMA(model, cfg["ema_decay"])
     losses, rates = [], []
-    for step in range(1, len(xs)):  # noqa: B007 - read by the draws
+    for step in range(1, len(xs)):
         loss = F.cross_entropy(model.train()(xs[step]), ys[step])
         loss.backward()
         optimizer.step()

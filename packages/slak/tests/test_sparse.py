@@ -1,4 +1,4 @@
-"""Masks, their movement, averages, schedules: against loops, and under accumulation, autocast, resume and two processes."""
+"""Masks, their movement, averages, schedules: by loops, and under accumulation, autocast, resume, two processes."""
 
 import copy
 import math
@@ -12,14 +12,22 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from tenfold_slak.ema import SparseEMA
 from tenfold_slak.masks import (
-    bare_name, erk_densities, initial_masks, maskable_parameters, snip_densities, snip_keep, snip_scores, without_dense,
+    bare_name,
+    erk_densities,
+    initial_masks,
+    maskable_parameters,
+    snip_densities,
+    snip_keep,
+    snip_scores,
+    without_dense,
 )  # fmt: skip
 from tenfold_slak.models.slak import SLaK
 from tenfold_slak.optim import cosine_schedule, parameter_groups, stage_id
 from tenfold_slak.sparse import CosinePruneRate, DynamicSparseTraining, grow_by_score, grow_random, prune
-from torch import Tensor, nn
 
 
 def network() -> nn.Module:
@@ -34,7 +42,9 @@ def batch(seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 2, 4, 4, generator=generator), torch.randint(3, (size,), generator=generator)
 
 
-def training(model: nn.Module, growth: str = "random", frequency: int = 2, optimizer=None, **more) -> DynamicSparseTraining:
+def training(
+    model: nn.Module, growth: str = "random", frequency: int = 2, optimizer=None, **more
+) -> DynamicSparseTraining:
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), 1e-2)
     masks = initial_masks(model, 0.5, "uniform")
     return DynamicSparseTraining(model, masks, optimizer, CosinePruneRate(0.4, 40), frequency, growth, **more)
@@ -121,7 +131,9 @@ def test_snip_by_definition() -> None:
 
 @pytest.mark.parametrize("init", ["snip", "snip_exact", "erk", "uniform"])
 def test_initial_masks_have_the_density(init: str) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 200), nn.ReLU(), nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 3))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(32, 200), nn.ReLU(), nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 3)
+    )
     masks = initial_masks(model, 0.6, init, batch())
     kept = sum(float(m.sum()) for m in masks.values())
     kept += sum(p.numel() for n, p in maskable_parameters(model).items() if n not in masks)

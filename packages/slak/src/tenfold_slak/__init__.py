@@ -1,7 +1,8 @@
 """SLaK: convolutional networks with kernels beyond 51x51, by decomposition and dynamic sparsity.
 
 Importing the package stays cheap: everything below is imported when first used. After it, `timm.create_model` knows the
-networks (`slak_tiny`, `slak_small`, `slak_base` and the ablations), whether timm was imported before or is imported later.
+networks (`slak_tiny`, `slak_small`, `slak_base` and the ablations), whether timm was imported before or is imported
+later.
 """
 
 import importlib

@@ -35,13 +35,14 @@ def read_official(file: Path | str, weights: str | None = None) -> State:
     Raises:
         CheckpointError: the file is damaged, or holds no weights of that name.
         FileNotFoundError: there is no such file.
+
     """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load_file  # noqa: PLC0415 - only for this kind of file
 
             content: Any = load_file(path)
         else:
@@ -58,6 +59,7 @@ def bare_state(content: Any, weights: str | None = None) -> State:
 
     Raises:
         CheckpointError: there is none, or not under `weights`.
+
     """
     if not isinstance(content, Mapping):
         raise CheckpointError(f"a checkpoint is a dictionary; this one holds {type(content).__name__}")
@@ -73,12 +75,16 @@ def bare_state(content: Any, weights: str | None = None) -> State:
     state = {}
     for name, value in content.items():
         if isinstance(value, Tensor):
-            while name.startswith(_PREFIXES):
-                name = name.split(".", 1)[1]
-            state[name] = value
+            state[_without_prefixes(name)] = value
     if not state:
         raise CheckpointError("the checkpoint holds no tensors")
     return state
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
 
 
 def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -86,6 +92,7 @@ def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the keys are not SLaK's.
+
     """
     blocks = [match for match in (re.match(r"stages\.(\d)\.(\d+)\.", name) for name in state) if match]
     needed = ["downsample_layers.0.0.weight", *(f"downsample_layers.{i}.1.weight" for i in (1, 2, 3))]
@@ -133,6 +140,7 @@ def load_official_checkpoint(
     Raises:
         CheckpointError: keys are missing, left over or of another shape; they are listed.
         FileNotFoundError: there is no such file.
+
     """
     state = read_official(source, weights) if isinstance(source, str | Path) else bare_state(source, weights)
     state = {name: value for name, value in state.items() if not re.match(r"norm\d\.", name)}
@@ -185,7 +193,9 @@ def to_convnext(model: SLaK) -> State:
             merged[name] = value.detach().clone()
     for stage_index, stage in enumerate(model.stages):
         for index, block in enumerate(stage):
-            layer = block.large_kernel if isinstance(block.large_kernel, MergedOne) else block.large_kernel.merged("one")
+            layer = (
+                block.large_kernel if isinstance(block.large_kernel, MergedOne) else block.large_kernel.merged("one")
+            )
             prefix = f"stages.{stage_index}.{index}.dwconv."
             merged[prefix + "weight"] = layer.lkb_reparam.weight.detach().clone()
             merged[prefix + "bias"] = layer.lkb_reparam.bias.detach().clone()
@@ -195,10 +205,12 @@ def to_convnext(model: SLaK) -> State:
 def from_convnext(state: Mapping[str, Tensor]) -> SLaK:
     """A network in ConvNeXt mode with a plain ConvNeXt's weights (released ConvNeXt names), for inference and training.
 
-    The batch norms start as identities that carry the depthwise bias: mean 0, variance 1 - eps, so that the scale is one.
+    The batch norms start as identities that carry the depthwise bias: mean 0, variance 1 - eps, so that the scale is
+    one.
 
     Raises:
         CheckpointError: a key is missing or left over.
+
     """
     converted: State = {}
     for name, value in state.items():

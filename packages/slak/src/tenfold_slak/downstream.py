@@ -21,6 +21,7 @@ class SLaKBackbone(nn.Module):
         body: a network; its own last norm and head are not used.
         masks: by parameter name; kept fixed and applied to the weights before each forward, as in the paper's
             fine-tuning.
+
     """
 
     def __init__(self, body: SLaK, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -56,6 +57,7 @@ class SLaKBackbone(nn.Module):
 
         Raises:
             CheckpointError: keys do not fit, they are listed.
+
         """
         state = read_official(source) if isinstance(source, str | Path) else bare_state(source)
         own = self.state_dict()
@@ -88,6 +90,7 @@ class UPerHead(nn.Module):
         channels: of the pyramid; the paper uses 512.
         pools: grid sizes of the pyramid pooling.
         dropout: before the classifier, whole channels.
+
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class UPerNet(nn.Module):
         auxiliary_channels: of the other.
         auxiliary_weight: of its loss.
         ignore_index: label that counts nowhere.
+
     """
 
     def __init__(
@@ -165,6 +169,7 @@ class UPerNet(nn.Module):
         Args:
             x: images.
             labels: (B, H, W) integers, `ignore_index` where nothing is known.
+
         """
         maps = list(self.backbone(x).values())
         main = _resize(self.decode_head(maps), x.shape[2:])
@@ -196,7 +201,7 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def _fpn(backbone: SLaKBackbone, channels: int) -> nn.Module:
-    from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+    from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool  # noqa: PLC0415
 
     class WithFPN(nn.Module):
         """Five levels, as torchvision's detectors take them."""
@@ -213,28 +218,30 @@ def _fpn(backbone: SLaKBackbone, channels: int) -> nn.Module:
 
 
 def faster_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
-    """torchvision's Faster R-CNN on a five-level pyramid of the backbone (PASCAL VOC).
+    """Torchvision's Faster R-CNN on a five-level pyramid of the backbone (PASCAL VOC).
 
     Args:
         backbone: see `SLaKBackbone`.
         num_classes: with the background.
         channels: of the pyramid.
         options: of `torchvision.models.detection.FasterRCNN`.
+
     """
-    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection import FasterRCNN  # noqa: PLC0415
 
     return FasterRCNN(_fpn(backbone, channels), num_classes, **options)
 
 
 def mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
-    """torchvision's Mask R-CNN on a five-level pyramid of the backbone (COCO); it has one box stage, the paper three.
+    """Torchvision's Mask R-CNN on a five-level pyramid of the backbone (COCO); it has one box stage, the paper three.
 
     Args:
         backbone: see `SLaKBackbone`.
         num_classes: with the background.
         channels: of the pyramid.
         options: of `torchvision.models.detection.MaskRCNN`.
+
     """
-    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection import MaskRCNN  # noqa: PLC0415
 
     return MaskRCNN(_fpn(backbone, channels), num_classes, **options)

@@ -11,13 +11,14 @@ from tenfold_slak.masks import Masks, bare_name
 class SparseEMA:
     """A moving average that follows the masks.
 
-    Dense entries: `e = d e + (1 - d) w`. Masked tensors: `e = mask (d e + (1 - d) w) + d w [mask = 1 and e = 0]`, so that
-    a pruned entry is zero at once and a newly grown one takes the full current weight. Buffers are averaged likewise;
-    integer ones are copied.
+    Dense entries: `e = d e + (1 - d) w`. Masked tensors: `e = mask (d e + (1 - d) w) + d w [mask = 1 and e = 0]`, so
+    that a pruned entry is zero at once and a newly grown one takes the full current weight. Buffers are averaged
+    likewise; integer ones are copied.
 
     Args:
         model: the model to follow; `module` is its averaged copy, in eval mode.
         decay: d, in [0, 1).
+
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:

@@ -39,6 +39,7 @@ def contribution_maps(
 
     Raises:
         ValueError: the features are not maps.
+
     """
     images = images.detach().requires_grad_()
     with torch.enable_grad():
@@ -91,6 +92,7 @@ def effective_receptive_field(
 
     Raises:
         ValueError: no image, or none with a finite map.
+
     """
     training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
@@ -113,7 +115,7 @@ def effective_receptive_field(
 
 def plot(fields: dict[str, ReceptiveField], path: Path | str) -> None:
     """Draw the mean maps side by side, each over its own maximum as in the paper's figure; needs matplotlib."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(3 * len(fields), 3.4), layout="constrained")
     for axes, (title, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items(), strict=True):

@@ -22,13 +22,16 @@ def export_program(model: nn.Module, example: Tensor, form: Form | None = "two")
         model: left as it is; a merged copy is exported.
         example: images (at least 2) of the size to export for.
         form: of the merge; None leaves the branches and their norms.
+
     """
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         return torch.export.export(_merged_copy(model, form), (example,), dynamic_shapes=({0: batch},))
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: Path | str, form: Form | None = "two", opset: int = 18) -> float:
+def export_onnx(
+    model: nn.Module, example: Tensor, path: Path | str, form: Form | None = "two", opset: int = 18
+) -> float:
     """Write the merged network as ONNX, free in the batch size.
 
     Args:
@@ -40,6 +43,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str, form: Form 
 
     Returns:
         The largest difference between the outputs of the exported copy and of the model on the example.
+
     """
     twin = _merged_copy(model, form)
     was_training = model.training

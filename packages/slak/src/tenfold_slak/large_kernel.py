@@ -27,9 +27,9 @@ def large_kernel_dwconv(
 ) -> Float[Tensor, "batch channels height width"]:
     """Depthwise cross-correlation, stride 1, zero padding (kh // 2, kw // 2): the output has the size of the input.
 
-    `y[b,c,h,w] = sum_ij weight[c,0,i,j] x[b,c,h+i-kh//2,w+j-kw//2] (+ bias[c])`, exact for any odd kernel, also one that
-    is larger than the map. Differentiable in x, weight and bias. Under autocast it computes in autocast's dtype, as
-    `conv2d` does; products are accumulated in float32 or better.
+    `y[b,c,h,w] = sum_ij weight[c,0,i,j] x[b,c,h+i-kh//2,w+j-kw//2] (+ bias[c])`, exact for any odd kernel, also one
+    that is larger than the map. Differentiable in x, weight and bias. Under autocast it computes in autocast's dtype,
+    as `conv2d` does; products are accumulated in float32 or better.
 
     The result of a wide kernel may be a transposed view.
 
@@ -44,6 +44,7 @@ def large_kernel_dwconv(
     Raises:
         ValueError: an even kernel, a weight that does not fit x, an unknown backend or one that cannot serve x.
         TypeError: x and weight differ in dtype (outside autocast).
+
     """
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -97,7 +98,9 @@ class _LargeKernel(torch.autograd.Function):
             grad_weight = ctx.module.kernel_gradient(x, grad, (kernel.shape[2], kernel.shape[3]))
             grad_weight = grad_weight.transpose(2, 3) if wide else grad_weight
             # The cut taps met nothing but padding, so their gradient is exactly zero.
-            rows, columns = ((whole - cut) // 2 for whole, cut in zip(weight.shape[2:], grad_weight.shape[2:], strict=True))
+            rows, columns = (
+                (whole - cut) // 2 for whole, cut in zip(weight.shape[2:], grad_weight.shape[2:], strict=True)
+            )
             grad_weight = F.pad(grad_weight, (columns, columns, rows, rows))
         return grad_x, grad_weight, grad_bias, None
 
@@ -114,9 +117,13 @@ def _crop(weight: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor) -> None:
     if weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
-        raise ValueError(f"a depthwise weight for {x.shape[1]} channels has shape (C, 1, kh, kw); got {tuple(weight.shape)}")
+        raise ValueError(
+            f"a depthwise weight for {x.shape[1]} channels has shape (C, 1, kh, kw); got {tuple(weight.shape)}"
+        )
     if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
-        raise ValueError(f"large kernels must have odd sizes, so that they have a centre; got {tuple(weight.shape[2:])}")
+        raise ValueError(
+            f"large kernels must have odd sizes, so that they have a centre; got {tuple(weight.shape[2:])}"
+        )
     if x.dtype != weight.dtype:
         raise TypeError(f"maps are {x.dtype} but the kernel is {weight.dtype}: convert one, or use torch.autocast")
 
@@ -160,6 +167,7 @@ def tune(
 
     Returns:
         The name of the fastest backend.
+
     """
     key = _key(x, weight)
     train = key[4]

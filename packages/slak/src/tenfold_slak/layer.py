@@ -17,6 +17,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     Raises:
         ValueError: a kernel size that is even or not positive.
+
     """
 
     def __init__(self, channels: int, kernel_size: tuple[int, int], backend: str = "auto") -> None:
@@ -26,7 +27,9 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, padding=padding, groups=channels, bias=False)
         self.backend = backend
 
-    def forward(self, input: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+    def forward(
+        self, input: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """`large_kernel_dwconv` with this kernel."""
         return large_kernel_dwconv(input, self.weight, self.backend)
 
@@ -47,7 +50,7 @@ class Branch(nn.Module):
     def folded(self) -> tuple[Float[Tensor, "channels 1 kh kw"], Float[Tensor, " channels"]]:
         """Kernel and bias with the batch norm's running statistics folded in: `s K` and `beta - mean s`,
         `s = gamma / sqrt(var + eps)` (section 2.2). Differentiable.
-        """  # noqa: D209
+        """
         kernel = self.conv.weight
         if self.bn is None:
             return kernel, kernel.new_zeros(kernel.shape[0])
@@ -75,6 +78,7 @@ class LargeKernel(nn.Module):
 
     Raises:
         ValueError: an even size, or a decomposed kernel smaller than its short side.
+
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class LargeKernel(nn.Module):
         if self.decomposed:
             tall, wide, bias = self.folded_two()
             y = large_kernel_dwconv(x, tall, self.LoRA1.conv.backend, bias)
-            return y + large_kernel_dwconv(x, wide, self.LoRA2.conv.backend)
+            return y.add_(large_kernel_dwconv(x, wide, self.LoRA2.conv.backend))
         kernel, bias = self.folded_one()
         return large_kernel_dwconv(x, kernel, self.lkb_origin.conv.backend, bias)
 
@@ -142,6 +146,7 @@ class LargeKernel(nn.Module):
         Args:
             form: `two` keeps a tall and a wide kernel (fast on CPUs), `one` sums them into a cross-shaped M x M kernel
                 (the released `lkb_reparam`). A layer that is not decomposed has only the second.
+
         """
         if form == "two" and self.decomposed:
             return MergedTwo(*self.folded_two(), backend=self.LoRA1.conv.backend)
@@ -160,7 +165,7 @@ class MergedTwo(nn.Module):
         """Two convolutions and their sum."""
         x = x.contiguous()
         y = large_kernel_dwconv(x, self.tall, self.backend, self.bias)
-        return y + large_kernel_dwconv(x, self.wide, self.backend)
+        return y.add_(large_kernel_dwconv(x, self.wide, self.backend))
 
 
 class MergedOne(nn.Module):

@@ -23,7 +23,7 @@ def count_parameters(model: nn.Module) -> Counts:
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: int = 3) -> Counts:
-    """Multiply-adds of one image (one multiply-add counts 1): weights x output positions of every convolution and Linear.
+    """Multiply-adds of one image, each counted 1: weights x output positions of every convolution and Linear.
 
     Norms, activations and biases are not counted, nor is padding excluded, as in the paper's table. Linears inside
     blocks act at every position of the map. Shapes are found on the meta device, so nothing is computed.
@@ -35,6 +35,7 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] = 224, in_cha
 
     Returns:
         The dense count, and the count over weights that are not zero.
+
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     positions = _positions(model, (1, in_chans, height, width))

@@ -32,6 +32,7 @@ def maskable_parameters(model: nn.Module, only_large_kernels: bool = False) -> d
 
     Raises:
         ValueError: there is none.
+
     """
     found = {
         bare_name(name): parameter
@@ -49,6 +50,7 @@ def check_sparsity(sparsity: float) -> float:
 
     Raises:
         ValueError: the sparsity is not in [0, 1).
+
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share of weights that are zero, in [0, 1); got {sparsity}")
@@ -67,6 +69,7 @@ def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float
 
     Returns:
         One density a shape, in (0, 1].
+
     """
     sizes = [float(torch.Size(shape).numel()) for shape in shapes]
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
@@ -97,6 +100,7 @@ def snip_scores(
         targets: whatever `loss` takes; hard labels for the cross-entropy.
         loss: of the model's output and the targets, a scalar.
         names: the maskable parameters; all by default.
+
     """
     twin = copy.deepcopy(model).train()
     parameters = maskable_parameters(twin)
@@ -161,6 +165,7 @@ def initial_masks(
 
     Raises:
         ValueError: sparsity outside [0, 1), an unknown `init`, or SNIP without a batch.
+
     """
     density = check_sparsity(sparsity)
     parameters = maskable_parameters(model, only_large_kernels)

@@ -30,6 +30,7 @@ def cosine_schedule(
 
     Raises:
         ValueError: the warmup is longer than the whole schedule.
+
     """
     total = epochs * iters_per_epoch
     warmup = warmup_steps if warmup_steps > 0 else warmup_epochs * iters_per_epoch
@@ -44,8 +45,8 @@ def cosine_schedule(
 def layer_id(name: str) -> int:
     """Layer of a parameter for layer-wise decay: 0 for the stem to 13 for the last norm and the head.
 
-    Stages 0, 1 are layers 1, 2 and the downsampling after each is one higher; three blocks of stage 2 share a layer from
-    3 on; stage 3 and the downsampling before it are layer 12.
+    Stages 0, 1 are layers 1, 2 and the downsampling after each is one higher; three blocks of stage 2 share a layer
+    from 3 on; stage 3 and the downsampling before it are layer 12.
     """
     name = bare_name(name)
     if match := re.match(r"downsample_layers\.(\d+)", name):
@@ -94,6 +95,7 @@ def parameter_groups(
         layer_decay: factor from a layer to the one below it; 1 for the same rate everywhere.
         to_id: a parameter's layer, from 0 to `last_id`.
         last_id: the head's layer.
+
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

@@ -15,9 +15,7 @@ from tenfold_slak.masks import Masks, maskable_parameters
 Growth = Literal["random", "random_exact", "gradient", "momentum"]
 
 
-def prune(
-    weight: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], rate: float
-) -> Bool[Tensor, "*shape"]:
+def prune(weight: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], rate: float) -> Bool[Tensor, "*shape"]:
     """The mask without its share `rate` of smallest weights.
 
     With n active weights, the `ceil((numel - n) + ceil(rate n))` positions of smallest |w| go; masked weights are zero,
@@ -53,8 +51,8 @@ def grow_by_score(
 class CosinePruneRate:
     """The share of active weights that an update replaces, decaying by a cosine from its start to 0.005.
 
-    `p(t) = eta_min + (start - eta_min)(1 + cos(pi t / T)) / 2`, by the recursion of PyTorch's `CosineAnnealingLR`, which
-    also says how it goes on past T. It is advanced once an optimiser step, before it is used.
+    `p(t) = eta_min + (start - eta_min)(1 + cos(pi t / T)) / 2`, by the recursion of PyTorch's `CosineAnnealingLR`,
+    which also says how it goes on past T. It is advanced once an optimiser step, before it is used.
 
     Args:
         start: the first rate, in [0, 1].
@@ -63,6 +61,7 @@ class CosinePruneRate:
 
     Raises:
         ValueError: a rate outside [0, 1] or a T below 1.
+
     """
 
     def __init__(self, start: float, total_steps: int, eta_min: float = 0.005) -> None:
@@ -92,9 +91,9 @@ class DynamicSparseTraining:
     Call `step` once after each *optimiser* step (after gradient accumulation, after `GradScaler.step`) and before
     `zero_grad`; growth by gradient reads the accumulated gradients. Under autocast nothing else changes.
 
-    Masks are keyed by bare parameter name, so a model may be wrapped by `DistributedDataParallel` before or after. Random
-    draws depend on (seed, step, layer) alone: a resumed run continues with the same ones. With a process group, rank 0's
-    masks are sent to all ranks at the start and after each change.
+    Masks are keyed by bare parameter name, so a model may be wrapped by `DistributedDataParallel` before or after.
+    Random draws depend on (seed, step, layer) alone: a resumed run continues with the same ones. With a process group,
+    rank 0's masks are sent to all ranks at the start and after each change.
 
     Args:
         model: any module.
@@ -109,6 +108,7 @@ class DynamicSparseTraining:
 
     Raises:
         ValueError: a mask that has no parameter or another shape, an unknown growth.
+
     """
 
     def __init__(
@@ -231,6 +231,7 @@ class DynamicSparseTraining:
 
         Raises:
             ValueError: a mask that does not fit the model.
+
         """
         self._take(state["masks"])
         self.steps, self.seed = state["steps"], state["seed"]

@@ -1,7 +1,7 @@
 """Convolution as a batch of matrix products: the tensor-core form.
 
-For one channel, shifting the map by every column offset j of the kernel stacks kw maps into a (kw*H) x (B*W) matrix; the
-long axis becomes a Toeplitz matrix of H x (kw*H). It needs kw*H multiply-adds an output where the direct form needs
+For one channel, shifting the map by every column offset j of the kernel stacks kw maps into a (kw*H) x (B*W) matrix;
+the long axis becomes a Toeplitz matrix of H x (kw*H). It needs kw*H multiply-adds an output where the direct form needs
 kw*kh, so fewer once the kernel is longer than the map.
 """
 
@@ -28,13 +28,11 @@ def toeplitz_matrices(
     return windows.flip(2).transpose(1, 2)  # output h reads the window that starts at height - 1 - h
 
 
-def diagonal_sums(
-    products: Float[Tensor, "*leading height height"], taps: int
-) -> Float[Tensor, "*leading {taps}"]:
+def diagonal_sums(products: Float[Tensor, "*leading height height"], taps: int) -> Float[Tensor, "*leading {taps}"]:
     """`s[i] = sum_h products[h, h+i-taps//2]`: the adjoint of building a Toeplitz matrix. `taps` is odd.
 
-    Rows are padded to 2*height - 1 entries and the whole re-read with rows one entry longer: each row moves one place to
-    the left of the one before, which puts every diagonal into a column.
+    Rows are padded to 2*height - 1 entries and the whole re-read with rows one entry longer: each row moves one place
+    to the left of the one before, which puts every diagonal into a column.
     """
     height = products.shape[-1]
     skewed = F.pad(F.pad(products, (height - 1, 0)).flatten(-2), (0, height)).unflatten(-1, (height, 2 * height))

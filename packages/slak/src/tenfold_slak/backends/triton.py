@@ -2,9 +2,9 @@
 
 One program owns a channel, a block of output rows and a block of columns of the map, the columns of all images laid end
 to end (so a 7 x 7 map fills a tile as well as a 56 x 56 one). For each column tap j it builds the Toeplitz block
-`T[h,g] = weight[g-h+kh//2, j]` from the taps in cache, loads the shifted columns of the map, and multiplies. Only blocks
-that the kernel reaches are visited. Accumulation is in float32 (float64 for float64 input). Nothing depends on the order
-of programs: the weight gradient writes partial sums which are added in a fixed order.
+`T[h,g] = weight[g-h+kh//2, j]` from the taps in cache, loads the shifted columns of the map, and multiplies. Only
+blocks that the kernel reaches are visited. Accumulation is in float32 (float64 for float64 input). Nothing depends on
+the order of programs: the weight gradient writes partial sums which are added in a fixed order.
 """
 
 import os
@@ -76,7 +76,9 @@ def _correlate_kernel(
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + channel).to(ACCUMULATOR)
     pointers = y_ptr + channel * y_channel + rows[:, None] * y_row + (image * y_batch + w * y_column)[None, :]
-    tl.store(pointers, accumulator.to(y_ptr.dtype.element_ty), mask=(rows < height)[:, None] & (column < columns)[None, :])
+    tl.store(
+        pointers, accumulator.to(y_ptr.dtype.element_ty), mask=(rows < height)[:, None] & (column < columns)[None, :]
+    )
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from tenfold_slak.models.slak import VARIANTS, SLaK
 
 
 def _cfg(**more: Any) -> dict[str, Any]:
-    """Evaluation settings of the paper: 224 pixels, bicubic, crop 0.875; weights come from `load_official_checkpoint`."""
+    """Evaluation settings of the paper: 224 pixels, bicubic, crop 0.875. Weights: `load_official_checkpoint`."""
     return {
         "url": "",
         "num_classes": 1000,

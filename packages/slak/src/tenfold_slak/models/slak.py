@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ SPARSE_WIDTH = 1.3
 class ChannelsFirstLayerNorm(nn.LayerNorm):
     """Layer norm over the channels at every position of (B, C, H, W) maps."""
 
-    def forward(self, input: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+    def forward(
+        self, input: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Normalise over axis 1, with the biased variance."""
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -84,6 +87,7 @@ class SLaK(nn.Module):
 
     Raises:
         ValueError: four depths, widths and kernels are not given; a kernel is even or smaller than the small one.
+
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class SLaK(nn.Module):
         ]
         stem = nn.Sequential(nn.Conv2d(in_chans, widths[0], 4, 4), ChannelsFirstLayerNorm(widths[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             norm = ChannelsFirstLayerNorm(before, eps=1e-6)
             self.downsample_layers.append(nn.Sequential(norm, nn.Conv2d(before, after, 2, 2)))
 
@@ -141,24 +145,26 @@ class SLaK(nn.Module):
         """Class scores of images of at least 32 x 32 pixels (each stage needs at least one position)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Float[Tensor, "batch in_channels height width"]) -> Float[Tensor, "batch features h w"]:
+    def forward_features(
+        self, x: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch features h w"]:
         """The map after the last stage, 1/32 of the image's size.
 
         Raises:
             ValueError: the image is smaller than one position of the last stage.
+
         """
         return self._stages(x)[-1]
 
-    def forward_head(self, x: Float[Tensor, "batch features h w"], pre_logits: bool = False) -> Float[Tensor, "batch *rest"]:
+    def forward_head(
+        self, x: Float[Tensor, "batch features h w"], pre_logits: bool = False
+    ) -> Float[Tensor, "batch *rest"]:
         """Global mean, layer norm, dropout, head."""
-        if self.global_pool:
-            x = self.norm(x.mean((2, 3)))
-        else:
-            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.norm(x.mean((2, 3)) if self.global_pool else x.permute(0, 2, 3, 1))
         x = F.dropout(x, self.drop_rate, self.training)
-        if pre_logits or isinstance(self.head, nn.Identity):
-            return x
-        return self.head(x) if self.global_pool else self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if not pre_logits:
+            x = self.head(x)
+        return x if self.global_pool else x.permute(0, 3, 1, 2)
 
     def _stages(self, x: Tensor, last: int = 3) -> list[Tensor]:
         minimum = 4 * 2**last
@@ -297,6 +303,7 @@ def create(name: str, **overrides: Any) -> SLaK:
 
     Raises:
         ValueError: the name is unknown.
+
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown SLaK variant {name!r}: choose one of {', '.join(VARIANTS)}")
