@@ -192,13 +192,12 @@ def to_convnext(model: SLaK) -> State:
         if ".large_kernel." not in name:
             merged[name] = value.detach().clone()
     for stage_index, stage in enumerate(model.stages):
-        for index, block in enumerate(stage):
-            layer = (
-                block.large_kernel if isinstance(block.large_kernel, MergedOne) else block.large_kernel.merged("one")
-            )
+        for index, block in enumerate(stage.children()):
+            layer: Any = block.large_kernel
+            kernel = (layer if isinstance(layer, MergedOne) else layer.merged("one")).lkb_reparam
             prefix = f"stages.{stage_index}.{index}.dwconv."
-            merged[prefix + "weight"] = layer.lkb_reparam.weight.detach().clone()
-            merged[prefix + "bias"] = layer.lkb_reparam.bias.detach().clone()
+            merged[prefix + "weight"] = kernel.weight.detach().clone()
+            merged[prefix + "bias"] = kernel.bias.detach().clone()
     return merged
 
 

@@ -54,8 +54,9 @@ class Branch(nn.Module):
         kernel = self.conv.weight
         if self.bn is None:
             return kernel, kernel.new_zeros(kernel.shape[0])
-        scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
-        return kernel * scale.view(-1, 1, 1, 1), self.bn.bias - self.bn.running_mean * scale
+        mean, variance = self.bn.get_buffer("running_mean"), self.bn.get_buffer("running_var")
+        scale = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
+        return kernel * scale.view(-1, 1, 1, 1), self.bn.bias - mean * scale
 
 
 class LargeKernel(nn.Module):
@@ -109,7 +110,7 @@ class LargeKernel(nn.Module):
         """The sum of the branches."""
         x = x.contiguous()
         if self.training:
-            first, *rest = (branch(x) for branch in self.children())
+            first, *rest = (branch(x) for branch in self._branches())
             for y in rest:
                 first = first + y
             return first
@@ -119,6 +120,9 @@ class LargeKernel(nn.Module):
             return y.add_(large_kernel_dwconv(x, wide, self.LoRA2.conv.backend))
         kernel, bias = self.folded_one()
         return large_kernel_dwconv(x, kernel, self.lkb_origin.conv.backend, bias)
+
+    def _branches(self) -> list[Branch]:
+        return [module for module in self.children() if isinstance(module, Branch)]
 
     def folded_two(
         self,
@@ -134,7 +138,7 @@ class LargeKernel(nn.Module):
 
     def folded_one(self) -> tuple[Float[Tensor, "channels 1 m m"], Float[Tensor, " channels"]]:
         """One-kernel form: the sum of all folded kernels in the centre of an M x M one, and the bias."""
-        folded = [branch.folded() for branch in self.children()]
+        folded = [branch.folded() for branch in self._branches()]
         square = (self.kernel_size, self.kernel_size)
         kernel = sum((_centred(kernel, square) for kernel, _ in folded[1:]), _centred(folded[0][0], square))
         return kernel, sum((bias for _, bias in folded[1:]), folded[0][1])
@@ -150,7 +154,7 @@ class LargeKernel(nn.Module):
         """
         if form == "two" and self.decomposed:
             return MergedTwo(*self.folded_two(), backend=self.LoRA1.conv.backend)
-        return MergedOne(*self.folded_one(), backend=next(self.children()).conv.backend)  # type: ignore[union-attr, arg-type]
+        return MergedOne(*self.folded_one(), backend=self._branches()[0].conv.backend)
 
 
 class MergedTwo(nn.Module):
@@ -173,9 +177,9 @@ class MergedOne(nn.Module):
 
     def __init__(self, kernel: Tensor, bias: Tensor, backend: str = "auto") -> None:
         super().__init__()
-        channels, _, *size = kernel.shape
-        padding = (size[0] // 2, size[1] // 2)
-        self.lkb_reparam = nn.Conv2d(channels, channels, tuple(size), padding=padding, groups=channels, device="meta")
+        channels, _, kh, kw = kernel.shape
+        padding = (kh // 2, kw // 2)
+        self.lkb_reparam = nn.Conv2d(channels, channels, (kh, kw), padding=padding, groups=channels, device="meta")
         self.lkb_reparam.weight, self.lkb_reparam.bias = nn.Parameter(kernel), nn.Parameter(bias)
         self.backend = backend
 

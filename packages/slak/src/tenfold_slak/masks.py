@@ -106,9 +106,10 @@ def snip_scores(
     parameters = maskable_parameters(twin)
     parameters = {name: parameters[name] for name in (parameters if names is None else names)}
     with torch.enable_grad():
-        gradients = torch.autograd.grad(loss(twin(images), targets), list(parameters.values()), allow_unused=True)
+        scalar = loss(twin(images), targets)
+        gradients = torch.autograd.grad(scalar, list(parameters.values()), materialize_grads=True)
     return {
-        name: torch.zeros_like(weight) if gradient is None else (weight.detach() * gradient).abs()
+        name: (weight.detach() * gradient).abs()
         for (name, weight), gradient in zip(parameters.items(), gradients, strict=True)
     }
 

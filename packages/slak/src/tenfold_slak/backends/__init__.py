@@ -6,8 +6,8 @@ A backend sees *tall* kernels only (height >= width, both odd, height <= 2H - 1)
 - `kernel_gradient(x, grad, kernel_size)`: the gradient of `sum(grad * y)` with respect to `weight`
 
 The gradient with respect to x needs no third function: it is `correlate` of the output gradient with the flipped
-kernel. `supports(x, kernel_size)` says whether the backend can serve this input; `WANTS_CONTIGUOUS` that it would copy
-a transposed map, so that the caller does it once.
+kernel. `conv2d` has its own gradients and no `kernel_gradient`. `supports(x, kernel_size)` says whether the backend can
+serve this input; `WANTS_CONTIGUOUS` that it would copy a transposed map, so that the caller does it once.
 """
 
 import importlib

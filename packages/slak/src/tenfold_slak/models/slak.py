@@ -133,7 +133,7 @@ class SLaK(nn.Module):
                 blocks.append(Block(width, layer, next(rates), layer_scale_init))
             self.stages.append(nn.Sequential(*blocks))
 
-        self.norm = nn.LayerNorm(widths[-1], eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(widths[-1], eps=1e-6)
         self.head = nn.Linear(widths[-1], num_classes) if num_classes > 0 else nn.Identity()
         self.apply(_initialise)
         if isinstance(self.head, nn.Linear):
@@ -173,7 +173,7 @@ class SLaK(nn.Module):
         maps = []
         for downsample, stage in zip(self.downsample_layers[: last + 1], self.stages[: last + 1], strict=False):
             x = downsample(x)
-            for block in stage:
+            for block in stage.children():
                 recompute = self.grad_checkpointing and self.training
                 x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             maps.append(x)
