@@ -8,8 +8,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _ENTRYPOINTS = "tenfold_slak.models.entrypoints"
 
@@ -21,7 +21,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.loader: importlib.abc.Loader | None = None
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "timm":
             return None

@@ -194,7 +194,7 @@ def to_convnext(model: SLaK) -> State:
     for stage_index, stage in enumerate(model.stages):
         for index, block in enumerate(stage.children()):
             layer: Any = block.large_kernel
-            kernel = (layer if isinstance(layer, MergedOne) else layer.merged("one")).lkb_reparam
+            kernel: Any = (layer if isinstance(layer, MergedOne) else layer.merged("one")).lkb_reparam
             prefix = f"stages.{stage_index}.{index}.dwconv."
             merged[prefix + "weight"] = kernel.weight.detach().clone()
             merged[prefix + "bias"] = kernel.bias.detach().clone()

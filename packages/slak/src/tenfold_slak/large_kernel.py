@@ -21,9 +21,9 @@ _tuned: dict[tuple, str] = {}
 
 def large_kernel_dwconv(
     x: Float[Tensor, "batch channels height width"],
-    weight: Float[Tensor, "channels 1 kh kw"],
+    weight: Float[Tensor, "kernels 1 kh kw"],
     backend: str = "auto",
-    bias: Float[Tensor, " channels"] | None = None,
+    bias: Float[Tensor, " kernels"] | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
     """Depthwise cross-correlation, stride 1, zero padding (kh // 2, kw // 2): the output has the size of the input.
 
@@ -35,7 +35,7 @@ def large_kernel_dwconv(
 
     Args:
         x: maps, any memory format.
-        weight: one kernel a channel, odd sizes.
+        weight: one kernel a channel (`kernels` equals `channels`), odd sizes.
         backend: `auto`, or one of `conv2d` (the framework's), `direct` (CPU), `toeplitz`, `fft`, `triton`. `auto` takes
             what `tune` measured for this shape; on a GPU it measures when first asked, elsewhere, and whenever
             deterministic algorithms are demanded, it follows a fixed rule.
