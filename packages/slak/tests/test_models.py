@@ -120,7 +120,7 @@ def test_initial_weights() -> None:
     assert float(model.head.weight.std()) == pytest.approx(0.01, rel=0.2)
     assert not model.stages[0][0].pwconv1.bias.any()
     assert model.stages[0][0].gamma.eq(1e-6).all()
-    assert SLaK(**TINY, layer_scale_init=0).stages[0][0].gamma is None
+    assert SLaK(**TINY, layer_scale_init=0.0).stages[0][0].gamma is None
 
 
 @settings(max_examples=15, deadline=None)

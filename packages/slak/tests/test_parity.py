@@ -70,12 +70,12 @@ def network(cfg: dict) -> SLaK:
         num_classes=cfg["num_classes"],
         depths=cfg["depths"],
         dims=cfg["dims"],
-        width_factor=cfg["width_factor"],
+        width_factor=float(cfg["width_factor"]),
         kernel_sizes=kernels,
         small_kernel=small,
         decomposed=cfg["Decom"],
         bn=cfg.get("bn", True),
-        layer_scale_init=cfg.get("layer_scale_init_value", 1e-6),
+        layer_scale_init=float(cfg.get("layer_scale_init_value", 1e-6)),
     ).double()
 
 
@@ -147,15 +147,15 @@ def check_dst(fixture: Fixture) -> None:
     masks = without_dense(bernoulli_masks(shapes, densities, lambda name, _: draws[name]))
     same_masks(masks, fixture.group("out/mask0/"), "mask0")
 
-    groups = parameter_groups(model, cfg["lr"], cfg["weight_decay"])
+    groups = parameter_groups(model, float(cfg["lr"]), float(cfg["weight_decay"]))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-    rate = CosinePruneRate(cfg["prune_rate"], cfg["T_max"], cfg["eta_min"])
+    rate = CosinePruneRate(float(cfg["prune_rate"]), cfg["T_max"], float(cfg["eta_min"]))
     step = 0
     sparse = DynamicSparseTraining(
         model, masks, optimizer, rate, cfg["update_frequency"], cfg["growth"],
         uniform=lambda name, _: fixture[f"in/grow_uniform/{step - 1}/{name}"],
     )  # fmt: skip
-    ema = SparseEMA(model, cfg["ema_decay"])
+    ema = SparseEMA(model, float(cfg["ema_decay"]))
     losses, rates = [], []
     for step in range(1, len(xs)):
         loss = F.cross_entropy(model.train()(xs[step]), ys[step])
@@ -187,13 +187,15 @@ def same_masks(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], w
 def check_schedules(fixture: Fixture) -> None:
     cfg = fixture.cfg
     for i, case in enumerate(cfg["cosine_cases"]):
-        close(cosine_schedule(*case), fixture[f"out/cosine{i}"], 1e-12, f"cosine case {case}")
+        base, final, epochs, iters, warmup, start, steps = case
+        ours = cosine_schedule(float(base), float(final), epochs, iters, warmup, float(start), steps)
+        close(ours, fixture[f"out/cosine{i}"], 1e-12, f"cosine case {case}")
     plain = cfg["prune_decay"]
-    decay = CosinePruneRate(plain["start"], plain["T_max"], plain["eta_min"])
+    decay = CosinePruneRate(float(plain["start"]), plain["T_max"], float(plain["eta_min"]))
     values = torch.tensor([decay.advance() for _ in range(plain["steps"])], dtype=torch.float64)
     close(values, fixture["out/prune_decay"], 1e-12, "prune rate")
     resumed = cfg["prune_decay_resumed"]
-    decay = CosinePruneRate(resumed["start"], resumed["T_max"], resumed.get("eta_min", 0.005))
+    decay = CosinePruneRate(float(resumed["start"]), resumed["T_max"], float(resumed.get("eta_min", 0.005)))
     decay.advance(resumed["init_step"])
     values = torch.tensor([decay.advance() for _ in range(resumed["steps"])], dtype=torch.float64)
     close(values, fixture["out/prune_decay_resumed"], 1e-12, "resumed prune rate")
@@ -202,7 +204,7 @@ def check_schedules(fixture: Fixture) -> None:
 
 
 def check_erk(fixture: Fixture) -> None:
-    densities = erk_densities(fixture.cfg["shapes"], fixture.cfg["density"])
+    densities = erk_densities(fixture.cfg["shapes"], float(fixture.cfg["density"]))
     close(torch.tensor(densities, dtype=torch.float64), fixture["out/densities"], 1e-10, "densities")
 
 
@@ -215,7 +217,7 @@ def check_erf(fixture: Fixture) -> None:
     close(mean, fixture["out/mean"], 1e-9, "mean")
     scaled = log_scaled(mean)
     close(scaled, fixture["out/log_scaled"], 1e-9, "log-scaled map")
-    rectangles = [rectangle(scaled, share) for share in fixture.cfg["thresholds"]]
+    rectangles = [rectangle(scaled, float(share)) for share in fixture.cfg["thresholds"]]
     close(torch.tensor(rectangles, dtype=torch.float64), fixture["out/rectangles"], 1e-9, "rectangles")
 
 

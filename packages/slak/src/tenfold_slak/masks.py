@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 Masks = dict[str, Bool[Tensor, "..."]]
-Init = Literal["snip", "snip_exact", "erk", "uniform", "resume"]
 
 #: Layers whose first mask is at least this dense lose the mask and stay dense.
 DENSE_FROM = 0.99
@@ -145,7 +143,7 @@ def without_dense(masks: Masks) -> Masks:
 def initial_masks(
     model: nn.Module,
     sparsity: float = 0.4,
-    init: Init = "snip",
+    init: str = "snip",
     batch: tuple[Tensor, Tensor] | None = None,
     only_large_kernels: bool = False,
     seed: int = 0,

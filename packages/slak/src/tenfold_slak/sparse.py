@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from tenfold_slak.masks import Masks, maskable_parameters
 
-Growth = Literal["random", "random_exact", "gradient", "momentum"]
+GROWTHS = ("random", "random_exact", "gradient", "momentum")
 
 
 def prune(weight: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], rate: float) -> Bool[Tensor, "*shape"]:
@@ -118,12 +118,12 @@ class DynamicSparseTraining:
         optimizer: Optimizer,
         prune_rate: CosinePruneRate,
         update_frequency: int = 100,
-        growth: Growth = "random",
+        growth: str = "random",
         seed: int = 0,
         uniform: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
-        if growth not in {"random", "random_exact", "gradient", "momentum"}:
-            raise ValueError(f"unknown growth {growth!r}: choose random, random_exact, gradient or momentum")
+        if growth not in GROWTHS:
+            raise ValueError(f"unknown growth {growth!r}: choose one of {', '.join(GROWTHS)}")
         if update_frequency < 0:
             raise ValueError(f"update_frequency counts optimiser steps, 0 for fixed masks; got {update_frequency}")
         self._all = maskable_parameters(model)
