@@ -121,6 +121,8 @@ def test_taps_that_meet_only_padding_get_no_gradient() -> None:
 def test_half_precision_accumulates_in_single(backend: str, dtype: torch.dtype) -> None:
     """Against float64 on the same rounded inputs; only the result's own rounding may show, not the sum over B*H*W."""
     needs(backend)
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly; test_on_the_gpu covers it where there is one")
     x, weight = torch.randn(4, 3, 28, 28).to(dtype), torch.randn(3, 1, 21, 5).to(dtype)
     grad = torch.randn(4, 3, 28, 28).to(dtype)
     results = []

@@ -39,11 +39,11 @@ def kernel_gradient(
     with its output gradient as the kernel, read at kh x kw positions.
     """
     batch, channels, height, width = x.shape
+    dtype = x.dtype
+    if dtype in {torch.float16, torch.bfloat16}:
+        x, grad = x.float(), grad.float()  # per-image results rounded to half precision would spoil their sum
     maps = x.reshape(1, batch * channels, height, width)
     kernels = grad.reshape(batch * channels, 1, height, width)
     padding = (kernel_size[0] // 2, kernel_size[1] // 2)
     per_image = F.conv2d(maps, kernels, padding=padding, groups=batch * channels)
-    # Half-precision partial sums are added in float32, as every other backend accumulates.
-    accumulate = torch.float32 if x.dtype in {torch.float16, torch.bfloat16} else x.dtype
-    per_channel = per_image.view(batch, channels, 1, *kernel_size).sum(0, dtype=accumulate)
-    return per_channel.to(x.dtype)
+    return per_image.view(batch, channels, 1, *kernel_size).sum(0).to(dtype)

@@ -48,6 +48,18 @@ def _unfolded(x: Tensor, kw: int) -> Tensor:
     return columns.permute(1, 3, 2, 0, 4).reshape(channels, kw * height, batch * width)
 
 
+def _accumulated(a: Tensor, b: Tensor) -> Tensor:
+    """`bmm` whose result keeps the float32 accumulator of half-precision products."""
+    if a.dtype not in {torch.float16, torch.bfloat16}:
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        try:
+            return torch.bmm(a, b, out_dtype=torch.float32)
+        except TypeError:  # older than torch 2.8
+            pass
+    return torch.bmm(a.float(), b.float())
+
+
 def correlate(
     x: Float[Tensor, "batch channels height width"],
     weight: Float[Tensor, "channels 1 kh kw"],
@@ -69,8 +81,6 @@ def kernel_gradient(
     """`dT[c] = dY[c] @ unfolded[c]^T`, then the sums along the diagonals, accumulated in float32 or better."""
     batch, channels, height, width = x.shape
     rows = grad.permute(1, 2, 0, 3).reshape(channels, height, batch * width)
-    products = torch.bmm(rows, _unfolded(x, kernel_size[1]).transpose(1, 2))
+    products = _accumulated(rows, _unfolded(x, kernel_size[1]).transpose(1, 2))
     products = products.view(channels, height, kernel_size[1], height).transpose(1, 2)
-    if x.dtype in {torch.float16, torch.bfloat16}:
-        products = products.float()
     return diagonal_sums(products, kernel_size[0]).transpose(1, 2)[:, None].to(x.dtype)
