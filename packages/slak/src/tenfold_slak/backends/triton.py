@@ -22,7 +22,7 @@ _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def supports(x: Tensor, kernel_size: tuple[int, int]) -> bool:
-    """CUDA tensors, or any tensor when Triton interprets its kernels (TRITON_INTERPRET=1), which it cannot in bfloat16."""
+    """CUDA tensors, or any tensor but bfloat16 when Triton interprets its kernels (TRITON_INTERPRET=1)."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and x.dtype != torch.bfloat16
     return (x.is_cuda or interpreted) and x.dtype in _DTYPES and min(kernel_size) <= 13
 

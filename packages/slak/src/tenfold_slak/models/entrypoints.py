@@ -5,6 +5,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from tenfold_slak.models.slak import VARIANTS, SLaK
 
@@ -33,8 +34,8 @@ def _cfg(**more: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in VARIANTS})
 
 
-def _entrypoint(name: str) -> Callable[..., SLaK]:
-    def build(pretrained: bool = False, **kwargs: Any) -> SLaK:
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(
             SLaK,
             name,
