@@ -45,7 +45,8 @@ def folded(backend: str) -> Layer:
     def run(x: Tensor, tall: Tensor, wide: Tensor, small: Tensor) -> list[Tensor]:
         margin = (tall.shape[2] - SMALL) // 2
         tall = tall + F.pad(small, (0, 0, margin, margin))
-        return [large_kernel_dwconv(x, tall, backend).add_(large_kernel_dwconv(x, wide, backend))]
+        y, z = large_kernel_dwconv(x, tall, backend), large_kernel_dwconv(x, wide, backend)
+        return [y + z if torch.is_grad_enabled() else y.add_(z)]
 
     return run
 

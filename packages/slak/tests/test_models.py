@@ -140,6 +140,19 @@ def test_merging_is_exact(size: tuple[int, int], kernel: int, decomposed: bool, 
         torch.testing.assert_close(layer.merged(form)(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["conv2d", "direct", "toeplitz", "fft"])
+def test_eval_mode_is_differentiable(backend: str) -> None:
+    gradients = []
+    for name in ("conv2d", backend):
+        torch.manual_seed(0)
+        layer = shaken(LargeKernel(2, 7, 3, backend=name)).eval()
+        merged = layer.merged("two")
+        x = torch.randn(1, 2, 6, 5, requires_grad=True)
+        (layer(x) + merged(x)).square().sum().backward()
+        gradients.append([x.grad, layer.LoRA2.conv.weight.grad, merged.wide.grad])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_a_merged_cross_has_the_taps_of_its_rectangles() -> None:
     kernel, _ = shaken(LargeKernel(2, 51, 5)).folded_one()
     assert int(kernel[0].count_nonzero()) == 2 * 51 * 5 - 5 * 5 == 485

@@ -117,7 +117,7 @@ class LargeKernel(nn.Module):
         if self.decomposed:
             tall, wide, bias = self.folded_two()
             y = large_kernel_dwconv(x, tall, self.LoRA1.conv.backend, bias)
-            return y.add_(large_kernel_dwconv(x, wide, self.LoRA2.conv.backend))
+            return _sum(y, large_kernel_dwconv(x, wide, self.LoRA2.conv.backend))
         kernel, bias = self.folded_one()
         return large_kernel_dwconv(x, kernel, self.lkb_origin.conv.backend, bias)
 
@@ -169,7 +169,7 @@ class MergedTwo(nn.Module):
         """Two convolutions and their sum."""
         x = x.contiguous()
         y = large_kernel_dwconv(x, self.tall, self.backend, self.bias)
-        return y.add_(large_kernel_dwconv(x, self.wide, self.backend))
+        return _sum(y, large_kernel_dwconv(x, self.wide, self.backend))
 
 
 class MergedOne(nn.Module):
@@ -186,6 +186,11 @@ class MergedOne(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """One convolution."""
         return large_kernel_dwconv(x.contiguous(), self.lkb_reparam.weight, self.backend, self.lkb_reparam.bias)
+
+
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """`a + b`, into the memory of a where autograd does not forbid it."""
+    return a + b if torch.is_grad_enabled() else a.add_(b)
 
 
 def _centred(kernel: Tensor, size: tuple[int, int]) -> Tensor:
