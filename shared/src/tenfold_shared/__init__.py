@@ -1,0 +1,1 @@
+"""Everything in the tenfold packages that is not the paper."""
