@@ -305,3 +305,19 @@ class StreamedBatches:
         except UserError as error:
             # A worker's error arrives with its traceback in the message.
             raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from error
+
+
+class Stream:
+    """The batches of a training run by its step, counted over the epochs; steps are taken in order, from anywhere."""
+
+    def __init__(self, batches: Batches | StreamedBatches) -> None:
+        self.batches = batches
+        self._next, self._iterator = -1, iter(())
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step, this process's share."""
+        epoch, position = divmod(step, len(self.batches))
+        if step != self._next or position == 0:
+            self._iterator = self.batches.epoch(epoch, start=position)
+        self._next = step + 1
+        return next(self._iterator)

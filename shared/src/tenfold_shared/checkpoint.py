@@ -54,10 +54,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON, written atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -171,16 +171,25 @@ def _config_first(slug: str, arguments: list[str]) -> list[str]:
 
 
 def _normalised(parser: Any, arguments: list[str]) -> list[str]:
-    """The arguments with ``--some-option`` spelled as its field and a bare boolean option made ``--option=true``."""
+    """The arguments as jsonargparse wants them: ``--some-option`` as ``--some_option``, a bare boolean option with its
+    value, and ``--list a,b`` as ``--list [a,b]``.
+    """
     kinds = {flag: getattr(action, "_typehint", None) for action in parser._actions for flag in action.option_strings}
-    normal = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("--") and flag not in kinds and flag.replace("-", "_").replace("__", "--", 1) in kinds:
-            flag = flag.replace("-", "_").replace("__", "--", 1)
-        if kinds.get(flag) is bool and not equals and following.lower() not in ("true", "false"):
+    normal: list[str] = []
+    pending = list(reversed(arguments))
+    while pending:
+        flag, equals, value = pending.pop().partition("=")
+        if flag not in kinds and f"--{flag[2:].replace('-', '_')}" in kinds:
+            flag = f"--{flag[2:].replace('-', '_')}"
+        kind = kinds.get(flag)
+        takes_list = typing.get_origin(kind) is list
+        if kind is bool and not equals and (not pending or pending[-1].lower() not in ("true", "false")):
             equals, value = "=", "true"
-        normal.append(f"{flag}{equals}{value}" if flag.startswith("--") else argument)
+        if takes_list and not equals and pending and not pending[-1].startswith("--"):
+            equals, value = "=", pending.pop()
+        if takes_list and equals and not value.startswith("["):
+            value = f"[{value}]"
+        normal.append(f"{flag}{equals}{value}")
     return normal
 
 

@@ -15,6 +15,7 @@ Randomness is a function of (seed, phase, step, process): the generators are see
 killed at any moment and resumed takes the very steps of one that was not.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -128,7 +129,9 @@ class Run:
         if PartialState._shared_state:  # one process may make runs of several precisions, one after the other
             AcceleratorState._reset_state()
         precision = "no" if options.precision == "fp32" else options.precision
-        self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision, step_scheduler_with_optimizer=False)
+        self.accelerator = Accelerator(
+            cpu=options.device == "cpu", mixed_precision=precision, step_scheduler_with_optimizer=False
+        )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -136,6 +139,14 @@ class Run:
         self._stop: int | None = None
         self._state: dict[str, Any] = {}
         self._phase, self._step = "", 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def evaluation(cls, slug: str, options: RunOptions) -> Iterator["Run"]:
+        """A run without a folder, for verbs that only read a checkpoint: devices, processes and precision."""
+        run = cls(slug, None, options)
+        seed_everything(options.seed, "run")
+        yield run
 
     # -- the folder ---------------------------------------------------------------------------------------------------
 
@@ -217,12 +228,11 @@ class Run:
 
     def prepare(self, *objects: Any) -> Any:
         """Models and optimisers placed on the device, wrapped for processes and precision (see Accelerate)."""
-        ready = [self._place(item) for item in objects]
-        prepared = self.accelerator.prepare(*ready)
-        return prepared
+        return self.accelerator.prepare(*(self._place(item) for item in objects))
 
     def _place(self, item: Any) -> Any:
         if isinstance(item, nn.Module):
+            item = self.unwrap(item)  # a model goes through several phases
             item = synchronise_batch_norm(item, self.world, self.device) if self.world > 1 else item
             return torch.compile(item) if self.options.compile else item
         return item
@@ -262,7 +272,7 @@ class Run:
         if set(self._state["tracked"]) != set(tracked):
             raise UserError(f"{self.directory}/checkpoints/state.pt was written by another version; start again under another --name")
         for name, item in tracked.items():
-            self._unwrap(item).load_state_dict(self._state["tracked"][name])
+            self.unwrap(item).load_state_dict(self._state["tracked"][name])
         if self.accelerator.scaler is not None and "scaler" in self._state:
             self.accelerator.scaler.load_state_dict(self._state["scaler"])
         self._step = self._state["step"]
@@ -276,7 +286,7 @@ class Run:
             "phase": self._phase,
             "step": self._step,
             "metrics_bytes": self._metrics.tell(),
-            "tracked": {name: self._unwrap(item).state_dict() for name, item in tracked.items()},
+            "tracked": {name: self.unwrap(item).state_dict() for name, item in tracked.items()},
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
@@ -294,18 +304,19 @@ class Run:
         path = self.directory / "checkpoints" / f"{phase}.safetensors"
         if self.completed(phase):
             tensors, kept = load_weights(path)
-            self._unwrap(model).load_state_dict(tensors)
+            self.unwrap(model).load_state_dict(tensors)
             return kept
         self._flush()
         self.save_weights(phase, model, **metadata)
         self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()  # it would keep every model of every phase
         return metadata
 
     def save_weights(self, name: str, model: nn.Module, **metadata: Any) -> Path:
         """Write ``checkpoints/<name>.safetensors`` (from the main process) and return its path."""
         path = self.directory / "checkpoints" / f"{name}.safetensors"
         if self.is_main:
-            save_weights(path, self._unwrap(model).state_dict(), metadata)
+            save_weights(path, self.unwrap(model).state_dict(), metadata)
         return path
 
     def backward(self, loss: Tensor) -> None:
@@ -315,11 +326,22 @@ class Run:
     def log(self, **values: Tensor | float) -> None:
         """Record values of this step; tensors stay on the device until they are flushed, so nothing waits."""
         held = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
-        self._pending.append((self._phase, self._step, time.monotonic() - self._started, held))
+        if self._pending and self._pending[-1][:2] == (self._phase, self._step):
+            self._pending[-1][3].update(held)
+        else:
+            self._pending.append((self._phase, self._step, time.monotonic() - self._started, held))
+
+    def logged(self, phase: str, name: str) -> list[float]:
+        """Every value logged under a name in a phase, in the order of the steps, earlier lives of the run included."""
+        self._flush()
+        self.accelerator.wait_for_everyone()
+        lines = (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = (line for line in map(json.loads, lines) if line["phase"] == phase and name in line)
+        return [line[name] for line in found]
 
     def reduce(self, value: Tensor, how: Literal["sum", "mean"] = "sum") -> Tensor:
-        """A tensor summed or averaged over the processes."""
-        return self.accelerator.reduce(value, how)
+        """A tensor summed or averaged over the processes; as it is when there is one."""
+        return self.accelerator.reduce(value, how) if self.world > 1 else value
 
     def usage(self) -> dict[str, float]:
         """Seconds since the run began and the peak memory in bytes (of the device where it is a GPU)."""
@@ -329,7 +351,8 @@ class Run:
             peak = peak_memory()
         return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": peak}
 
-    def _unwrap(self, item: Any) -> Any:
+    def unwrap(self, item: Any) -> Any:
+        """The module itself, without what `prepare` put around it."""
         return self.accelerator.unwrap_model(item, keep_torch_compile=False) if isinstance(item, nn.Module) else item
 
     def _flush(self) -> None:

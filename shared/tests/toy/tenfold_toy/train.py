@@ -112,7 +112,7 @@ def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path
         return Measurement(accuracy(model.cpu()), **run.usage())
 
 
-def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome]) -> list[ReportFigure]:
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
     """Nothing but bars."""
     import matplotlib.figure  # noqa: PLC0415
 

@@ -1,0 +1,213 @@
+"""The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from tenfold_bip.evaluate import load_model
+from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
+from tenfold_bip.train import Recipe, run_recipe
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
+from tenfold_shared.cli import load_recipe
+from tenfold_shared.errors import UserError
+from tenfold_shared.report import ReportFigure, figure_style
+from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
+from tenfold_shared.run import Run, RunOptions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FROM_DENSE = ("bip", "imp", "omp", "hydra", "dense")  # the methods that start from a densely trained network
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments the miniature on digits."""
+    reproduce_claims("bip", claims, request, options, measure, figures)
+
+
+def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
+    """One arm with one seed: accuracy after the last epoch, per cent."""
+    recipe = load_recipe("tenfold_bip", arm.recipe, Recipe, **arm.options)
+    if recipe.method in FROM_DENSE and recipe.pretrained is None:
+        recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
+    if recipe.method == "dense":
+        return _dense_accuracy(recipe)
+    name = f"{claim.id}-{arm.name}-seed{seed}"
+    with Run("bip", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+        _, result = run_recipe(run, recipe)
+        extras = {**dataclasses.asdict(result), "run": name}
+        return Measurement(result.accuracy, extras=extras, **run.usage())
+
+
+def _dense_accuracy(recipe: Recipe) -> Measurement:
+    assert recipe.pretrained is not None
+    _, about = load_model(recipe.pretrained)
+    return Measurement(about["accuracy"], extras={"passes": 0, "keep": 1.0, "history": []})
+
+
+def dense_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> Path:
+    """The folder of the dense training that all arms of a seed start from, trained by whoever comes first."""
+    dense = dataclasses.replace(recipe, **_dense_part(recipe))
+    name = f"dense-{recipe.arch}-{recipe.data.name}-seed{seed}"
+    directory = folder / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / f".{name}.lock"):
+        if not (directory / "checkpoints" / "last.safetensors").exists():
+            with Run("bip", dense, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+                run_recipe(run, dense)
+    return directory
+
+
+def _dense_part(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what only pruning reads, so that every arm's dense training is the same."""
+    kept = {"arch", "batch_size", "data", "dense", "rewind_epoch"}
+    defaults = {f.name: getattr(Recipe(), f.name) for f in dataclasses.fields(Recipe) if f.name not in kept}
+    return {**defaults, "method": "dense", "data": dataclasses.replace(recipe.data, upper="train")}
+
+
+# -- choosing values ------------------------------------------------------------------------------------------------------
+
+
+def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds: int = 3, jobs: int = 0) -> None:
+    """Run a recipe at every point of a grid of its values, judged on held-out training images.
+
+    The result, best point first, is printed and written to ``sweep.json`` in the run's folder. The test images are
+    never looked at: ``--data.validation`` must say which part of the training images takes their place.
+    """
+    if not recipe.data.validation:
+        raise UserError("sweep chooses values, which the test images must not do: add --data.validation 0.2")
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    recipe_name = options.name.rpartition("-seed")[0] or options.name
+    arms = {f"point-{i}": Arm(f"point-{i}", recipe=recipe_name, options={"data.validation": recipe.data.validation, **point}) for i, point in enumerate(points)}
+    claim = Claim(
+        id="sweep", table="", statement="", data=recipe.data.name, model=recipe.arch, scale="mini", provenance="none",
+        metric=Metric("validation accuracy", "%"), method="point-0", arms=arms, seeds=seeds,
+    )  # fmt: skip
+    folder = options.output / "bip" / f"sweep-{recipe_name}"
+    results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
+    rows = []
+    for name, point in zip(arms, points, strict=True):
+        values = [results["sweep", name, options.seed + i].value for i in range(seeds)]
+        interval = mean_interval([value for value in values if value is not None])
+        rows.append({**point, "values": values, "mean": interval.mean, "low": interval.low, "high": interval.high})
+    rows.sort(key=lambda row: -(row["mean"] or 0.0))
+    write_json(folder / "sweep.json", {"recipe": recipe_name, "metric": "validation accuracy, %", "seeds": [options.seed + i for i in range(seeds)], "points": rows})
+    for row in rows:
+        print(json.dumps({key: row[key] for key in (*grid, "mean", "values")}))
+    print(f"written to {folder / 'sweep.json'}")
+
+
+# -- figures --------------------------------------------------------------------------------------------------------------
+
+
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+    """Accuracy against sparsity, accuracy against gradient evaluations, and the overlap of the masks."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
+
+    with figure_style():
+        drawn = []
+        where = f"{claims[0].model} on {claims[0].data}"
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        _accuracy_against_sparsity(axes, outcomes)
+        drawn.append(
+            ReportFigure(
+                figure,
+                title="Accuracy against sparsity",
+                caption=f"{where}: mean over the seeds, bars span one standard deviation. The line across is the dense network.",
+                alt="Test accuracy of every method at every sparsity",
+            )
+        )
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        _accuracy_against_cost(axes, outcomes[-1])
+        drawn.append(
+            ReportFigure(
+                figure,
+                title="Accuracy against gradient evaluations",
+                caption=f"{outcomes[-1].claim}, every seed: where each method ends; the lines are IMP on its way there, round by round.",
+                alt="Test accuracy against the number of forward-backward passes",
+            )
+        )
+        overlap = _overlaps(outcomes[-1], folder)
+        if overlap:
+            figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+            _overlap_matrix(axes, *overlap)
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Overlap of the masks",
+                    caption=f"{outcomes[-1].claim}: intersection over union, mean over the seeds; two random masks would have {expected_iou(overlap[2]):.2f}.",
+                    alt="Matrix of mask overlaps between methods",
+                )
+            )
+    return drawn
+
+
+def _points(outcome: Outcome, arm: str) -> list[tuple[float, Mapping[str, Any]]]:
+    """(accuracy, extras) of the seeds of an arm that gave a value."""
+    result = outcome.arms[arm]
+    return [(value, extras) for value, extras in zip(result.values, result.extras, strict=True) if value is not None]
+
+
+def _accuracy_against_sparsity(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
+    arms = dict.fromkeys(arm for outcome in outcomes for arm in outcome.arms if arm != "dense")
+    for arm in arms:
+        found = [(100 * (1 - _points(o, arm)[0][1]["keep"]), o.arms[arm].mean, o.arms[arm].std or 0.0) for o in outcomes if arm in o.arms and _points(o, arm)]
+        found.sort()
+        sparsity, mean, std = zip(*found, strict=True) if found else ((), (), ())
+        axes.errorbar(sparsity, mean, yerr=std, marker="o", capsize=3, label=arm)
+    dense = [value for o in outcomes if "dense" in o.arms for value, _ in _points(o, "dense")]
+    if dense:
+        axes.axhline(sum(dense) / len(dense), linestyle=":", color="0.4", label="dense")
+    axes.set_xlabel("pruned weights, %")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend()
+
+
+def _accuracy_against_cost(axes: "Axes", outcome: Outcome) -> None:
+    for index, arm in enumerate(arm for arm in outcome.arms if arm != "dense"):
+        points = _points(outcome, arm)
+        colour = f"C{index}"
+        axes.plot([extras["passes"] for _, extras in points], [value for value, _ in points], "o", color=colour, label=arm)
+        for _, extras in points:
+            path = [entry for entry in extras["history"] if entry["passes"] > 0]
+            if len(path) > 1:
+                axes.plot([e["passes"] for e in path], [e["accuracy"] for e in path], "-", color=colour, alpha=0.4, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("gradient evaluations after dense training")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend()
+
+
+def _overlaps(outcome: Outcome, folder: Path) -> tuple[list[str], list[list[float]], float] | None:
+    """Arms, mean overlap between every two of them over the seeds, and the keep ratio."""
+    runs = {arm: [extras["run"] for _, extras in _points(outcome, arm) if "run" in extras] for arm in outcome.arms}
+    arms = [arm for arm, names in runs.items() if names]
+    if len(arms) < 2:
+        return None
+    masks = {}
+    for arm in arms:
+        for name in runs[arm]:
+            model, _ = load_model(folder / "runs" / name)
+            masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
+    matrix = [
+        [sum(mask_iou(masks[a], masks[b]) for a, b in zip(runs[i], runs[j], strict=False)) / min(len(runs[i]), len(runs[j])) for j in arms]
+        for i in arms
+    ]
+    return arms, matrix, _points(outcome, arms[0])[0][1]["keep"]
+
+
+def _overlap_matrix(axes: "Axes", arms: list[str], matrix: list[list[float]], keep: float) -> None:
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(arms)), arms, rotation=45, ha="right")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.grid(False)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    axes.figure.colorbar(image, ax=axes, label="intersection over union")
