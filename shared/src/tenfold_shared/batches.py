@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -32,6 +32,7 @@ def _mixed(*keys: int) -> int:
 # --- augmentation -----------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Augmentation(Protocol):
     """A random change of images in two parts: what is random about it, and the change itself, a batch at a time."""
 
