@@ -26,6 +26,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         RunFailure: the file cannot be written (no space, no permission); the previous file is untouched.
+
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -36,16 +37,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         umask = os.umask(0)  # mkstemp makes private files; ours are as readable as any other
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else error.strerror
         raise RunFailure(
             f"cannot write {path}: {reason}; the file before it is intact, free some space and resume with --resume"
         ) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself must survive a power cut
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -95,6 +95,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         UserError: the file is missing, truncated or altered.
+
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give the file or the folder of a run that has finished a step")
@@ -124,6 +125,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is truncated, altered, or holds anything but tensors and plain values.
+
     """
     return load_pickled_tensors(path)
 
@@ -133,6 +135,7 @@ def load_pickled_tensors(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing, truncated, altered, holds other objects, or is no dictionary.
+
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path")

@@ -1,16 +1,13 @@
 """The statistics over paired seeds, the verdict on a claim, and running the arms of one.
 
-`load_claims` reads the cells of the paper (see `tenfold_shared.tables`); `run_arms` measures the arms of one claim with
+`load_claims` reads the cells of the paper (see `tenfold_shared.tables`); `measured_arm` measures an arm of one with
 paired seeds; the `Outcome` says what was measured, how sure it is, and which of four verdicts follows.
 """
 
-import contextlib
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,9 +20,24 @@ from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.tables import Arm, Claim, ClaimSet, Metric, Paper, load_claims, read_claims
 
 __all__ = [
-    "Arm", "ArmResult", "Claim", "ClaimSet", "Comparison", "Interval", "Measurement", "Metric", "Outcome", "Paper",
-    "Verdict", "load_claims", "mean_interval", "paired_interval", "read_claims", "run_arms", "summarise", "verdict",
-    "write_atomic",
+    "Arm",
+    "ArmResult",
+    "Claim",
+    "ClaimSet",
+    "Comparison",
+    "Interval",
+    "Measurement",
+    "Metric",
+    "Outcome",
+    "Paper",
+    "Verdict",
+    "load_claims",
+    "mean_interval",
+    "measured_arm",
+    "paired_interval",
+    "read_claims",
+    "summarise",
+    "verdict",
 ]  # fmt: skip
 
 Verdict = Literal["reproduced", "direction holds", "inconclusive", "not reproduced"]
@@ -112,7 +124,7 @@ def verdict(
 class Measurement:
     """What one arm gave with one seed. A value that is None or not finite is a failed seed; `error` says why.
 
-    `seconds` is wall time (None: `run_arms` takes the time of the call), `peak_memory_bytes` of the device, `extras`
+    `seconds` is wall time (None: `measured_arm` takes the time of the call), `peak_memory_bytes` of the device, `extras`
     whatever else the figures need, in JSON's types.
     """
 

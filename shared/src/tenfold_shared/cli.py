@@ -100,7 +100,9 @@ def _dispatch(slug: str, commands: Mapping[str, Command], arguments: list[str]) 
         raise UserError(str(error)) from error
     if "package" in inspect.signature(function).parameters:
         call["package"] = f"tenfold_{slug}"
-    positional = call.pop(next((n for n, p in inspect.signature(function).parameters.items() if p.kind is p.VAR_POSITIONAL), ""), [])
+    positional = call.pop(
+        next((n for n, p in inspect.signature(function).parameters.items() if p.kind is p.VAR_POSITIONAL), ""), []
+    )
     function(*positional, **call)
 
 
@@ -161,7 +163,9 @@ def _config_first(slug: str, arguments: list[str]) -> list[str]:
         if argument == "--config":
             value = next(pending, None)
             if value is None:
-                raise UserError(f"--config takes the name of a recipe or a YAML file; tenfold-{slug} recipes lists them")
+                raise UserError(
+                    f"--config takes the name of a recipe or a YAML file; tenfold-{slug} recipes lists them"
+                )
             config += ["--config", str(recipe_path(f"tenfold_{slug}", value))]
         elif argument.startswith("--config="):
             config += ["--config", str(recipe_path(f"tenfold_{slug}", argument.partition("=")[2]))]
@@ -198,7 +202,9 @@ def recipes(package: str) -> dict[str, Path]:
     folder = resources.files(package) / "recipes"
     if not folder.is_dir():
         return {}
-    return {p.name[: -len(".yaml")]: Path(str(p)) for p in sorted(folder.iterdir(), key=str) if p.name.endswith(".yaml")}
+    return {
+        p.name[: -len(".yaml")]: Path(str(p)) for p in sorted(folder.iterdir(), key=str) if p.name.endswith(".yaml")
+    }
 
 
 def recipe_path(package: str, name_or_path: str) -> Path:
@@ -206,6 +212,7 @@ def recipe_path(package: str, name_or_path: str) -> Path:
 
     Raises:
         UserError: it is neither a recipe nor a file.
+
     """
     known = recipes(package)
     if name_or_path in known:
@@ -233,6 +240,7 @@ def load_recipe(package: str, name_or_path: str, kind: type, **changes: Any) -> 
 
     Raises:
         UserError: the recipe does not exist, or a key or value of it is refused.
+
     """
     import jsonargparse  # noqa: PLC0415
 
@@ -328,7 +336,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _sentence(message: str) -> str:
-    """jsonargparse's message on one line, in the words of the command line."""
+    """Jsonargparse's message on one line, in the words of the command line."""
     text = " ".join(message.split())
     if text.startswith('Parser key "'):
         key, _, rest = text[len('Parser key "') :].partition('":')

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold_shared.claims import ArmResult, Claim, ClaimSet, Comparison, Outcome, read_claims, write_atomic
+from tenfold_shared.claims import ArmResult, Claim, ClaimSet, Comparison, Outcome, read_claims
 from tenfold_shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def write_report(
         command=command,
         environment=environment,
     )
-    write_atomic(Path(path), content)
+    write_text(Path(path), content)
 
 
 def gallery(path: str | Path, reports: Sequence[GalleryEntry]) -> None:
@@ -248,7 +248,7 @@ def gallery(path: str | Path, reports: Sequence[GalleryEntry]) -> None:
         headline = [outcome for outcome in entry.outcomes if outcome.claim == entry.claim_set.headline]
         uri = _data_uri(entry.figure) if entry.figure is not None else None
         cards.append((entry, _rows(entry.claim_set, headline), uri))
-    write_atomic(Path(path), _render("gallery.html.j2", cards=cards))
+    write_text(Path(path), _render("gallery.html.j2", cards=cards))
 
 
 def _render(template: str, **content: Any) -> str:
@@ -395,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale = [file for file, text in expected.items() if file.read_text(encoding="utf-8") != text]
     if given.action == "write":
         for file in stale:
-            write_atomic(file, expected[file])
+            write_text(file, expected[file])
         return 0
     if stale:
         again = f"python -m tenfold_shared.report write {given.root}"

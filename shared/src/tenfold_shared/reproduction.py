@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import filelock
 import psutil
@@ -69,9 +69,12 @@ def reproduce_claims(
     Raises:
         UserError: unknown claims or arms, or a folder that holds results already.
         RunFailure: with ``strict``, a claim that does not hold.
+
     """
     claim_set = load_claims(f"tenfold_{slug}")
-    chosen = [_restrict(claim, request.arms) for claim in claim_set.select(claim_ids, None if claim_ids else request.scale)]
+    chosen = [
+        _restrict(claim, request.arms) for claim in claim_set.select(claim_ids, None if claim_ids else request.scale)
+    ]
     folder = options.output / slug / (options.name or f"reproduce-{'-'.join(claim_ids) or request.scale}")
     with _locked(folder, options.resume):
         results = measure_all(chosen, request, options, measure, folder)
@@ -115,7 +118,9 @@ def _on_gpu(options: RunOptions) -> bool:
 def _locked(folder: Path, resume: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "arms").exists() and not resume:
-        raise UserError(f"{folder} holds results already; add --resume to keep what is measured or choose another --name")
+        raise UserError(
+            f"{folder} holds results already; add --resume to keep what is measured or choose another --name"
+        )
     try:
         with filelock.FileLock(folder / ".lock", blocking=False):
             yield
@@ -143,7 +148,9 @@ def measure_all(
     def note(claim: Claim, arm: Arm, seed: int, result: Measurement) -> None:
         results[claim.id, arm.name, seed] = result
         shown = "failed" if result.value is None else f"{result.value:.4g}"
-        progress.note(f"{claim.id} {arm.name} seed {seed}: {shown} {claim.metric.unit if result.value is not None else result.error}")
+        progress.note(
+            f"{claim.id} {arm.name} seed {seed}: {shown} {claim.metric.unit if result.value is not None else result.error}"
+        )
         progress.advance()
 
     try:
@@ -165,7 +172,7 @@ def measure_all(
 
 def _measure_one(measure: Measure, claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
     call = functools.partial(measure, claim, options=dataclasses.replace(options, seed=seed), folder=folder)
-    return measured_arm(claim, arm, seed, lambda arm, seed: call(arm, seed), folder / "arms")
+    return measured_arm(claim, arm, seed, call, folder / "arms")
 
 
 @contextlib.contextmanager

@@ -114,6 +114,7 @@ class Run:
 
     Raises:
         UserError: the folder is in use, or holds a run and ``resume`` is off, or holds another run's configuration.
+
     """
 
     def __init__(self, slug: str, config: Any, options: RunOptions, parent: Path | None = None):
@@ -194,9 +195,13 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except filelock.Timeout:
-            raise UserError(f"{self.directory} is in use by another process; wait for it or choose another --name") from None
+            raise UserError(
+                f"{self.directory} is in use by another process; wait for it or choose another --name"
+            ) from None
         except OSError as error:
-            raise UserError(f"cannot use {self.directory} as the run's folder: {error.strerror}; choose another --output") from error
+            raise UserError(
+                f"cannot use {self.directory} as the run's folder: {error.strerror}; choose another --output"
+            ) from error
         try:
             self._write_identity()
         except BaseException:
@@ -208,11 +213,15 @@ class Run:
         again = dataclasses.replace(self.options, resume=False, quiet=False)
         text = to_yaml(self.config, again)
         if saved.exists() and not self.options.resume:
-            raise UserError(f"{self.directory} holds a run already; add --resume to go on with it or choose another --name")
+            raise UserError(
+                f"{self.directory} holds a run already; add --resume to go on with it or choose another --name"
+            )
         if saved.exists():
             here, there = to_yaml(self.config), saved.read_text(encoding="utf-8")
             if not there.startswith(here):
-                raise UserError(f"{saved} differs from the configuration given; resume with --config {saved} or choose another --name")
+                raise UserError(
+                    f"{saved} differs from the configuration given; resume with --config {saved} or choose another --name"
+                )
         with atomic_write(saved) as file:
             file.write(text.encode())
         write_json(self.directory / "environment.json", environment(self.device))
@@ -245,6 +254,7 @@ class Run:
         Raises:
             RunFailure: a logged value is not finite.
             Interrupted: a signal came; the state has been saved.
+
         """
         self._phase, self._step = phase, 0
         if self.completed(phase):
@@ -270,7 +280,9 @@ class Run:
 
     def _restore(self, tracked: dict[str, Any]) -> None:
         if set(self._state["tracked"]) != set(tracked):
-            raise UserError(f"{self.directory}/checkpoints/state.pt was written by another version; start again under another --name")
+            raise UserError(
+                f"{self.directory}/checkpoints/state.pt was written by another version; start again under another --name"
+            )
         for name, item in tracked.items():
             self.unwrap(item).load_state_dict(self._state["tracked"][name])
         if self.accelerator.scaler is not None and "scaler" in self._state:
@@ -345,10 +357,8 @@ class Run:
 
     def usage(self) -> dict[str, float]:
         """Seconds since the run began and the peak memory in bytes (of the device where it is a GPU)."""
-        if self.device.type == "cuda":
-            peak = float(torch.cuda.max_memory_allocated())
-        else:
-            peak = peak_memory()
+        on_gpu = self.device.type == "cuda"
+        peak = float(torch.cuda.max_memory_allocated()) if on_gpu else peak_memory()
         return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": peak}
 
     def unwrap(self, item: Any) -> Any:
@@ -397,7 +407,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     packages = sorted(
         f"{d.metadata['Name']}=={d.version}"
         for d in metadata.distributions()
-        if (d.metadata["Name"] or "").split("-")[0] in {"torch", "torchvision", "numpy", "accelerate", "timm", "tenfold"}
+        if (d.metadata["Name"] or "").split("-")[0]
+        in {"torch", "torchvision", "numpy", "accelerate", "timm", "tenfold"}
     )
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -418,7 +429,11 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -41,7 +41,7 @@ from .reproduction import committed_outcomes
 TIMEOUT = 240  # seconds; a command that takes longer is stuck
 
 
-# -- parity ---------------------------------------------------------------------------------------------------------------
+# -- parity -----------------------------------------------------------------------------------------------------------
 
 
 def parity_files(tests: str | Path) -> list[Path]:
@@ -75,7 +75,7 @@ def load_fixture(path: Path) -> Fixture:
     return Fixture(path.stem, kind, meta, arrays)
 
 
-# -- conformance ----------------------------------------------------------------------------------------------------------
+# -- conformance ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Conformance:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=preexec,
+            preexec_fn=preexec,  # noqa: PLW1509 - sets a limit and nothing else
         )
 
     def call(self, folder: Path, *arguments: str, **options: Any) -> Finished:
@@ -153,21 +153,20 @@ class Conformance:
         """The command inside this process, for what needs no process of its own: it saves importing torch again."""
         module = importlib.import_module(f"{self.package}.cli")
         out, err = io.StringIO(), io.StringIO()
-        here = Path.cwd()
+        code = 0
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as leaving,
         ):
             patch.setenv("TENFOLD_DATA", str(folder / "data"))
             patch.setattr(sys, "argv", [f"tenfold-{self.slug}", *arguments])
-            os.chdir(folder)
+            patch.chdir(folder)
             try:
                 module.main()
-            finally:
-                os.chdir(here)
-        return Finished(int(leaving.value.code or 0), out.getvalue(), err.getvalue())
+            except SystemExit as leaving:
+                code = int(leaving.code or 0)
+        return Finished(code, out.getvalue(), err.getvalue())
 
     def train_arguments(self, name: str, *more: str) -> list[str]:
         """The training run under a name, on the CPU, with a checkpoint at every second step."""
@@ -348,7 +347,9 @@ class Conformance:
         for name, tensor in one.items():
             if tensor.is_floating_point():
                 difference = (tensor - two[name]).abs().max().item()
-                assert difference <= self.processes_tolerance * max(1.0, tensor.abs().max().item()), f"{name}: {difference}"
+                assert difference <= self.processes_tolerance * max(1.0, tensor.abs().max().item()), (
+                    f"{name}: {difference}"
+                )
 
     def test_full_disk(self, killed: Path, tmp_path: Path) -> None:
         """A disk that fills up (a file-size limit stands in): one sentence, and the earlier checkpoint is whole."""

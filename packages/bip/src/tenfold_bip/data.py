@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import (
     Batches,
@@ -31,7 +32,8 @@ class DataConfig:
     name: DataName = "digits"
     """The data set; ``folder`` is any folder of ``train/<class>/*`` and ``test/<class>/*`` images of one size."""
     root: Path | None = None
-    """Folder of the data set; default: the data root ($TENFOLD_DATA or the platform's cache)."""
+    """Folder of the data set, looked for here and in the data root; default: the data root itself ($TENFOLD_DATA or the
+    platform's cache)."""
     download: bool = False
     """Fetch the data set when it is not there."""
     validation: float = 0.0
@@ -68,7 +70,10 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
 
     Raises:
         UserError: the data set is not there, or cannot be read; there are fewer than two classes.
+
     """
+    if config.root is not None and not config.root.exists():
+        config = dataclasses.replace(config, root=data_root() / config.root)
     if config.name == "imagenet":
         return _imagenet(config, batch_size, run)
     seed, name = run.options.seed, config.name
@@ -84,7 +89,9 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
     upper = train
     if config.upper == "heldout":
         train, upper = split_train_validation(train, 0.1, derived_seed(seed, "upper"))
-    augment: list[Any] = [Shift(1)] if name == "digits" else [RandomCrop(4)] if name == "mnist" else [RandomCrop(4), Flip()]
+    augment: list[Any] = (
+        [Shift(1)] if name == "digits" else [RandomCrop(4)] if name == "mnist" else [RandomCrop(4), Flip()]
+    )
 
     def batches(chosen: ImageSet, purpose: str, *, training: bool, whole: bool = False) -> Batches:
         return Batches(
@@ -115,7 +122,10 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
 
 def _imagenet(config: DataConfig, batch_size: int, run: Run) -> Data:
     """ImageNet, decoded by worker processes."""
-    train, test = (stream_images("imagenet", config.root, split, imagenet_transform(split == "train")) for split in ("train", "test"))
+    train, test = (
+        stream_images("imagenet", config.root, split, imagenet_transform(split == "train"))
+        for split in ("train", "test")
+    )
 
     def batches(dataset: Any, purpose: str, *, training: bool, whole: bool = False) -> StreamedBatches:
         return StreamedBatches(

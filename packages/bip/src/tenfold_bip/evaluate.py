@@ -72,6 +72,7 @@ def load_model(checkpoint: Path, arch: str = "", keep: float = 0.0) -> tuple[nn.
 
     Raises:
         UserError: unreadable, or of no known architecture (the keys that do not fit are named).
+
     """
     path = weights_file(checkpoint)
     if path.suffix == ".safetensors":
@@ -123,7 +124,10 @@ def compare_masks(*checkpoints: str) -> None:
     names = list(masks)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            keeps = [sum(int(m.sum()) for m in masks[n].values()) / sum(m.numel() for m in masks[n].values()) for n in (first, second)]
+            keeps = [
+                sum(int(m.sum()) for m in masks[n].values()) / sum(m.numel() for m in masks[n].values())
+                for n in (first, second)
+            ]
             chance = expected_iou(sum(keeps) / 2)
             print(f"{first}  {second}  IoU {mask_iou(masks[first], masks[second]):.4f}  by chance {chance:.4f}")
 
@@ -133,7 +137,13 @@ def shrink(checkpoint: Path, output: Path = Path("shrunk.pt2"), data: str = "dig
     from tenfold_bip.shrink import shrink as remove  # noqa: PLC0415 - torch.fx and torch.export are slow to import
 
     model, about = load_model(checkpoint)
-    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "tiny-imagenet": (3, 64, 64), "imagenet": (3, 224, 224)}
+    shapes = {
+        "digits": (1, 8, 8),
+        "mnist": (1, 28, 28),
+        "fashion-mnist": (1, 28, 28),
+        "tiny-imagenet": (3, 64, 64),
+        "imagenet": (3, 224, 224),
+    }
     example = torch.zeros(2, *shapes.get(data, (3, 32, 32)))
     small = remove(model, example)
     program = torch.export.export(small, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -31,24 +31,37 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     reproduce_claims("bip", claims, request, options, measure, figures)
 
 
+VALUES = {"test accuracy": "accuracy", "validation accuracy": "accuracy", "gradient evaluations": "passes"}
+"""Name of a claim's metric -> what of a run it is."""
+
+
 def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
-    """One arm with one seed: accuracy after the last epoch, per cent."""
+    """What one arm gives with one seed; an arm that several claims share is run once."""
+    name = f"{arm.name}-{arm.key}-seed{seed}"
+    file = folder / "measured" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            write_json(file, dataclasses.asdict(_run_arm(arm, name, seed, options, folder)))
+        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    return dataclasses.replace(measured, value=measured.extras[VALUES[claim.metric.name]])
+
+
+def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) -> Measurement:
     recipe = load_recipe("tenfold_bip", arm.recipe, Recipe, **arm.options)
     if recipe.method in FROM_DENSE and recipe.pretrained is None:
         recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
     if recipe.method == "dense":
         return _dense_accuracy(recipe)
-    name = f"{claim.id}-{arm.name}-seed{seed}"
     with Run("bip", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
         _, result = run_recipe(run, recipe)
-        extras = {**dataclasses.asdict(result), "run": name}
-        return Measurement(result.accuracy, extras=extras, **run.usage())
+        return Measurement(result.accuracy, extras={**dataclasses.asdict(result), "run": name}, **run.usage())
 
 
 def _dense_accuracy(recipe: Recipe) -> Measurement:
     assert recipe.pretrained is not None
     _, about = load_model(recipe.pretrained)
-    return Measurement(about["accuracy"], extras={"passes": 0, "keep": 1.0, "history": []})
+    return Measurement(about["accuracy"], extras={"accuracy": about["accuracy"], "passes": 0, "keep": 1.0, "history": []})
 
 
 def dense_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> Path:
@@ -84,7 +97,12 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
         raise UserError("sweep chooses values, which the test images must not do: add --data.validation 0.2")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     recipe_name = options.name.rpartition("-seed")[0] or options.name
-    arms = {f"point-{i}": Arm(f"point-{i}", recipe=recipe_name, options={"data.validation": recipe.data.validation, **point}) for i, point in enumerate(points)}
+    arms = {
+        f"point-{i}": Arm(
+            f"point-{i}", recipe=recipe_name, options={"data.validation": recipe.data.validation, **point}
+        )
+        for i, point in enumerate(points)
+    }
     claim = Claim(
         id="sweep", table="", statement="", data=recipe.data.name, model=recipe.arch, scale="mini", provenance="none",
         metric=Metric("validation accuracy", "%"), method="point-0", arms=arms, seeds=seeds,
@@ -97,7 +115,15 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
         interval = mean_interval([value for value in values if value is not None])
         rows.append({**point, "values": values, "mean": interval.mean, "low": interval.low, "high": interval.high})
     rows.sort(key=lambda row: -(row["mean"] or 0.0))
-    write_json(folder / "sweep.json", {"recipe": recipe_name, "metric": "validation accuracy, %", "seeds": [options.seed + i for i in range(seeds)], "points": rows})
+    write_json(
+        folder / "sweep.json",
+        {
+            "recipe": recipe_name,
+            "metric": "validation accuracy, %",
+            "seeds": [options.seed + i for i in range(seeds)],
+            "points": rows,
+        },
+    )
     for row in rows:
         print(json.dumps({key: row[key] for key in (*grid, "mean", "values")}))
     print(f"written to {folder / 'sweep.json'}")
@@ -157,7 +183,11 @@ def _points(outcome: Outcome, arm: str) -> list[tuple[float, Mapping[str, Any]]]
 def _accuracy_against_sparsity(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
     arms = dict.fromkeys(arm for outcome in outcomes for arm in outcome.arms if arm != "dense")
     for arm in arms:
-        found = [(100 * (1 - _points(o, arm)[0][1]["keep"]), o.arms[arm].mean, o.arms[arm].std or 0.0) for o in outcomes if arm in o.arms and _points(o, arm)]
+        found = [
+            (100 * (1 - _points(o, arm)[0][1]["keep"]), o.arms[arm].mean, o.arms[arm].std or 0.0)
+            for o in outcomes
+            if arm in o.arms and _points(o, arm)
+        ]
         found.sort()
         sparsity, mean, std = zip(*found, strict=True) if found else ((), (), ())
         axes.errorbar(sparsity, mean, yerr=std, marker="o", capsize=3, label=arm)
@@ -173,11 +203,20 @@ def _accuracy_against_cost(axes: "Axes", outcome: Outcome) -> None:
     for index, arm in enumerate(arm for arm in outcome.arms if arm != "dense"):
         points = _points(outcome, arm)
         colour = f"C{index}"
-        axes.plot([extras["passes"] for _, extras in points], [value for value, _ in points], "o", color=colour, label=arm)
+        axes.plot(
+            [extras["passes"] for _, extras in points], [value for value, _ in points], "o", color=colour, label=arm
+        )
         for _, extras in points:
             path = [entry for entry in extras["history"] if entry["passes"] > 0]
             if len(path) > 1:
-                axes.plot([e["passes"] for e in path], [e["accuracy"] for e in path], "-", color=colour, alpha=0.4, linewidth=1)
+                axes.plot(
+                    [e["passes"] for e in path],
+                    [e["accuracy"] for e in path],
+                    "-",
+                    color=colour,
+                    alpha=0.4,
+                    linewidth=1,
+                )
     axes.set_xscale("log")
     axes.set_xlabel("gradient evaluations after dense training")
     axes.set_ylabel("test accuracy, %")
@@ -196,7 +235,11 @@ def _overlaps(outcome: Outcome, folder: Path) -> tuple[list[str], list[list[floa
             model, _ = load_model(folder / "runs" / name)
             masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
     matrix = [
-        [sum(mask_iou(masks[a], masks[b]) for a, b in zip(runs[i], runs[j], strict=False)) / min(len(runs[i]), len(runs[j])) for j in arms]
+        [
+            sum(mask_iou(masks[a], masks[b]) for a, b in zip(runs[i], runs[j], strict=False))
+            / min(len(runs[i]), len(runs[j]))
+            for j in arms
+        ]
         for i in arms
     ]
     return arms, matrix, _points(outcome, arms[0])[0][1]["keep"]

@@ -67,6 +67,8 @@ class Phase:
 class Bilevel:
     """BiP's own settings (sections 2.2-2.6)."""
 
+    epochs: int = 30
+    """Passes over the upper level's images."""
     alpha: float = 0.01
     """Step size of the lower level (weights)."""
     alpha_schedule: Literal["cosine", "step", "mask_step"] = "cosine"
@@ -111,8 +113,6 @@ class Recipe:
     """Weights that every layer keeps at least."""
     batch_size: int = 64
     """Images a step, over all processes."""
-    epochs: int = 30
-    """Epochs of pruning: BiP, Hydra, or the training under a one-shot mask or of one IMP round."""
     rewind_epoch: int = 2
     """Epoch of dense training to which OMP and IMP rewind; 0 is the initialisation."""
     prune_rate: float = 0.2
@@ -126,7 +126,9 @@ class Recipe:
     dense: Phase = dataclasses.field(default_factory=Phase)
     """Dense training."""
     sparse: Phase = dataclasses.field(default_factory=Phase)
-    """Training under a fixed mask (its epochs are ``epochs``), and Hydra's scores."""
+    """Training under a fixed mask: after a one-shot cut, or one round of IMP."""
+    hydra: Phase = dataclasses.field(default_factory=Phase)
+    """Hydra's training of the scores."""
     bilevel: Bilevel = dataclasses.field(default_factory=Bilevel)
     """BiP."""
     finetune: Phase = dataclasses.field(default_factory=lambda: Phase(epochs=0, lr=0.01))
@@ -138,11 +140,17 @@ class Recipe:
             check_keep(self.keep)
         except ValueError as error:
             raise UserError(f"--keep: {error}") from error
-        for name, value in (("batch_size", self.batch_size), ("epochs", self.epochs), ("dense.epochs", self.dense.epochs)):
+        for name, value in (
+            ("batch_size", self.batch_size),
+            ("epochs", self.epochs),
+            ("dense.epochs", self.dense.epochs),
+        ):
             if value < 1:
                 raise UserError(f"--{name} takes 1 or more, got {value}")
         if not 0 <= self.rewind_epoch <= self.dense.epochs:
-            raise UserError(f"--rewind_epoch {self.rewind_epoch} lies outside of the {self.dense.epochs} epochs of dense training")
+            raise UserError(
+                f"--rewind_epoch {self.rewind_epoch} lies outside of the {self.dense.epochs} epochs of dense training"
+            )
 
 
 @dataclasses.dataclass
@@ -213,12 +221,15 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     Raises:
         UserError: the recipe does not fit the data or the architecture.
         RunFailure: the loss is no longer finite.
+
     """
     seed_everything(run.options.seed, "init")
     session = Session(run, recipe, load_data(recipe.data, recipe.batch_size, run))
     try:
         model = METHODS[recipe.method](session, create_model(recipe.arch, session.data.classes))
-    except ValueError as error:  # of the method: no prunable layer, a layer that would be empty, an unknown architecture
+    except (
+        ValueError
+    ) as error:  # of the method: no prunable layer, a layer that would be empty, an unknown architecture
         raise UserError(str(error)) from error
     last = session.history[-1]
     epochs = run.logged(last["phase"], "accuracy")
@@ -239,12 +250,12 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 # -- the loops ------------------------------------------------------------------------------------------------------------
 
 
-def fit(session: Session, model: nn.Module, name: str, phase: Phase, epochs: int, *, dense: bool = False) -> nn.Module:
+def fit(session: Session, model: nn.Module, name: str, phase: Phase, *, dense: bool = False) -> nn.Module:
     """Minimise the cross entropy over whatever of the model is trainable, under fixed masks if it has any.
 
     ``dense`` training keeps the weights of the epoch to rewind to, and is not counted in the ledger.
     """
-    run, batches, snapshot = session.run, session.data.lower, session.recipe.rewind_epoch
+    run, batches, snapshot, epochs = session.run, session.data.lower, session.recipe.rewind_epoch, phase.epochs
     optimiser: Any = torch.optim.SGD(model.parameters(), phase.lr, phase.momentum, weight_decay=phase.weight_decay)
     model, optimiser = run.prepare(model, optimiser)
     if dense and snapshot == 0 and not run.completed(name):
@@ -269,7 +280,7 @@ def fit(session: Session, model: nn.Module, name: str, phase: Phase, epochs: int
 
 def bip(session: Session, model: nn.Module) -> nn.Module:
     """BiP (section 2.3): theta-steps on the lower level's batches alternate with m-steps on the upper level's."""
-    run, recipe, data, settings = session.run, session.recipe, session.data, session.recipe.bilevel
+    run, data, settings = session.run, session.data, session.recipe.bilevel
     model = scored(session, pretrained(session, model), settings.scores_init, settings.tie_scores)
     if settings.trainer == "released":
         return released_bip(session, model)
@@ -280,10 +291,10 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
     model, lower, upper = run.prepare(model, lower, upper)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
     per_epoch, n = len(data.upper), settings.lower_steps
-    for step in run.steps("prune", recipe.epochs * per_epoch, model=model, lower=lower, upper=upper):
+    for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
         epoch, position = divmod(step, per_epoch)
-        session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, recipe.epochs)
-        session.rate(upper, settings.beta_schedule, epoch, settings.beta, recipe.epochs)
+        session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, settings.epochs)
+        session.rate(upper, settings.beta_schedule, epoch, settings.beta, settings.epochs)
         for k in range(n):
             lower_loss, _ = theta_step(model, lower_stream[step * n + k], lower, backward=session.backward)
         upper_loss, _ = m_step(
@@ -298,42 +309,42 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
         run.log(lower_loss=run.reduce(lower_loss, "mean"), upper_loss=run.reduce(upper_loss, "mean"))
         if position + 1 == per_epoch:
             run.log(accuracy=accuracy(model, data.evaluation, run))
-    return finish(session, model, passes=recipe.epochs * per_epoch * (n + 1))
+    return finish(session, model, passes=settings.epochs * per_epoch * (n + 1))
 
 
 def released_bip(session: Session, model: nn.Module) -> nn.Module:
     """BiP as the released trainer does it: four forward and three backward passes an iteration (section 2.5)."""
-    run, recipe, data, settings = session.run, session.recipe, session.data, session.recipe.bilevel
+    run, data, settings = session.run, session.data, session.recipe.bilevel
     model = alone(run, model, "the released trainer")
     lower = released_optimizer(model, settings.alpha, settings.momentum, settings.weight_decay)
     upper = released_optimizer(model, settings.beta, settings.momentum, settings.weight_decay)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
     per_epoch = len(data.upper)
-    for step in run.steps("prune", recipe.epochs * per_epoch, model=model, lower=lower, upper=upper):
+    for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
         epoch, position = divmod(step, per_epoch)
-        session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, recipe.epochs)
-        session.rate(upper, settings.beta_schedule, epoch, settings.beta, recipe.epochs)
+        session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, settings.epochs)
+        session.rate(upper, settings.beta_schedule, epoch, settings.beta, settings.epochs)
         loss, _ = released_bilevel_step(model, upper_stream[step], lower_stream[step], lower, upper, lr2=settings.lr2)
         run.log(upper_loss=loss)
         if position + 1 == per_epoch:
             run.log(accuracy=accuracy(model, data.evaluation, run))
-    return finish(session, model, passes=recipe.epochs * per_epoch * 3)
+    return finish(session, model, passes=settings.epochs * per_epoch * 3)
 
 
 def hydra(session: Session, model: nn.Module) -> nn.Module:
     """Hydra: scores alone, by the straight-through gradient; the weights stay as they were trained."""
-    run, recipe, phase, batches = session.run, session.recipe, session.recipe.sparse, session.data.lower
+    run, phase, batches = session.run, session.recipe.hydra, session.data.lower
     model = alone(run, scored(session, pretrained(session, model)), "Hydra")
     optimiser = released_optimizer(model, phase.lr, phase.momentum, phase.weight_decay)
     stream = Stream(batches)
-    for step in run.steps("prune", recipe.epochs * len(batches), model=model, optimiser=optimiser):
+    for step in run.steps("prune", phase.epochs * len(batches), model=model, optimiser=optimiser):
         epoch, position = divmod(step, len(batches))
-        session.rate(optimiser, phase.schedule, epoch, phase.lr, recipe.epochs)
+        session.rate(optimiser, phase.schedule, epoch, phase.lr, phase.epochs)
         loss, _ = hydra_step(model, stream[step], optimiser)
         run.log(loss=loss)
         if position + 1 == len(batches):
             run.log(accuracy=accuracy(model, session.data.evaluation, run))
-    return finish(session, model, passes=recipe.epochs * len(batches))
+    return finish(session, model, passes=phase.epochs * len(batches))
 
 
 # -- their parts ----------------------------------------------------------------------------------------------------------
@@ -343,7 +354,7 @@ def pretrained(session: Session, model: nn.Module) -> nn.Module:
     """The densely trained network: from the recipe's checkpoint, or trained here."""
     recipe = session.recipe
     if recipe.pretrained is None:
-        return fit(session, model, "dense", recipe.dense, recipe.dense.epochs, dense=True)
+        return fit(session, model, "dense", recipe.dense, dense=True)
     trained, _ = load_model(recipe.pretrained, recipe.arch)
     return bake_masks(trained) if has_masks(trained) else trained
 
@@ -353,14 +364,18 @@ def rewound(session: Session, model: nn.Module) -> nn.Module:
     recipe = session.recipe
     folder = session.run.directory if recipe.pretrained is None else recipe.pretrained
     if not folder.is_dir():
-        raise UserError(f"--pretrained {folder}: {recipe.method} rewinds to an early epoch, which only a run's folder has")
+        raise UserError(
+            f"--pretrained {folder}: {recipe.method} rewinds to an early epoch, which only a run's folder has"
+        )
     state, _ = load_weights(folder / "checkpoints" / "rewind.safetensors")
     fresh = create_model(recipe.arch, session.data.classes)
     fresh.load_state_dict(state)
     return fresh
 
 
-def scored(session: Session, model: nn.Module, init: Literal["weight", "random"] = "weight", tie: bool = False) -> nn.Module:
+def scored(
+    session: Session, model: nn.Module, init: Literal["weight", "random"] = "weight", tie: bool = False
+) -> nn.Module:
     """The network with scores and masks."""
     recipe = session.recipe
     return prune_parametrize(
@@ -371,7 +386,9 @@ def scored(session: Session, model: nn.Module, init: Literal["weight", "random"]
 def alone(run: Run, model: nn.Module, what: str) -> nn.Module:
     """The network on the device, for a trainer that is as it was released: one process, single precision."""
     if run.world > 1 or run.options.precision != "fp32":
-        raise UserError(f"{what} runs in one process and in fp32, as released: start it without torchrun and --precision")
+        raise UserError(
+            f"{what} runs in one process and in fp32, as released: start it without torchrun and --precision"
+        )
     return model.to(run.device)
 
 
@@ -380,12 +397,12 @@ def finish(session: Session, model: nn.Module, passes: int) -> nn.Module:
     session.close(model, "prune", passes)
     model = freeze_masks(session.run.unwrap(model))
     phase = session.recipe.finetune
-    return fit(session, model, "finetune", phase, phase.epochs) if phase.epochs else model
+    return fit(session, model, "finetune", phase) if phase.epochs else model
 
 
 def sparse_fit(session: Session, model: nn.Module, masks: dict[str, Tensor], name: str = "train") -> nn.Module:
     """Train under fixed masks."""
-    return fit(session, fix_masks(model, masks), name, session.recipe.sparse, session.recipe.epochs)
+    return fit(session, fix_masks(model, masks), name, session.recipe.sparse)
 
 
 def omp(session: Session, model: nn.Module) -> nn.Module:
@@ -423,7 +440,9 @@ def at_initialisation(session: Session, model: nn.Module) -> nn.Module:
 def masks_of(session: Session, importances: dict[str, Tensor], keep: float | None = None) -> dict[str, Tensor]:
     """The masks of the recipe's structure."""
     recipe = session.recipe
-    return importance_masks(importances, recipe.keep if keep is None else keep, recipe.structure, min_keep=recipe.min_keep)
+    return importance_masks(
+        importances, recipe.keep if keep is None else keep, recipe.structure, min_keep=recipe.min_keep
+    )
 
 
 METHODS = {

@@ -98,7 +98,9 @@ def accuracy(model: nn.Module) -> float:
 
 def evaluate(checkpoint: Path, options: RunOptions) -> None:
     """Accuracy of a checkpoint."""
-    tensors, kept = load_weights(checkpoint if checkpoint.is_file() else checkpoint / "checkpoints" / "last.safetensors")
+    tensors, kept = load_weights(
+        checkpoint if checkpoint.is_file() else checkpoint / "checkpoints" / "last.safetensors"
+    )
     model = network(kept["norm"])
     model.load_state_dict(tensors)
     print(f"accuracy {accuracy(model):.2f} %")
