@@ -126,8 +126,8 @@ def prune_parametrize(
     if not found:
         kind = "convolution" if projection.convolutions_only else "convolution, linear or attention layer"
         raise ValueError(f"{type(model).__name__} has no prunable layer: structure={structure!r} needs at least one {kind}.")
-    if any(parametrize.is_parametrized(module, attribute) for _, module, attribute in found):
-        raise ValueError("The model has masks already; bake_masks(model) removes them before it is pruned anew.")
+    if any(parametrize.is_parametrized(module) for _, module, _ in found):
+        raise ValueError("The model has masks or other parametrisations already; bake_masks(model) removes masks.")
     if tie_scores and scores_init != "weight":
         raise ValueError("Tied scores share the weights' memory, so scores_init must be 'weight'.")
     _check_budget(projection, [(name, getattr(module, attribute)) for name, module, attribute in found])
@@ -228,6 +228,8 @@ def fix_masks(model: M, masks: Mapping[str, Tensor]) -> M:
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
         _remove(model, leave_parametrized=False)
     weights = {name: (module, attribute) for name, module, attribute in prunable_weights(model)}
+    if any(parametrize.is_parametrized(module) for module, _ in weights.values()):
+        raise ValueError("The model has other parametrisations on layers to be masked; remove them first.")
     for name, mask in masks.items():
         if name not in weights:
             raise ValueError(f"There is a mask for {name!r}, but the model has no such prunable weight.")
@@ -251,9 +253,26 @@ def bake_masks(model: M) -> M:
 
 
 def _remove(model: M, leave_parametrized: bool) -> M:
-    for _, module, attribute in list(prunable_weights(model)):
-        if parametrize.is_parametrized(module, attribute):
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=leave_parametrized)
+    """Undo prune_parametrize or fix_masks, leaving z (masked) or theta as the weights.
+
+    Not with torch's remove_parametrizations: it deletes the property from a class that copies of the module share, so
+    that baking a copy would break the original.
+    """
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        chains: dict[str, Any] = dict(module.parametrizations.items())  # type: ignore[union-attr, operator]
+        if not any(isinstance(masking, MaskedWeight) for chain in chains.values() for masking in chain):
+            continue
+        for chain in chains.values():
+            if leave_parametrized:
+                chain.original.data = chain().detach()
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        others = dict(module._parameters)
+        module._parameters.clear()
+        for attribute, parameter in ({a: chain.original for a, chain in chains.items()} | others).items():
+            module.register_parameter(attribute, parameter)
     return model
 
 
