@@ -45,11 +45,15 @@ def add_implicit_term_(model: nn.Module, gamma: float) -> None:
     for layer in masked_layers(model):
         scores = layer.masking.scores
         if scores is None or scores.grad is None or layer.theta.grad is None:
-            raise ValueError(f"{layer.name} lacks the gradients of its weight and scores; run a backward pass with both trainable first.")
+            raise ValueError(
+                f"{layer.name} lacks the gradients of its weight and scores; run a backward pass with both trainable first."
+            )
         scores.grad.addcmul_(scores.sign(), layer.theta.grad.square(), value=-1.0 / gamma)
 
 
-def _pass(model: nn.Module, batch: Batch, loss_fn: LossFn, backward: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
+def _pass(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, backward: Callable[[Tensor], object]
+) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     inputs, targets = batch
     outputs = model(inputs)
@@ -77,6 +81,7 @@ def theta_step(
 
     Returns:
         (loss, outputs) of the step, detached, on the device.
+
     """
     result = _pass(model, batch, loss_fn, backward)
     optimizer.step()
@@ -113,9 +118,12 @@ def m_step(
 
     Raises:
         ValueError: gamma not positive, or an unknown `ig`.
+
     """
     if not gamma > 0:
-        raise ValueError(f"gamma weighs the quadratic term of the lower level and must be positive, but it is {gamma}; ig='none' switches the implicit term off.")
+        raise ValueError(
+            f"gamma weighs the quadratic term of the lower level and must be positive, but it is {gamma}; ig='none' switches the implicit term off."
+        )
     if ig not in ("closed_form", "released", "none"):
         raise ValueError(f"ig must be 'closed_form', 'released' or 'none', not {ig!r}.")
     result = _pass(model, batch, loss_fn, backward)
@@ -152,6 +160,7 @@ def bilevel_iteration(
 
     Returns:
         (loss, outputs) of the m-step. The parameters are those of `theta_step` and `m_step`.
+
     """
     for batch in lower_batches:
         theta_step(model, batch, theta_optimizer, loss_fn=loss_fn, backward=backward)
@@ -188,6 +197,7 @@ def implicit_gradient_hessian(
 
     Returns:
         dl/dm, one tensor a layer.
+
     """
     theta = [t.detach().requires_grad_() for t in theta]
     masks = [m.detach().requires_grad_() for m in masks]

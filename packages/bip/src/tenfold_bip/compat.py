@@ -58,6 +58,7 @@ def to_official(model: nn.Module, *, arch: str, epoch: int = 0, best_prec1: floa
         arch: its name.
         epoch: epochs trained.
         best_prec1: best top-1 accuracy in percent.
+
     """
     state = {name: tensor.clone() for name, tensor in official_state(model).items()}
     return {"epoch": epoch, "arch": arch, "state_dict": state, "best_prec1": best_prec1, "optimizer": {}}
@@ -103,7 +104,9 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{where} holds no state dict: expected names with tensors, or such a dict under state_dict.")
+        raise CheckpointError(
+            f"{where} holds no state dict: expected names with tensors, or such a dict under state_dict."
+        )
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -149,6 +152,7 @@ def recognise_architecture(state: Mapping[str, Tensor]) -> str:
 
     Raises:
         CheckpointError: none fits; lists what does not fit the nearest one.
+
     """
     weights = {name: tensor for name, tensor in state.items() if not name.endswith((SCORES, IGNORED))}
     num_classes, options, shapes = _classes(weights), _options(weights), _shapes(weights)
@@ -171,6 +175,7 @@ def load_official_state(model: nn.Module, state: Mapping[str, Tensor], arch: str
 
     Raises:
         CheckpointError: keys or shapes that do not fit, all listed; the model is then unchanged.
+
     """
     own = official_state(model)
     scored = any(name.endswith(SCORES) for name in state) and any(name.endswith(SCORES) for name in own)
@@ -207,6 +212,7 @@ def load_official_checkpoint(
 
     Raises:
         CheckpointError: not such a file; keys that do not fit, listed; a scored file without keep or structure.
+
     """
     state = _read(source)
     arch = arch or recognise_architecture(state)
@@ -217,7 +223,9 @@ def load_official_checkpoint(
     if not scored:
         return model
     if keep is None:
-        raise CheckpointError("The checkpoint has mask scores, but its layout does not store the keep ratio: give keep.")
+        raise CheckpointError(
+            "The checkpoint has mask scores, but its layout does not store the keep ratio: give keep."
+        )
     if structure is None:
         if not any(state[name].dim() == 2 for name in scored):
             raise CheckpointError("Only convolutions have scores: say whether the structure is 'filter' or 'channel'.")

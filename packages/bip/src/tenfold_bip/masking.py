@@ -56,11 +56,14 @@ class MaskedWeight(nn.Module):
         mask: uint8 buffer of the weight's shape.
         projection: the set S the whole network's masks come from; None when the mask is fixed.
         tied: whether the scores are to share the weight's memory, as in the released code.
+
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor, scores: Tensor | None = None, projection: Projection | None = None, tied: bool = False) -> None:
+    def __init__(
+        self, mask: Tensor, scores: Tensor | None = None, projection: Projection | None = None, tied: bool = False
+    ) -> None:
         super().__init__()
         self.scores = None if scores is None else nn.Parameter(scores)
         self.register_buffer("mask", mask)
@@ -120,12 +123,15 @@ def prune_parametrize(
 
     Raises:
         ValueError: keep outside (0, 1]; no prunable layer; a model that has masks already; a keep ratio so small that some layer is bound to be empty; scores both tied and random.
+
     """
     projection = Projection(structure, keep, p, min_keep)
     found = list(prunable_weights(model, projection.convolutions_only))
     if not found:
         kind = "convolution" if projection.convolutions_only else "convolution, linear or attention layer"
-        raise ValueError(f"{type(model).__name__} has no prunable layer: structure={structure!r} needs at least one {kind}.")
+        raise ValueError(
+            f"{type(model).__name__} has no prunable layer: structure={structure!r} needs at least one {kind}."
+        )
     if any(parametrize.is_parametrized(module) for _, module, _ in found):
         raise ValueError("The model has masks or other parametrisations already; bake_masks(model) removes masks.")
     if tie_scores and scores_init != "weight":
@@ -136,7 +142,9 @@ def prune_parametrize(
         scores = theta if tie_scores else theta.clone()
         if scores_init == "random":
             nn.init.kaiming_uniform_(scores, a=5**0.5)
-        parametrize.register_parametrization(module, attribute, MaskedWeight(torch.ones_like(theta, dtype=torch.uint8), scores, projection, tie_scores))
+        parametrize.register_parametrization(
+            module, attribute, MaskedWeight(torch.ones_like(theta, dtype=torch.uint8), scores, projection, tie_scores)
+        )
     set_masks(model)
     return model
 
@@ -147,12 +155,16 @@ def _check_budget(projection: Projection, weights: list[tuple[str, Tensor]]) -> 
         total = sum(weight.numel() for _, weight in weights)
         kept = keep_count(projection.keep, total)
         if kept < len(weights):
-            raise ValueError(f"Keeping {projection.keep} of {total} weights leaves {kept} for {len(weights)} layers, so a layer would be empty; raise the keep ratio.")
+            raise ValueError(
+                f"Keeping {projection.keep} of {total} weights leaves {kept} for {len(weights)} layers, so a layer would be empty; raise the keep ratio."
+            )
         return
     for name, weight in weights:
         units = {"filter": weight.shape[0], "channel": weight.shape[1]}.get(projection.structure, weight.numel())
         if keep_count(projection.keep, units) == 0:
-            raise ValueError(f"Keeping {projection.keep} of the {units} units of {name} leaves none; raise the keep ratio.")
+            raise ValueError(
+                f"Keeping {projection.keep} of the {units} units of {name} leaves none; raise the keep ratio."
+            )
 
 
 def masked_layers(model: nn.Module) -> list[MaskedLayer]:
@@ -160,6 +172,7 @@ def masked_layers(model: nn.Module) -> list[MaskedLayer]:
 
     Raises:
         ValueError: the model has no masked weight.
+
     """
     layers = []
     for prefix, module in model.named_modules():
@@ -168,7 +181,9 @@ def masked_layers(model: nn.Module) -> list[MaskedLayer]:
         for attribute, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
             for masking in chain:
                 if isinstance(masking, MaskedWeight):
-                    layers.append(MaskedLayer(f"{prefix}.{attribute}" if prefix else attribute, chain.original, masking))
+                    layers.append(
+                        MaskedLayer(f"{prefix}.{attribute}" if prefix else attribute, chain.original, masking)
+                    )
     if not layers:
         raise ValueError(f"{type(model).__name__} has no masked layer; call prune_parametrize(model, keep=...) first.")
     return layers
@@ -180,6 +195,7 @@ def set_masks(model: nn.Module) -> None:
 
     Raises:
         ValueError: the model has no masks, or they are fixed.
+
     """
     layers = masked_layers(model)
     scores = []
@@ -224,6 +240,7 @@ def fix_masks(model: M, masks: Mapping[str, Tensor]) -> M:
 
     Raises:
         ValueError: a name or a shape that does not fit the model.
+
     """
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
         _remove(model, leave_parametrized=False)
@@ -237,7 +254,9 @@ def fix_masks(model: M, masks: Mapping[str, Tensor]) -> M:
         weight = getattr(module, attribute)
         if weight.shape != mask.shape:
             raise ValueError(f"The mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}.")
-        parametrize.register_parametrization(module, attribute, MaskedWeight(mask.to(weight.device, torch.uint8, copy=True)))
+        parametrize.register_parametrization(
+            module, attribute, MaskedWeight(mask.to(weight.device, torch.uint8, copy=True))
+        )
     return model
 
 
@@ -300,7 +319,9 @@ def check_no_empty_layer(model: nn.Module) -> None:
     """Raise ValueError, naming the layers, if the current masks leave a layer without any weight."""
     empty = [name for name, (kept, _) in kept_per_layer(model).items() if kept == 0]
     if empty:
-        raise ValueError(f"The masks leave no weight in {', '.join(empty)}: raise the keep ratio or give every layer a minimum with min_keep.")
+        raise ValueError(
+            f"The masks leave no weight in {', '.join(empty)}: raise the keep ratio or give every layer a minimum with min_keep."
+        )
 
 
 def mask_iou(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -308,9 +329,12 @@ def mask_iou(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
     Raises:
         ValueError: the two name different layers.
+
     """
     if a.keys() != b.keys():
-        raise ValueError(f"The masks are of different layers: {', '.join(sorted(set(a) ^ set(b)))} is in one of them only.")
+        raise ValueError(
+            f"The masks are of different layers: {', '.join(sorted(set(a) ^ set(b)))} is in one of them only."
+        )
     both = sum(int((a[name].bool() & b[name].bool()).sum()) for name in a)
     either = sum(int((a[name].bool() | b[name].bool()).sum()) for name in a)
     return both / either if either else 1.0

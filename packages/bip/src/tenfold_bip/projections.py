@@ -33,7 +33,9 @@ def keep_count(keep: float, n: int) -> int:
 def check_keep(keep: float) -> None:
     """Raise ValueError unless keep, the fraction of weights that *remains*, lies in (0, 1]."""
     if not 0.0 < keep <= 1.0:
-        raise ValueError(f"The keep ratio is the fraction of weights that remains and must lie in (0, 1], but it is {keep}; for a sparsity of p give 1 - p.")
+        raise ValueError(
+            f"The keep ratio is the fraction of weights that remains and must lie in (0, 1], but it is {keep}; for a sparsity of p give 1 - p."
+        )
 
 
 def top_mask(importance: Float[Tensor, "*shape"], kept: int) -> UInt8[Tensor, "*shape"]:
@@ -58,6 +60,7 @@ def project_global(importances: Sequence[Tensor], keep: float, min_keep: int = 0
 
     Raises:
         ValueError: keep outside (0, 1], or a budget too small to give every layer its minimum.
+
     """
     check_keep(keep)
     flat = torch.cat([importance.flatten() for importance in importances])
@@ -68,7 +71,9 @@ def project_global(importances: Sequence[Tensor], keep: float, min_keep: int = 0
             f"Keeping {keep} of {flat.numel()} weights leaves {kept}, but min_keep={min_keep} over {len(importances)} layers reserves {reserved}; raise keep or lower min_keep."
         )
     if min_keep:
-        reserve = torch.cat([top_mask(importance, min(min_keep, importance.numel())).flatten() for importance in importances])
+        reserve = torch.cat(
+            [top_mask(importance, min(min_keep, importance.numel())).flatten() for importance in importances]
+        )
         flat = flat.masked_fill(reserve.bool(), torch.inf)
     parts = top_mask(flat, kept).split([importance.numel() for importance in importances])
     return [part.view(importance.shape) for part, importance in zip(parts, importances, strict=True)]
@@ -88,7 +93,9 @@ def project_filter(importance: Float[Tensor, "out *rest"], keep: float, p: float
     return mask.view(-1, *[1] * (importance.dim() - 1)).expand_as(importance).contiguous()
 
 
-def project_channel(importance: Float[Tensor, "out in *kernel"], keep: float, p: float = 2.0) -> UInt8[Tensor, "out in *kernel"]:
+def project_channel(
+    importance: Float[Tensor, "out in *kernel"], keep: float, p: float = 2.0
+) -> UInt8[Tensor, "out in *kernel"]:
     """Channel-wise projection of one convolution (section 2.4): whole input channels, ranked by their p-norm.
 
     A single input channel (depth-wise convolutions, grey images) is never removed: int((1 - keep) * 1) = 0.
@@ -125,6 +132,7 @@ class Projection:
 
     Raises:
         ValueError: unknown structure, keep outside (0, 1], or n:m without 0 < n <= m.
+
     """
 
     structure: str = "global"
@@ -139,12 +147,18 @@ class Projection:
         if pattern:
             n, m = int(pattern[1]), int(pattern[2])
             if not 0 < n <= m:
-                raise ValueError(f"In an n:m structure n of every m weights remain, with 0 < n <= m; got {self.structure!r}.")
+                raise ValueError(
+                    f"In an n:m structure n of every m weights remain, with 0 < n <= m; got {self.structure!r}."
+                )
             object.__setattr__(self, "keep", n / m)
         elif self.structure not in STRUCTURES[:-1]:
-            raise ValueError(f"Unknown structure {self.structure!r}: choose one of {', '.join(STRUCTURES)} (with numbers for n and m, as in 2:4).")
+            raise ValueError(
+                f"Unknown structure {self.structure!r}: choose one of {', '.join(STRUCTURES)} (with numbers for n and m, as in 2:4)."
+            )
         if self.min_keep and self.structure != "global":
-            raise ValueError(f"min_keep applies to structure='global' only, where layer ratios float; structure is {self.structure!r}.")
+            raise ValueError(
+                f"min_keep applies to structure='global' only, where layer ratios float; structure is {self.structure!r}."
+            )
 
     @property
     def convolutions_only(self) -> bool:

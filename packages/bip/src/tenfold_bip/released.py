@@ -27,7 +27,9 @@ def released_optimizer(model: nn.Module, lr: float, momentum: float = 0.9, weigh
 def _groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(scores, weights and biases); batch normalisation is in neither since it is never frozen."""
     others, scores = split_parameters(model)
-    normalisation = {id(p) for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters(recurse=False)}
+    normalisation = {
+        id(p) for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters(recurse=False)
+    }
     return scores, [p for p in others if id(p) not in normalisation]
 
 
@@ -65,6 +67,7 @@ def released_bilevel_step(
 
     Returns:
         (loss, outputs) of the last forward pass, detached.
+
     """
     scores, weights = _groups(model)
     parameters = list(model.parameters())
@@ -106,6 +109,7 @@ def released_accelerate_step(
 
     Returns:
         (loss, outputs) on the train batch, detached.
+
     """
     scores, weights = _groups(model)
 
@@ -124,7 +128,9 @@ def released_accelerate_step(
     return loss.detach(), outputs
 
 
-def hydra_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, *, loss_fn: LossFn = cross_entropy) -> tuple[Tensor, Tensor]:
+def hydra_step(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, *, loss_fn: LossFn = cross_entropy
+) -> tuple[Tensor, Tensor]:
     """One step of Hydra: scores (and batch normalisation) by the straight-through gradient, weights and biases frozen and never touched.
 
     Args:
@@ -135,6 +141,7 @@ def hydra_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer,
 
     Returns:
         (loss, outputs), detached.
+
     """
     _, weights = _groups(model)
     _trainable(weights, False)

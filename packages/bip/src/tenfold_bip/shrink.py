@@ -42,7 +42,19 @@ ADAPTIVE_POOLS = (
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 FLATTENINGS = ("flatten", "view", "reshape")
 ADDITIONS = ("add", "iadd", "add_")
-ELEMENTWISE = ("relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "sigmoid", "tanh", "dropout", "contiguous")
+ELEMENTWISE = (
+    "relu",
+    "relu_",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "gelu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "dropout",
+    "contiguous",
+)
 POOLINGS = ("max_pool2d", "boolean_dispatch", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 WORTH_A_COPY = 0.75  # gather or scatter when at most this fraction of the channels is left, else keep zero channels
 
@@ -323,7 +335,9 @@ class _Shrinker:
 
     def _replace(self, node: fx.Node, module: nn.Module) -> None:
         if sum(other.op == "call_module" and other.target == node.target for other in self.graph.graph.nodes) > 1:
-            raise UnsupportedOperationError(f"{node.target} is called more than once, so it cannot be cut to one shape.")
+            raise UnsupportedOperationError(
+                f"{node.target} is called more than once, so it cannot be cut to one shape."
+            )
         self.graph.set_submodule(str(node.target), module)
 
     def _slice_layer(self, node: fx.Node) -> None:
@@ -399,6 +413,7 @@ def shrink(model: nn.Module, example: Tensor) -> fx.GraphModule:
 
     Raises:
         UnsupportedOperationError: an operation through which channels cannot be followed, named; or a layer called twice.
+
     """
     model = copy.deepcopy(model).eval()
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
