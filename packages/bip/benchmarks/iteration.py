@@ -8,7 +8,6 @@ released trainer's iteration (four forward, three backward passes); and the mask
 
 import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable
 
@@ -22,7 +21,7 @@ from tenfold_bip.released import released_bilevel_step, released_optimizer
 
 
 def measure(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each arm; the arms take turns, so that a busy machine slows all of them."""
+    """Shortest seconds of each arm. The arms take turns, so that a busy machine disturbs all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name, arm in arms.items():
@@ -32,7 +31,7 @@ def measure(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
             synchronize()
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def synchronize() -> None:

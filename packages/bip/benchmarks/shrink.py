@@ -4,6 +4,7 @@ python benchmarks/shrink.py [--models resnet18 vgg16_bn] [--structure filter] [-
 """
 
 import argparse
+from functools import partial
 
 import torch
 from iteration import device, measure
@@ -34,7 +35,7 @@ def main() -> None:
         baked = bake_masks(masked)
         with torch.inference_mode():
             error = float((small(inputs) - baked(inputs)).abs().max() / baked(inputs).abs().max())
-            seconds = measure({"masked": lambda m=baked: m(inputs), "small": lambda m=small: m(inputs)}, args.rounds)
+            seconds = measure({"masked": partial(baked, inputs), "small": partial(small, inputs)}, args.rounds)
         before, after = flops(baked, inputs).dense, flops(small, inputs).dense
         print(
             f"  {name:<10} {1e3 * seconds['masked']:8.2f} -> {1e3 * seconds['small']:8.2f} ms: "

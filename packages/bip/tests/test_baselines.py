@@ -77,7 +77,7 @@ def test_snip_is_the_derivative_in_the_mask() -> None:
     model = net()
     importances = snip_importance(model, [batch()])
     for name, index in (("0.weight", (2, 1)), ("2.weight", (0, 5))):
-        theta = float(dict(model.named_parameters())[name][index])
+        theta = float(dict(model.named_parameters())[name].detach()[index])
         up, down = (loss_of(model, name, index, theta * m) for m in (1 + 1e-6, 1 - 1e-6))
         assert float(importances[name][index]) == pytest.approx(abs(up - down) / 2e-6, rel=1e-5)
 
@@ -116,7 +116,7 @@ def test_synflow_one_round_by_hand() -> None:
     first, second = (model[i].weight.detach().abs() for i in (0, 1))
     bias = model[0].bias.detach().abs()
     through = second.sum(0)
-    expected = {"0.weight": first * through[:, None], "1.weight": second * (first.sum(1) + bias)}
+    expected = {"0.weight": first * through[:, None], "2.weight": second * (first.sum(1) + bias)}
     assert mask_iou(synflow_masks(model, 0.4, (4,), iterations=1), importance_masks(expected, 0.4)) == 1.0
 
 

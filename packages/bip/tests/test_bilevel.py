@@ -94,9 +94,9 @@ class TwoLayers:
         return torch.autograd.grad(self.loss([z], level), z)[0]
 
     def solve(self, mask: Tensor) -> Tensor:
-        """theta*(m): a contraction for large gamma, iterated to machine precision."""
+        """theta*(m): a contraction for large gamma, iterated until it no longer moves."""
         theta = torch.zeros_like(mask)
-        for _ in range(400):
+        for _ in range(25):
             theta = -mask * self.grad_z(mask * theta, 0) / self.gamma
         return theta
 
@@ -113,7 +113,7 @@ class TwoLayers:
         return gradient
 
     def closed_form(self) -> Tensor:
-        """The Hessian-free gradient at theta*, each level with its own batch: theta * g_up - g_low * (m * g_up) / gamma."""
+        """The Hessian-free gradient at theta*, with a batch for each level."""
         theta = self.solve(self.mask)
         lower, upper = (self.grad_z(self.mask * theta, level) for level in (0, 1))
         return theta * upper - lower * self.mask * upper / self.gamma
@@ -133,10 +133,10 @@ def test_hessian_gradient_is_the_derivative_of_the_bilevel_objective() -> None:
 
 
 def test_hessian_free_gradient_approaches_it_for_large_gamma() -> None:
-    errors = {
-        gamma: relative(TwoLayers(gamma).closed_form(), TwoLayers(gamma).finite_differences())
-        for gamma in (100.0, 1000.0)
-    }
+    errors = {}
+    for gamma in (100.0, 1000.0):
+        case = TwoLayers(gamma)
+        errors[gamma] = relative(case.closed_form(), case.finite_differences())
     assert errors[1000.0] < 0.01
     assert errors[1000.0] < errors[100.0] / 5  # first order in 1 / gamma
 
@@ -245,8 +245,8 @@ def test_refusals() -> None:
     score_optimizer = optimizers(model)[1]
     with pytest.raises(ValueError, match="gamma"):
         m_step(model, batch(0), score_optimizer, gamma=0.0)
-    with pytest.raises(ValueError, match="ig must be"):
-        m_step(model, batch(0), score_optimizer, ig="none "[:-1] + "!")
+    with pytest.raises((ValueError, TypeError), match="closed_form"):  # a TypeError where types are checked at run time
+        m_step(model, batch(0), score_optimizer, ig="exact")
     with pytest.raises(ValueError, match="lacks the gradients"):
         add_implicit_term_(model, 1.0)
 

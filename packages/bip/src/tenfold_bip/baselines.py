@@ -102,7 +102,9 @@ def snip_importance(model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn 
 def grasp_importance(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn = cross_entropy, temperature: float = 200.0
 ) -> dict[str, Tensor]:
-    """Theta * (H g), signed: removing the smallest keeps the gradient flow. g and H of the loss at logits / temperature.
+    """Signed theta * (H g), with g and H of the loss at logits / temperature.
+
+    Removing the smallest keeps most of the gradient flow.
 
     Args:
         model: without masks, at initialisation.

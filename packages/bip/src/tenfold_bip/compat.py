@@ -4,7 +4,6 @@ A `.pth.tar` file holds `epoch`, `arch`, `state_dict`, `best_prec1` and `optimiz
 Masked layers add `popup_scores` of the weight's shape right after weight and bias. The keep ratio is not stored.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
             raise CheckpointError(f"There is no checkpoint at {where}.")
         try:
             content = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # the restricted unpickler meets damaged files with errors of any kind
             raise CheckpointError(
                 f"{where} cannot be read as a checkpoint of plain tensors: it is damaged, or holds other objects, "
                 "which are not unpickled since they could run code."

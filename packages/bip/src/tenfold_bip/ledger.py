@@ -1,4 +1,4 @@
-"""What a method costs and what its result costs: forward-backward passes, floating-point operations, time (section 8)."""
+"""Cost of a method and of its result: forward-backward passes, floating-point operations, time (section 8)."""
 
 import time
 from dataclasses import dataclass, field
@@ -101,6 +101,6 @@ class Ledger:
         """Operations of all passes, a backward pass counted as two forward passes of `forward` operations a sample."""
         return 3 * forward * self.samples
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, int | float]:
         """What `Ledger(**state)` goes on from."""
         return {"passes": self.passes, "samples": self.samples, "earlier_seconds": self.seconds}

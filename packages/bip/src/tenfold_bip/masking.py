@@ -1,7 +1,9 @@
 """Masks on the weights of any module, without rewriting it: z = m * theta as a parametrisation.
 
-Each prunable weight (convolutions, linear layers, the projections of attention) becomes theta (the parameter the layer had), scores s (a second parameter) and a mask m (a uint8 buffer).
-The masks of the whole network are computed once, by `set_masks`, and stay until the next call, so a forward pass costs one multiplication a layer.
+Each prunable weight (convolutions, linear layers, the projections of attention) becomes theta (the parameter the layer
+had), scores s (a second parameter) and a mask m (a uint8 buffer).
+The masks of the whole network are computed once, by `set_masks`, and stay until the next call, so a forward pass costs
+one multiplication a layer.
 Biases and normalisation layers are never masked.
 """
 
@@ -24,8 +26,10 @@ ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj
 class MaskedProduct(torch.autograd.Function):
     """z = m * theta, whose one backward gives the gradients of both variables (section 2.2).
 
-    With g = dl/dz: the gradient of theta is m * g, that of the scores sign(s) * theta * g. The latter is the dense straight-through rule (also where m = 0) through m = P_S(|s|).
-    Both gradients come from one pass so that data-parallel training averages both; the implicit term follows from them (`bilevel.add_implicit_term_`).
+    With g = dl/dz: the gradient of theta is m * g, that of the scores sign(s) * theta * g. The latter is the dense
+    straight-through rule (also where m = 0) through m = P_S(|s|).
+    Both gradients come from one pass so that data-parallel training averages both; the implicit term follows from them
+    (`bilevel.add_implicit_term_`).
     """
 
     @staticmethod
@@ -115,14 +119,16 @@ def prune_parametrize(
         structure: the set S, see `Projection`.
         p: norm that ranks filters and channels.
         min_keep: entries every layer keeps at least ("global" only).
-        scores_init: "weight" starts the scores at the weights, so that the first mask is magnitude pruning; "random" draws them uniformly (Kaiming, a = sqrt 5).
+        scores_init: "weight" starts the scores at the weights, so that the first mask is magnitude pruning; "random"
+            draws them uniformly (Kaiming, a = sqrt 5).
         tie_scores: let scores and weights share memory as the released code does (section 2.5), instead of cloning.
 
     Returns:
         The same model. Its parameters now also hold the scores; `split_parameters` separates them.
 
     Raises:
-        ValueError: keep outside (0, 1]; no prunable layer; a model that has masks already; a keep ratio so small that some layer is bound to be empty; scores both tied and random.
+        ValueError: keep outside (0, 1]; no prunable layer; a model that has masks already; a keep ratio so small that
+            some layer is bound to be empty; scores both tied and random.
 
     """
     projection = Projection(structure, keep, p, min_keep)
@@ -156,7 +162,8 @@ def _check_budget(projection: Projection, weights: list[tuple[str, Tensor]]) -> 
         kept = keep_count(projection.keep, total)
         if kept < len(weights):
             raise ValueError(
-                f"Keeping {projection.keep} of {total} weights leaves {kept} for {len(weights)} layers, so a layer would be empty; raise the keep ratio."
+                f"Keeping {projection.keep} of {total} weights leaves {kept} for {len(weights)} layers, so "
+                "a layer would be empty; raise the keep ratio."
             )
         return
     for name, weight in weights:
@@ -191,7 +198,8 @@ def masked_layers(model: nn.Module) -> list[MaskedLayer]:
 
 @torch.no_grad()
 def set_masks(model: nn.Module) -> None:
-    """Recompute all masks from the scores, m = P_S(|s|), once for the whole network (section 2.4). No host synchronisation.
+    """Recompute all masks from the scores, m = P_S(|s|), once for the whole network (section 2.4). No host
+    synchronisation.
 
     Raises:
         ValueError: the model has no masks, or they are fixed.
@@ -220,7 +228,7 @@ def set_keep(model: nn.Module, keep: float) -> None:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(lower-level, upper-level) parameters: theta with biases and normalisation, and the scores. For two optimisers."""
+    """The parameters of both levels, for two optimisers: theta with biases and normalisation; and the scores."""
     scores = [layer.masking.scores for layer in masked_layers(model) if layer.masking.scores is not None]
     identities = {id(score) for score in scores}
     return [parameter for parameter in model.parameters() if id(parameter) not in identities], scores
@@ -232,7 +240,8 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fix_masks(model: M, masks: Mapping[str, Tensor]) -> M:
-    """Give a model fixed masks without scores, in place: what every baseline trains under, and BiP's optional fine-tuning.
+    """Give a model fixed masks without scores, in place: what every baseline trains under, and BiP's optional
+    fine-tuning.
 
     Args:
         model: with or without masks; existing ones (and scores) are replaced, theta stays unmasked.
@@ -266,7 +275,7 @@ def freeze_masks(model: M) -> M:
 
 
 def bake_masks(model: M) -> M:
-    """Replace every masked weight by the plain weight z = m * theta, in place. The state dict is then the unmasked model's."""
+    """Replace every masked weight by the plain weight z = m * theta, in place; the modules are then as they were."""
     masked_layers(model)
     return _remove(model, leave_parametrized=True)
 
@@ -320,7 +329,8 @@ def check_no_empty_layer(model: nn.Module) -> None:
     empty = [name for name, (kept, _) in kept_per_layer(model).items() if kept == 0]
     if empty:
         raise ValueError(
-            f"The masks leave no weight in {', '.join(empty)}: raise the keep ratio or give every layer a minimum with min_keep."
+            f"The masks leave no weight in {', '.join(empty)}: raise the keep ratio, or give every "
+            "layer a minimum with min_keep."
         )
 
 

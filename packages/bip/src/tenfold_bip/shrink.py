@@ -20,6 +20,7 @@ import math
 import operator
 from typing import Any
 
+import jaxtyping
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, fx, nn
@@ -412,13 +413,19 @@ def shrink(model: nn.Module, example: Tensor) -> fx.GraphModule:
         exported and fine-tuned. Unstructured masks remove only filters and channels that are zero altogether.
 
     Raises:
-        UnsupportedOperationError: an operation through which channels cannot be followed, named; or a layer called twice.
+        UnsupportedOperationError: an operation through which channels cannot be followed, named; or a layer called
+            twice.
 
     """
     model = copy.deepcopy(model).eval()
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
         bake_masks(model)
-    graph = fx.symbolic_trace(model)
+    checked = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)  # what a trace sends through the network are no tensors
+    try:
+        graph = fx.symbolic_trace(model)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", checked)
     ShapeProp(graph).propagate(example)
     shrinker = _Shrinker(graph)
     shrinker.propagate_constants()
