@@ -10,6 +10,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +98,8 @@ def main() -> None:
     for keep in (0.05, 0.5, 0.9):
         seconds = measure(
             {
-                "full sort": lambda k=keep: sorted_masks(importances, k),
-                "selection": lambda k=keep: project_global(importances, k),
+                "full sort": partial(sorted_masks, importances, keep),
+                "selection": partial(project_global, importances, keep),
             },
             args.rounds,
         )

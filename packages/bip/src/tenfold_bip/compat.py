@@ -38,7 +38,7 @@ def official_state(model: nn.Module) -> dict[str, Tensor]:
         dot = f"{prefix}." if prefix else ""
         scores = None
         if parametrize.is_parametrized(module, "weight"):
-            chain = module.parametrizations["weight"]  # type: ignore[union-attr, index]
+            chain = module.parametrizations["weight"]
             state[f"{dot}weight"] = chain.original
             masking = chain[0]
             scores = masking.mask.to(chain.original.dtype) if masking.scores is None else masking.scores

@@ -185,7 +185,7 @@ def masked_layers(model: nn.Module) -> list[MaskedLayer]:
     for prefix, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
-        for attribute, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
+        for attribute, chain in module.parametrizations.items():
             for masking in chain:
                 if isinstance(masking, MaskedWeight):
                     layers.append(

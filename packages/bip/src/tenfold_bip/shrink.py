@@ -240,14 +240,14 @@ class _Shrinker:
 
     def _kernel(self, node: fx.Node) -> Tensor:
         """Weight of a layer as [out, in channel, positions]; flattened features count as positions of their channel."""
-        weight: Tensor = self.module(node).weight.detach()  # type: ignore[union-attr, operator, assignment]
+        weight: Tensor = self.module(node).weight.detach()  # type: ignore[union-attr, operator]
         return weight.reshape(weight.shape[0], len(self.const[self.operands(node)[0]]), -1)
 
     def _pads_zeros(self, node: fx.Node) -> bool:
         module = self.module(node)
         if not isinstance(module, CONVOLUTIONS) or module.padding_mode != "zeros":
             return False
-        return module.padding == "same" or (module.padding != "valid" and any(module.padding))  # type: ignore[arg-type]
+        return module.padding == "same" or (module.padding != "valid" and any(module.padding))
 
     def _layer_constants(self, node: fx.Node, before: Tensor) -> Tensor:
         kernel, bias = self._kernel(node), self._bias(node)
@@ -281,7 +281,7 @@ class _Shrinker:
             elif node.op == "output":
                 for source in node.all_input_nodes:
                     self.keep[self.root[source]][:] = True
-            elif self.root.get(node) is node:
+            elif node in self.root and self.root[node] is node:
                 if not self.keep[node].any():
                     self.keep[node][0] = True  # a tensor keeps at least one channel
                 self._read(node)
