@@ -102,7 +102,7 @@ def wheel(session: nox.Session, name: str) -> Path:
         shutil.rmtree(out, ignore_errors=True)
         if session.venv_backend == "uv":
             frozen = ["--build-constraint", str(CONSTRAINTS)] if pins() else []
-            session.run("uv", "build", "--wheel", "--quiet", *frozen, "--out-dir", str(out), str(folder(name)))
+            session.run("uv", "build", "--wheel", *frozen, "--out-dir", str(out), str(folder(name)))
         else:
             session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={out}", str(folder(name)))
         (built_wheels[name],) = out.glob("*.whl")
