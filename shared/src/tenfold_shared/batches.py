@@ -313,7 +313,8 @@ class Stream:
 
     def __init__(self, batches: Batches | StreamedBatches) -> None:
         self.batches = batches
-        self._next, self._iterator = -1, iter(())
+        self._next = -1
+        self._iterator: Iterator[tuple[Tensor, Tensor]] = iter(())
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step, this process's share."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tenfold_shared.checkpoint import write_text
 from tenfold_shared.claims import ArmResult, Claim, ClaimSet, Comparison, Outcome, read_claims
 from tenfold_shared.errors import UserError
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol
 
 import filelock
 import psutil
@@ -28,8 +28,13 @@ from .progress import Progress
 from .report import ReportFigure, console_table, markdown_table, write_report
 from .run import RunOptions, environment
 
-Measure = Callable[[Claim, Arm, int, RunOptions, Path], Measurement]
-"""(claim, arm, seed, how to run, the folder for this reproduction's runs) -> what came out. Importable by name."""
+
+class Measure(Protocol):
+    """A package's function that measures one arm with one seed; importable by name, since processes call it."""
+
+    def __call__(self, claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+        """What came out; ``folder`` is for this reproduction's runs."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass

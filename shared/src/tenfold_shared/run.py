@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import filelock
 import numpy as np
@@ -101,6 +101,13 @@ def seed_everything(*parts: object) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
+
+
+class Usage(TypedDict):
+    """What a run took: wall-clock seconds, and the most memory it held (of the device where that is a GPU)."""
+
+    seconds: float
+    peak_memory_bytes: int
 
 
 class Run:
@@ -292,7 +299,7 @@ class Run:
     def _checkpoint(self, tracked: dict[str, Any]) -> None:
         self._flush()
         self._saved = time.monotonic()
-        if not self.is_main:
+        if self._metrics is None:  # not the main process
             return
         state: dict[str, Any] = {
             "phase": self._phase,
@@ -355,11 +362,11 @@ class Run:
         """A tensor summed or averaged over the processes; as it is when there is one."""
         return self.accelerator.reduce(value, how) if self.world > 1 else value
 
-    def usage(self) -> dict[str, float]:
+    def usage(self) -> "Usage":
         """Seconds since the run began and the peak memory in bytes (of the device where it is a GPU)."""
         on_gpu = self.device.type == "cuda"
         peak = float(torch.cuda.max_memory_allocated()) if on_gpu else peak_memory()
-        return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": peak}
+        return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": int(peak)}
 
     def unwrap(self, item: Any) -> Any:
         """The module itself, without what `prepare` put around it."""
@@ -458,7 +465,7 @@ class _CrossProcessBatchNorm(nn.modules.batchnorm._BatchNorm):
         channels = input.shape[1]
         mean = total[:channels] / total[-1]
         variance = total[channels:-1] / total[-1] - mean.square()
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)

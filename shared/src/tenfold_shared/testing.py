@@ -208,17 +208,31 @@ class Conformance:
             assert time.monotonic() < deadline, "no checkpoint"
             time.sleep(0.01)
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def trained(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A folder in which the training run ``whole`` has ended undisturbed."""
+        """A folder in which the training run ``whole`` has ended undisturbed; the same for all tests."""
+        return self._once("trained", lambda: self._train(tmp_path_factory))
+
+    @pytest.fixture
+    def killed(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A folder in which the same run was killed with SIGKILL at a random moment after its first checkpoint."""
+        return self._once("killed", lambda: self._kill(tmp_path_factory))
+
+    @classmethod
+    def _once(cls, name: str, make: Callable[[], Path]) -> Path:
+        if name not in cls.__dict__.get("_made", {}):
+            cls._made = {**cls.__dict__.get("_made", {}), name: make()}
+        return cls._made[name]
+
+    _made: ClassVar[dict[str, Path]] = {}
+
+    def _train(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("whole")
         done = self.call(folder, *self.train_arguments("whole"))
         assert done.code == 0, done.err
         return folder
 
-    @pytest.fixture(scope="class")
-    def killed(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A folder in which the same run was killed with SIGKILL at a random moment after its first checkpoint."""
+    def _kill(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("killed")
         process = self.start(folder, *self.train_arguments("whole"))
         self.wait_for_checkpoint(folder, "whole", process)
@@ -384,7 +398,7 @@ class Conformance:
         shutil.copytree(killed / "runs", tmp_path / "runs")
         state = self.checkpoints(tmp_path, "whole") / "state.pt"
         good = state.read_bytes()
-        for damaged in (good[: len(good) // 2], flip(good, len(good) // 2)):
+        for damaged in (good[: len(good) // 2], flip(good, *(len(good) * i // 16 for i in range(4, 12)))):
             state.write_bytes(damaged)
             self.refused(self.quick(tmp_path, *self.train_arguments("whole", "--resume")), 2, "state.pt")
 
@@ -433,6 +447,9 @@ class Conformance:
         assert [outcome.arms for outcome in again] == [outcome.arms for outcome in outcomes]
 
 
-def flip(content: bytes, at: int) -> bytes:
-    """The content with one bit of the byte ``at`` flipped."""
-    return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
+def flip(content: bytes, *places: int) -> bytes:
+    """The content with one bit flipped in the byte at each place."""
+    changed = bytearray(content)
+    for at in places:
+        changed[at] ^= 64
+    return bytes(changed)

@@ -59,7 +59,7 @@ class Data(NamedTuple):
     scoring: Batches | StreamedBatches
     evaluation: Batches | StreamedBatches
     classes: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
 
 def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:

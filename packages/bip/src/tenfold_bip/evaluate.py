@@ -100,7 +100,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             print(json.dumps({**about, "accuracy": reached, **costs(run.unwrap(model), data.shape)}))
 
 
-def costs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, object]:
+def costs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, object]:
     """Keep ratio over the prunable weights, kept weights by layer, operations of the dense and the sparse network."""
     device = next(model.parameters()).device
     operations = flops(model, torch.zeros(1, *shape, device=device))

@@ -35,7 +35,7 @@ VALUES = {"test accuracy": "accuracy", "validation accuracy": "accuracy", "gradi
 """Name of a claim's metric -> what of a run it is."""
 
 
-def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{arm.name}-{arm.key}-seed{seed}"
     file = folder / "measured" / f"{name}.json"
@@ -48,7 +48,7 @@ def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path
 
 
 def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) -> Measurement:
-    recipe = load_recipe("tenfold_bip", arm.recipe, Recipe, **arm.options)
+    recipe = load_recipe("tenfold_bip", str(arm.recipe), Recipe, **arm.options)
     if recipe.method in FROM_DENSE and recipe.pretrained is None:
         recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
     if recipe.method == "dense":
@@ -61,7 +61,9 @@ def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) 
 def _dense_accuracy(recipe: Recipe) -> Measurement:
     assert recipe.pretrained is not None
     _, about = load_model(recipe.pretrained)
-    return Measurement(about["accuracy"], extras={"accuracy": about["accuracy"], "passes": 0, "keep": 1.0, "history": []})
+    return Measurement(
+        about["accuracy"], extras={"accuracy": about["accuracy"], "passes": 0, "keep": 1.0, "history": []}
+    )
 
 
 def dense_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> Path:

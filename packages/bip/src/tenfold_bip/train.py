@@ -142,8 +142,10 @@ class Recipe:
             raise UserError(f"--keep: {error}") from error
         for name, value in (
             ("batch_size", self.batch_size),
-            ("epochs", self.epochs),
             ("dense.epochs", self.dense.epochs),
+            ("sparse.epochs", self.sparse.epochs),
+            ("hydra.epochs", self.hydra.epochs),
+            ("bilevel.epochs", self.bilevel.epochs),
         ):
             if value < 1:
                 raise UserError(f"--{name} takes 1 or more, got {value}")
@@ -285,9 +287,9 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
     if settings.trainer == "released":
         return released_bip(session, model)
     weights, scores = split_parameters(model)
-    common = {"momentum": settings.momentum, "weight_decay": settings.weight_decay}
-    lower: Any = torch.optim.SGD(weights, settings.alpha, **common)
-    upper: Any = torch.optim.SGD(scores, settings.beta, **common)
+    momentum, decay = settings.momentum, settings.weight_decay
+    lower: Any = torch.optim.SGD(weights, settings.alpha, momentum, weight_decay=decay)
+    upper: Any = torch.optim.SGD(scores, settings.beta, momentum, weight_decay=decay)
     model, lower, upper = run.prepare(model, lower, upper)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
     per_epoch, n = len(data.upper), settings.lower_steps

@@ -106,7 +106,7 @@ def evaluate(checkpoint: Path, options: RunOptions) -> None:
     print(f"accuracy {accuracy(model):.2f} %")
 
 
-def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """One arm with one seed."""
     recipe = load_recipe("tenfold_toy", arm.recipe, Recipe, **arm.options)
     with Run("toy", recipe, dataclasses.replace(options, name=f"{arm.name}-seed{seed}"), parent=folder / "runs") as run:
