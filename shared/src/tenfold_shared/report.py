@@ -207,7 +207,7 @@ def console_table(claim_set: ClaimSet, outcomes: Sequence[Outcome]) -> "rich.tab
         table.add_column(column, overflow="fold")
     for row in _rows(claim_set, outcomes):
         colour = _BADGES[row.verdict][1]
-        cells = (f"{row.statement}\n{row.where}", row.arms, row.paper, row.ours, row.difference)
+        cells = (f"{row.claim.id}: {row.statement}\n{row.where}", row.arms, row.paper, row.ours, row.difference)
         table.add_row(*(_literal(cell) for cell in cells), f"[bold {colour}]{row.badge}[/]\n{_literal(row.reason)}")
     return table
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import yaml
 
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
 from tenfold_bip.train import Recipe, run_recipe
-from tenfold_shared.checkpoint import write_json
+from tenfold_shared.checkpoint import write_json, write_text
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
-from tenfold_shared.cli import load_recipe
+from tenfold_shared.cli import load_recipe, to_yaml
 from tenfold_shared.errors import UserError
 from tenfold_shared.report import ReportFigure, figure_style
 from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
@@ -98,18 +99,24 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
     if not recipe.data.validation:
         raise UserError("sweep chooses values, which the test images must not do: add --data.validation 0.2")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    recipe_name = options.name.rpartition("-seed")[0] or options.name
+    folder = options.output / "bip" / f"sweep-{options.name or 'recipe'}"
+    write_text(folder / "recipe.yaml", to_yaml(recipe))
     arms = {
-        f"point-{i}": Arm(
-            f"point-{i}", recipe=recipe_name, options={"data.validation": recipe.data.validation, **point}
-        )
-        for i, point in enumerate(points)
+        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
     }
     claim = Claim(
-        id="sweep", table="", statement="", data=recipe.data.name, model=recipe.arch, scale="mini", provenance="none",
-        metric=Metric("validation accuracy", "%"), method="point-0", arms=arms, seeds=seeds,
-    )  # fmt: skip
-    folder = options.output / "bip" / f"sweep-{recipe_name}"
+        id="sweep",
+        table="",
+        statement="",
+        data=recipe.data.name,
+        model=recipe.arch,
+        scale="mini",
+        provenance="none",
+        metric=Metric("validation accuracy", "%"),
+        method="point-0",
+        arms=arms,
+        seeds=seeds,
+    )
     results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
     rows = []
     for name, point in zip(arms, points, strict=True):
@@ -120,7 +127,7 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
     write_json(
         folder / "sweep.json",
         {
-            "recipe": recipe_name,
+            "recipe": yaml.safe_load(to_yaml(recipe)),
             "metric": "validation accuracy, %",
             "seeds": [options.seed + i for i in range(seeds)],
             "points": rows,
