@@ -236,7 +236,8 @@ forbidden_modules = {packages}
 def check_wheel(session: nox.Session, name: str) -> None:
     """Refuse a wheel that differs from the source tree, or comes without its recipes and claims."""
     archive, source = wheel(session, name), folder(name) / "src"
-    expected = [f"--toplevel=tenfold_{name}", f"--package={source / f'tenfold_{name}'}"]
+    # W102, files that are not in the source tree, is left to the exact comparison below: it knows the results
+    expected = ["--ignore=W102", f"--toplevel=tenfold_{name}", f"--package={source / f'tenfold_{name}'}"]
     session.run("check-wheel-contents", *expected, str(archive))
     packed = {entry for entry in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in entry}
     present = {file.relative_to(source).as_posix() for file in source.rglob("*.*") if file.suffix != ".pyc"}
