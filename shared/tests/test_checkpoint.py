@@ -32,16 +32,17 @@ def test_tensors_that_share_storage_are_kept(tmp_path: Path) -> None:
     assert torch.equal(tensors["part"], shared[:3])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(where=st.floats(0, 0.999))
 def test_any_flipped_bit_in_weights_is_noticed(tmp_path_factory: pytest.TempPathFactory, where: float) -> None:
     file = tmp_path_factory.mktemp("flip") / "w.safetensors"
-    save_weights(file, TENSORS)
+    save_weights(file, TENSORS, {"keep": 0.1})
     good = file.read_bytes()
     file.write_bytes(flip(good, int(where * len(good))))
     with contextlib.suppress(UserError):  # unless the bit was in the white space that pads the header
-        tensors, _ = load_weights(file)
+        tensors, metadata = load_weights(file)
         assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+        assert metadata == {"keep": 0.1}
 
 
 def test_state_round_trips(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_bip_learns(tmp_path: Path) -> None:
         (lambda: Recipe(rewind_epoch=40), "rewind_epoch"),
         (lambda: Recipe(method="synflow", structure="filter"), "synflow"),
         (lambda: Recipe(batch_size=0), "batch_size"),
+        (lambda: Recipe(arch="resnet20s"), "3 channels and digits has 1"),
     ],
 )
 def test_bad_recipes_are_refused_in_a_sentence(recipe, words: str, tmp_path: Path) -> None:
