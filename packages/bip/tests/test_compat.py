@@ -130,10 +130,10 @@ def test_damaged_and_malicious_files(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
     torch.save(create_model("resnet20s").state_dict(), path)
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(UserError, match="checkpoint.pth.tar"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth\.tar"):
         load_official_checkpoint(path)
     path.write_text("hello")
-    with pytest.raises(UserError, match="checkpoint.pth.tar"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth\.tar"):
         load_official_checkpoint(str(path))
 
 

@@ -109,7 +109,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if DIGEST in header and header.pop(DIGEST) != _digest(tensors, header):
         raise UserError(f"{path} is corrupted: its tensors do not have the digest they were saved with")
     try:
-        return tensors, {key: json.loads(value) for key, value in header.items()}
+        return tensors, {key: json.loads(header[key]) for key in sorted(header)}  # the file has no order
     except ValueError as error:
         raise UserError(f"{path} is corrupted, or another program's: its metadata is no JSON ({error})") from error
 
