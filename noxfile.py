@@ -248,7 +248,8 @@ def check_wheel(session: nox.Session, name: str) -> None:
     if packed != present:
         session.error(f"{archive.name} and {source.relative_to(ROOT)} differ in: {', '.join(sorted(packed ^ present))}")
     recipes = [entry for entry in packed if entry.startswith(f"tenfold_{name}/recipes/") and entry.endswith(".yaml")]
-    if name in PACKAGES and not (recipes and f"tenfold_{name}/claims.yaml" in packed):
+    has_command = "scripts" in pyproject(folder(name))["project"]
+    if has_command and not (recipes and f"tenfold_{name}/claims.yaml" in packed):
         session.error(f"{archive.name} lacks tenfold_{name}/claims.yaml or tenfold_{name}/recipes/*.yaml")
 
 
