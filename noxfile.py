@@ -125,7 +125,7 @@ def away(session: nox.Session) -> Iterator[None]:
 def run_tests(session: nox.Session, name: str) -> None:
     """Run a distribution's tests on what is installed, where no other package of this repository may be."""
     # A package's shapes are checked while its tests run; tenfold_shared's tests hand wrong types to it on purpose.
-    shapes = [] if name == "shared" else [f"--jaxtyping-packages=tenfold_{name},beartype.beartype"]
+    shapes = [] if name == "shared" else [f"--jaxtyping-packages=tenfold_{name},tenfold_shared.typecheck.check"]
     options = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "--import-mode=importlib", *shapes]
     if fixtures := os.environ.get("TENFOLD_PARITY_DIR"):
         session.env["TENFOLD_PARITY_DIR"] = str(Path(session.invoked_from, fixtures).resolve())

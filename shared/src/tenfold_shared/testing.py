@@ -236,9 +236,9 @@ class Conformance:
         folder = tmp_path_factory.mktemp("killed")
         process = self.start(folder, *self.train_arguments("whole"))
         self.wait_for_checkpoint(folder, "whole", process)
-        # While it lives, the folder is its own.
-        self.refused(self.quick(folder, *self.train_arguments("whole", "--resume")), 2, "in use")
         time.sleep(random.random() / 4)
+        process.send_signal(signal.SIGSTOP)  # while it lives, the folder is its own
+        self.refused(self.quick(folder, *self.train_arguments("whole", "--resume")), 2, "in use")
         process.kill()
         process.communicate()
         ended = self.checkpoints(folder, "whole") / f"{self.phase}.safetensors"
