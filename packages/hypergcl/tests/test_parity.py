@@ -96,7 +96,7 @@ def setgnn(f):
     before = incidence.clone()
     model = set_gnn(f.cfg, f.group("state/"))
     assert released_parameter_count(model) == f.cfg["num_parameters"]
-    nodes, hyperedges = model.encode(x, h)
+    nodes, hyperedges = model.encode(x, h, want_hyperedges=True)
     near(nodes, f["out/node_embed"], 1e-9)
     near(hyperedges, f["out/hyperedge_embed"], 1e-9)
     near(model.embed(x, h), f["out/embed"], 1e-9)

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCK = 2048
 """Rows and columns of one block of similarities."""
+MIN_TEMPERATURE = 0.002
+"""Below it ``exp(1 / t)`` leaves double precision, and the loss is a maximum in all but name."""
 
 
 def _blocks(rows: int, columns: int, block: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
@@ -26,7 +28,7 @@ def _blocks(rows: int, columns: int, block: int, symmetric: bool) -> Iterator[tu
 class _LogDenominators(torch.autograd.Function):
     """``log sum exp`` of the intra-view similarities (without the diagonal) and of the inter-view ones, for both views.
 
-    A similarity of unit vectors is at most 1, so ``exp((s - 1) / t)`` cannot overflow and needs no running maximum.
+    A similarity of unit vectors is at most 1, so for the temperatures that come here ``exp(s / t)`` cannot overflow.
     Intra-view blocks are symmetric: only the upper half is computed, and serves both its rows and its columns.
     """
 
@@ -42,7 +44,7 @@ class _LogDenominators(torch.autograd.Function):
                     sum_right[columns] += e.sum(0)
         ctx.save_for_backward(a, b, sum_a, sum_b)
         ctx.temperature, ctx.block = temperature, block
-        return sum_a.log() + 1 / temperature, sum_b.log() + 1 / temperature
+        return sum_a.log(), sum_b.log()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -71,7 +73,7 @@ class _LogDenominators(torch.autograd.Function):
 
 
 def _exp_block(left: Tensor, right: Tensor, temperature: float, diagonal: bool) -> Tensor:
-    e = torch.mm(left, right.T).sub_(1).div_(temperature).exp_()
+    e = torch.mm(left / temperature, right.T).exp_()
     if diagonal:
         e.fill_diagonal_(0)
     return e
@@ -90,15 +92,15 @@ def info_nce_rows(
     among them. For views on different nodes ``common`` holds the rows of the shared nodes in each view; these are the anchors.
 
     Raises:
-        ValueError: for a temperature that is not positive, and for views of different sizes without ``common``.
+        ValueError: for a temperature below 0.002, and for views of different sizes without ``common``.
     """
-    if temperature <= 0:
-        raise ValueError(f"The temperature must be positive, not {temperature}.")
+    if temperature < MIN_TEMPERATURE:
+        raise ValueError(f"The temperature must be at least {MIN_TEMPERATURE}, not {temperature}.")
     if common is None and z1.shape[0] != z2.shape[0]:
         raise ValueError(f"The views have {z1.shape[0]} and {z2.shape[0]} nodes: name the common ones.")
     with torch.autocast(z1.device.type, enabled=False):
-        # Half precision cannot hold sums over all nodes, nor single precision exp(-2 / t) for the smallest temperatures.
-        kind = torch.float64 if 2 / temperature > 80 else torch.promote_types(z1.dtype, torch.float32)
+        # Half precision cannot hold sums over all nodes, nor single precision exp(1 / t) for the smallest temperatures.
+        kind = torch.float64 if temperature < 1 / 40 else torch.promote_types(z1.dtype, torch.float32)
         a, b = F.normalize(z1.to(kind)), F.normalize(z2.to(kind))
         log_a, log_b = _LogDenominators.apply(a, b, temperature, block)
         if common is not None:

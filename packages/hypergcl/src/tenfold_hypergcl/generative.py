@@ -67,7 +67,7 @@ class VariationalEncoder(SetEncoder):
 
     def forward(self, x: Features, h: Hypergraph, noise: Noise) -> Latents:
         """``n = mu_n + sigma_n * eps`` for nodes, likewise for hyperedges; in evaluation mode too."""
-        nodes, hyperedges = self.encode(x, h)
+        nodes, hyperedges = self.encode(x, h, want_hyperedges=True)
         node_mean, node_std = self.encoder_mean_node(nodes), self.encoder_std_node(nodes)
         edge_mean, edge_std = self.encoder_mean_he(hyperedges), self.encoder_std_he(hyperedges)
         return Latents(

@@ -30,13 +30,14 @@ def random_keep_mask(like: Tensor, p: float) -> Bool[Tensor, "..."]:
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        ctx.mark_dirty(x)
         dropped, scale = _keep_threshold(p)
-        out = F.relu(x)
+        x.relu_()
         if dropped:
-            out.mul_(random_keep_mask(x, p)).mul_(scale)
+            x.mul_(random_keep_mask(x, p)).mul_(scale)
         ctx.scale = scale
-        ctx.save_for_backward(out)
-        return out
+        ctx.save_for_backward(x)
+        return x
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -46,23 +47,26 @@ class _ReluDropout(torch.autograd.Function):
         return grad if ctx.scale == 1.0 else grad.mul_(ctx.scale), None
 
 
-def relu_dropout(x: Float[Tensor, "..."], p: float, training: bool) -> Float[Tensor, "..."]:
-    """``dropout(relu(x), p)``, storing nothing but its output."""
+def relu_dropout_(x: Float[Tensor, "..."], p: float, training: bool) -> Float[Tensor, "..."]:
+    """``dropout(relu(x), p)`` in place of ``x`` (the output of a linear map, which needs it no more), storing nothing else."""
     return _ReluDropout.apply(x, p if training else 0.0)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float, in_place: bool) -> Tensor:
         ctx.scale = _keep_threshold(p)[1]
         mask = random_keep_mask(x, p)
         ctx.save_for_backward(mask)
+        if in_place:
+            ctx.mark_dirty(x)
+            return x.mul_(mask).mul_(ctx.scale)
         return (x * mask).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return (grad_outputs[0] * mask).mul_(ctx.scale), None
+        return (grad_outputs[0] * mask).mul_(ctx.scale), None, None
 
 
 def dropout(x: Features, p: float, training: bool) -> Features:
@@ -70,8 +74,8 @@ def dropout(x: Features, p: float, training: bool) -> Features:
     if not training or p == 0:
         return x
     if isinstance(x, SparseFeatures):
-        return x.with_values(_Dropout.apply(x.values, p))
-    return _Dropout.apply(x, p)
+        return x.with_values(_Dropout.apply(x.values, p, False))
+    return _Dropout.apply(x, p, False)
 
 
 def linear(x: Features, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Float[Tensor, "rows out"]:
@@ -132,9 +136,9 @@ class MLP(nn.Module):
         """Rows of features to rows of outputs."""
         hidden = self._first(x)
         for norm, layer in zip(list(self.normalizations)[1:], list(self.lins)[1:], strict=True):
-            hidden = norm(hidden.relu_())
+            hidden = norm(hidden.relu_())  # in place: the linear map before needs its output no more
             if self.training and self.dropout > 0:
-                hidden = _Dropout.apply(hidden, self.dropout)
+                hidden = _Dropout.apply(hidden, self.dropout, not isinstance(norm, nn.Identity))
             hidden = layer(hidden)
         return hidden
 

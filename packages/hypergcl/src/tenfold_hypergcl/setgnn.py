@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tenfold_hypergcl.hypergraph import Incidence, SortedIncidence
-from tenfold_hypergcl.mlp import MLP, dropout, linear, relu_dropout
+from tenfold_hypergcl.mlp import MLP, dropout, linear, relu_dropout_
 from tenfold_hypergcl.propagate import Features, SparseFeatures, sum_members
 
 INPUT_DROPOUT = 0.2
@@ -59,7 +59,7 @@ class DeepSetsHalf(nn.Module):
         into, outof = incidence.by_node, incidence.by_hyperedge
         if to_hyperedges:
             into, outof = outof, into
-        sent = relu_dropout(self.f_enc(x), self.p, self.training)
+        sent = relu_dropout_(self.f_enc(x), self.p, self.training)
         received = sum_members(sent, into, outof, weight)
         if self.mean:
             # Weighted messages are divided by the unweighted count (section 2.2).
@@ -162,26 +162,30 @@ class SetEncoder(nn.Module):
         incidence: Incidence,
         weight: Float[Tensor, "memberships"] | None = None,
         rows: Int[Tensor, "targets"] | None = None,
-    ) -> tuple[Float[Tensor, "targets hidden"], Float[Tensor, "hyperedges hidden"]]:
+        want_hyperedges: bool = False,
+    ) -> tuple[Float[Tensor, "targets hidden"], Float[Tensor, "hyperedges hidden"] | None]:
         """The last layer's ``(node, hyperedge)`` representations after the ReLU and before the dropout.
 
         ``weight`` in [0, 1] scales every membership, in both directions. With ``rows`` only these nodes go through the last step.
+        The hyperedges' are None unless asked for, because they would live as long as the graph.
         """
         p, training, states = self.config.dropout, self.training, []
         mixed = self.MLP(x).relu() if self.config.gpr else None
         nodes, hyperedges = x, None
         for layer, (to_edge, to_node) in enumerate(zip(self.V2EConvs, self.E2VConvs, strict=True)):
             last = layer == len(self.V2EConvs) - 1
-            hyperedges = to_edge(nodes, incidence, True, weight, None)
-            sent = relu_dropout(hyperedges, p, training)
+            sent = to_edge(nodes, incidence, True, weight, None)
+            if last and want_hyperedges:
+                hyperedges = F.relu(sent)
+            sent = relu_dropout_(sent, p, training)
             received = to_node(sent, incidence, False, weight, rows if last and mixed is None else None)
-            nodes = F.relu(received) if last else relu_dropout(received, p, training)
+            nodes = relu_dropout_(received, 0.0 if last else p, training)
             states.append(nodes)
         if mixed is not None:
             states = [*states[:-1], dropout(states[-1], p, training), mixed]
             nodes = self.GPRweights(torch.stack(states, dim=-1)).squeeze(-1)
             nodes = nodes if rows is None else nodes[rows]
-        return nodes, F.relu(hyperedges)
+        return nodes, hyperedges
 
 
 class SetGNN(SetEncoder):
