@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 2048
+BLOCK = 1024
 """Rows and columns of one block of similarities."""
 MIN_TEMPERATURE = 0.002
 """Below it ``exp(1 / t)`` leaves double precision, and the loss is a maximum in all but name."""

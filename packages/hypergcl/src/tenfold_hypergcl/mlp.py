@@ -4,37 +4,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tenfold_hypergcl.propagate import Features, SparseFeatures
-
-LEVELS = 1 << 16
-
-
-def _keep_threshold(p: float) -> tuple[int, float]:
-    """Of ``LEVELS`` equally likely values how many are dropped, and the scale that keeps the mean exact for that count."""
-    dropped = round(p * LEVELS)
-    return dropped, LEVELS / (LEVELS - dropped)
-
-
-def random_keep_mask(like: Tensor, p: float) -> Bool[Tensor, "..."]:
-    """A mask that is False with probability ``round(p * 65536) / 65536``: four values a random 64-bit word, so several times cheaper
-    than one Bernoulli draw a value. Drawn from the global generator of ``like``'s device.
-    """
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    levels = words.view(torch.int16)[: like.numel()]
-    return (levels >= _keep_threshold(p)[0] - LEVELS // 2).view(like.shape)
-
+from tenfold_hypergcl.rowwise import layer, random_drop_mask, threshold
 
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.mark_dirty(x)
-        dropped, scale = _keep_threshold(p)
+        dropped, scale = threshold(p)
         x.relu_()
         if dropped:
-            x.mul_(random_keep_mask(x, p)).mul_(scale)
+            x.masked_fill_(random_drop_mask(x, p), 0).mul_(scale)
         ctx.scale = scale
         ctx.save_for_backward(x)
         return x
@@ -54,19 +37,16 @@ def relu_dropout_(x: Float[Tensor, "..."], p: float, training: bool) -> Float[Te
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, in_place: bool) -> Tensor:
-        ctx.scale = _keep_threshold(p)[1]
-        mask = random_keep_mask(x, p)
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        ctx.scale = threshold(p)[1]
+        mask = random_drop_mask(x, p)
         ctx.save_for_backward(mask)
-        if in_place:
-            ctx.mark_dirty(x)
-            return x.mul_(mask).mul_(ctx.scale)
-        return (x * mask).mul_(ctx.scale)
+        return x.masked_fill(mask, 0).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return (grad_outputs[0] * mask).mul_(ctx.scale), None, None
+        return grad_outputs[0].masked_fill(mask, 0).mul_(ctx.scale), None
 
 
 def dropout(x: Features, p: float, training: bool) -> Features:
@@ -74,8 +54,8 @@ def dropout(x: Features, p: float, training: bool) -> Features:
     if not training or p == 0:
         return x
     if isinstance(x, SparseFeatures):
-        return x.with_values(_Dropout.apply(x.values, p, False))
-    return _Dropout.apply(x, p, False)
+        return x.with_values(_Dropout.apply(x.values, p))
+    return _Dropout.apply(x, p)
 
 
 def linear(x: Features, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Float[Tensor, "rows out"]:
@@ -132,22 +112,29 @@ class MLP(nn.Module):
         norms = [make_norm(norm if input_norm else None, in_features)]
         self.normalizations = nn.ModuleList([*norms, *[make_norm(norm, hidden) for _ in range(layers - 1)]])
 
-    def forward(self, x: Features) -> Float[Tensor, "rows out"]:
-        """Rows of features to rows of outputs."""
-        hidden = self._first(x)
-        for norm, layer in zip(list(self.normalizations)[1:], list(self.lins)[1:], strict=True):
-            hidden = norm(hidden.relu_())  # in place: the linear map before needs its output no more
-            if self.training and self.dropout > 0:
-                hidden = _Dropout.apply(hidden, self.dropout, not isinstance(norm, nn.Identity))
-            hidden = layer(hidden)
-        return hidden
+    def forward(self, x: Features, relu: bool = False, p_out: float = 0.0) -> Float[Tensor, "rows out"]:
+        """Rows of features to rows of outputs; with ``relu`` followed by a ReLU and, in training, dropout ``p_out``."""
+        last = len(self.lins) - 1
+        for i, (norm, linear_map) in enumerate(zip(self.normalizations, self.lins, strict=True)):
+            p_in = self.dropout if self.training and i else 0.0
+            p_after = p_out if self.training and i == last else 0.0
+            x = _step(x, norm, linear_map, p_in, relu or i < last, p_after)
+        return x
 
-    def _first(self, x: Features) -> Tensor:
-        norm, layer = self.normalizations[0], self.lins[0]
-        if isinstance(x, SparseFeatures):
-            if isinstance(norm, nn.LayerNorm):
-                return normalized_linear(x, norm, layer)
-            if isinstance(norm, nn.Identity):
-                return linear(x, layer.weight, layer.bias)
-            x = x.to_dense()
-        return layer(norm(x))
+
+def _step(x: Features, norm: nn.Module, linear_map: nn.Linear, p_in: float, relu: bool, p_out: float) -> Tensor:
+    """Norm, dropout, Linear, ReLU, dropout: in one operation where the norm is by rows."""
+    if isinstance(x, SparseFeatures):
+        if isinstance(norm, nn.LayerNorm):
+            out = normalized_linear(x, norm, linear_map)
+        elif isinstance(norm, nn.Identity):
+            out = linear(x, linear_map.weight, linear_map.bias)
+        else:
+            out = linear_map(norm(x.to_dense()))
+    elif torch.is_autocast_enabled(x.device.type):
+        out = linear_map(dropout(norm(x), p_in, True))
+    elif isinstance(norm, nn.BatchNorm1d):
+        return layer(norm(x), None, linear_map, p_in, relu, p_out)
+    else:
+        return layer(x, norm if isinstance(norm, nn.LayerNorm) else None, linear_map, p_in, relu, p_out)
+    return relu_dropout_(out, p_out, True) if relu else out

@@ -53,18 +53,24 @@ class DeepSetsHalf(nn.Module):
         self.f_dec = MLP(width, width, width, *options)
 
     def forward(
-        self, x: Features, incidence: Incidence, to_hyperedges: bool, weight: Tensor | None, rows: Tensor | None
+        self,
+        x: Features,
+        incidence: Incidence,
+        to_hyperedges: bool,
+        weight: Tensor | None = None,
+        rows: Tensor | None = None,
+        p_out: float = 0.0,
     ) -> Float[Tensor, "targets hidden"]:
-        """The targets' representations before the ReLU; only of ``rows`` if given."""
+        """The targets' representations after the ReLU and, in training, dropout ``p_out``; only of ``rows`` if given."""
         into, outof = incidence.by_node, incidence.by_hyperedge
         if to_hyperedges:
             into, outof = outof, into
-        sent = relu_dropout_(self.f_enc(x), self.p, self.training)
+        sent = self.f_enc(x, relu=True, p_out=self.p)
         received = sum_members(sent, into, outof, weight)
         if self.mean:
             # Weighted messages are divided by the unweighted count (section 2.2).
             received = received / into.offsets.diff().clamp_min(1)[:, None]
-        return self.f_dec(received if rows is None else received[rows])
+        return self.f_dec(received if rows is None else received[rows], relu=True, p_out=p_out)
 
 
 class AttentionPool(nn.Module):
@@ -133,10 +139,16 @@ class AttentionHalf(nn.Module):
         self.prop = AttentionPool(in_features, config)
 
     def forward(
-        self, x: Features, incidence: Incidence, to_hyperedges: bool, weight: Tensor | None, rows: Tensor | None
+        self,
+        x: Features,
+        incidence: Incidence,
+        to_hyperedges: bool,
+        weight: Tensor | None = None,
+        rows: Tensor | None = None,
+        p_out: float = 0.0,
     ) -> Float[Tensor, "targets hidden"]:
-        """See :class:`AttentionPool`."""
-        return self.prop(x, incidence, to_hyperedges, weight, rows)
+        """The targets' representations after a ReLU and, in training, dropout ``p_out``; only of ``rows`` if given."""
+        return relu_dropout_(self.prop(x, incidence, to_hyperedges, weight, rows), p_out, self.training)
 
 
 class SetEncoder(nn.Module):
@@ -174,12 +186,12 @@ class SetEncoder(nn.Module):
         nodes, hyperedges = x, None
         for layer, (to_edge, to_node) in enumerate(zip(self.V2EConvs, self.E2VConvs, strict=True)):
             last = layer == len(self.V2EConvs) - 1
-            sent = to_edge(nodes, incidence, True, weight, None)
-            if last and want_hyperedges:
-                hyperedges = F.relu(sent)
-            sent = relu_dropout_(sent, p, training)
-            received = to_node(sent, incidence, False, weight, rows if last and mixed is None else None)
-            nodes = relu_dropout_(received, 0.0 if last else p, training)
+            keep = last and want_hyperedges
+            sent = to_edge(nodes, incidence, True, weight, p_out=0.0 if keep else p)
+            if keep:
+                hyperedges, sent = sent, dropout(sent, p, training)
+            targets = rows if last and mixed is None else None
+            nodes = to_node(sent, incidence, False, weight, targets, p_out=0.0 if last else p)
             states.append(nodes)
         if mixed is not None:
             states = [*states[:-1], dropout(states[-1], p, training), mixed]
