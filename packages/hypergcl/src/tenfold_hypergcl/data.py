@@ -5,14 +5,14 @@ Under the data root they lie as published: ``cocitation/cora/{features,hypergrap
 ``yelp/yelp_restaurant_{...}.csv``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from tenfold_shared.download import SCIPY_GLOBALS, missing, restricted_pickle_load
 from torch import Tensor
 
 from tenfold_hypergcl.fairness import nearest_others, rescale
@@ -46,23 +46,7 @@ MD5 = {
 SPARSE_DENSITY = 0.1
 """Features with fewer non-zero values than this are kept sparse."""
 
-ALLOWED_GLOBALS = frozenset(
-    {
-        ("scipy.sparse.csr", "csr_matrix"),
-        ("scipy.sparse._csr", "csr_matrix"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("builtins", "set"),
-        ("builtins", "list"),
-        ("__builtin__", "set"),
-        ("_codecs", "encode"),
-        ("collections", "OrderedDict"),
-    }
-)
+PICKLE_GLOBALS = SCIPY_GLOBALS | {"builtins.set", "__builtin__.set"}
 """All that the published pickles need to name; anything else in a pickle is refused."""
 
 
@@ -124,19 +108,13 @@ def digits(neighbors: int = 5) -> Dataset:
     return make_dataset("digits", h, features, bundle.target)
 
 
-def _restricted_load(file: BinaryIO) -> Any:
-    from tenfold_shared.download import restricted_pickle_load
-
-    return restricted_pickle_load(file, ALLOWED_GLOBALS)
-
-
 def _require(path: Path, name: str, source: str) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"The data set {name} needs {path}: get it from {source} and put it there.")
+        raise missing(name, source, str(path))
     return path
 
 
-def load_pickled(root: Path, name: str, load: Callable[[BinaryIO], Any] = _restricted_load) -> Dataset:
+def load_pickled(root: Path, name: str) -> Dataset:
     """A co-citation or co-authorship set: ``features.pickle`` (scipy CSR), ``hypergraph.pickle`` (name -> node ids, in order),
     ``labels.pickle`` (list).
 
@@ -145,8 +123,7 @@ def load_pickled(root: Path, name: str, load: Callable[[BinaryIO], Any] = _restr
     parts = {}
     for part in ("features", "hypergraph", "labels"):
         path = _require(root / name / f"{part}.pickle", name, HYPERGCN_URL)
-        with path.open("rb") as file:
-            parts[part] = load(file)
+        parts[part] = restricted_pickle_load(path, PICKLE_GLOBALS, "latin1")
     features, labels = parts["features"], np.asarray(parts["labels"])
     h = Hypergraph.from_hyperedges((sorted(members) for members in parts["hypergraph"].values()), features.shape[0])
     return make_dataset(name, h, features.toarray(), labels)
@@ -295,7 +272,7 @@ def load(name: str, root: Path, feature_noise: float = 1.0) -> Dataset:
     """The data set ``name`` from ``root``, or any ``.npz`` file of one.
 
     Raises:
-        FileNotFoundError: if a file is missing; the message says where to get it and where to put it.
+        UserError: if a file is missing (the message says where to get it and where to put it), or its pickle is damaged or names code.
         HypergraphError: if a file is damaged, or the name is unknown.
     """
     if name.endswith(".npz"):
