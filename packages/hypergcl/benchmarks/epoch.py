@@ -13,13 +13,21 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+import straightforward
+import torch
+
+from tenfold_hypergcl.hypergraph import Hypergraph
+from tenfold_hypergcl.minibatch import HypergraphSampler, train_on_batches
+from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
+from tenfold_hypergcl.steps import receptive_field
+from tenfold_hypergcl.train import fabricated_epoch
 
 
-def synthetic(nodes: int, hyperedges: int, memberships: int, features: int, classes: int):
-    """A random hypergraph with features and labels."""
-    import torch
-
+def synthetic(
+    nodes: int, hyperedges: int, memberships: int, features: int, classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memberships, features and labels of a random hypergraph."""
     torch.manual_seed(0)
     size = memberships // hyperedges
     edge = torch.arange(hyperedges).repeat_interleave(size)
@@ -31,27 +39,24 @@ def synthetic(nodes: int, hyperedges: int, memberships: int, features: int, clas
 
 def measure(what: str, options: argparse.Namespace) -> None:
     """Run ``options.epochs`` epochs after one to warm up and print a JSON line."""
-    import torch
-
     incidence, x, labels = synthetic(options.nodes, options.hyperedges, options.memberships, 100, 40)
     train = torch.randperm(options.nodes)[: options.nodes // 10]
     if what == "straightforward":
-        sys.path.insert(0, str(Path(__file__).parent))
-        import straightforward
-
         own = torch.stack([torch.arange(options.nodes), torch.arange(options.nodes) + options.hyperedges])
         model = straightforward.Model(100, options.hidden, options.projection, 40)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        arguments = (torch.cat([incidence, own], 1), options.hyperedges + options.nodes, incidence.shape[1], labels, train)
+        arguments = (
+            torch.cat([incidence, own], 1),
+            options.hyperedges + options.nodes,
+            incidence.shape[1],
+            labels,
+            train,
+        )
 
         def epoch() -> None:
             straightforward.epoch(model, optimizer, x, *arguments)
 
     elif what == "ours":
-        from tenfold_hypergcl import Hypergraph, SetGNN, receptive_field
-        from tenfold_hypergcl.setgnn import EncoderConfig
-        from tenfold_hypergcl.train import fabricated_epoch
-
         h = Hypergraph.from_incidence(incidence, options.nodes, options.hyperedges).with_singletons()
         ours = SetGNN(100, 40, EncoderConfig(hidden=options.hidden), options.projection)
         optimizer = torch.optim.Adam(ours.parameters(), lr=1e-3)
@@ -61,9 +66,6 @@ def measure(what: str, options: argparse.Namespace) -> None:
             fabricated_epoch(ours, optimizer, h, x, field, labels[train], "A2", 0.3, 0.1, 0.3)
 
     else:
-        from tenfold_hypergcl import Hypergraph, HypergraphSampler, SetGNN, supervised_loss, train_on_batches
-        from tenfold_hypergcl.setgnn import EncoderConfig
-
         h = Hypergraph.from_incidence(incidence, options.nodes, options.hyperedges).with_singletons()
         ours = SetGNN(100, 40, EncoderConfig(hidden=options.hidden), options.projection)
         optimizer = torch.optim.Adam(ours.parameters(), lr=1e-3)
@@ -88,8 +90,6 @@ def measure(what: str, options: argparse.Namespace) -> None:
 
 def floor_seconds(options: argparse.Namespace) -> float:
     """CPU seconds of the unavoidable matrix products, at the rate this machine reaches on them."""
-    import torch
-
     n, m, d, p = options.nodes, options.hyperedges, options.hidden, options.projection
     a, b = torch.randn(4096, d), torch.randn(d, d)
     a @ b
@@ -97,7 +97,9 @@ def floor_seconds(options: argparse.Namespace) -> float:
     for _ in range(10):
         a @ b
     rate = 10 * 2 * 4096 * d * d / (time.process_time() - start)
-    rows = 2 * 3 * ((100 + d) * n + 4 * d * (m + n) + 2 * d * n) * d * 2  # both views, forward and two backward products
+    rows = (
+        2 * 3 * ((100 + d) * n + 4 * d * (m + n) + 2 * d * n) * d * 2
+    )  # both views, forward and two backward products
     contrast = 2 * 8 * n * n * p  # two products' worth of half matrices forward, recomputed, and four products backward
     return (rows + contrast) / rate
 
@@ -112,7 +114,15 @@ def run(what: str, options: argparse.Namespace) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SIZES = {"nodes": 12311, "hyperedges": 12311, "memberships": 61555, "hidden": 512, "projection": 128, "epochs": 2, "batch_size": 4096}
+SIZES = {
+    "nodes": 12311,
+    "hyperedges": 12311,
+    "memberships": 61555,
+    "hidden": 512,
+    "projection": 128,
+    "epochs": 2,
+    "batch_size": 4096,
+}
 
 
 def main() -> None:

@@ -14,7 +14,12 @@ class MLP(nn.Module):
 
     def __init__(self, a: int, hidden: int, b: int, p: float) -> None:
         super().__init__()
-        self.n0, self.l0, self.n1, self.l1 = nn.LayerNorm(a), nn.Linear(a, hidden), nn.LayerNorm(hidden), nn.Linear(hidden, b)
+        self.n0, self.l0, self.n1, self.l1 = (
+            nn.LayerNorm(a),
+            nn.Linear(a, hidden),
+            nn.LayerNorm(hidden),
+            nn.Linear(hidden, b),
+        )
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+
 from tenfold_hypergcl import attacks, compat, data, linkpred, minibatch, protocol, steps, transforms
 from tenfold_hypergcl.fairness import counterfactual_flips, nearest_others, statistical_parity
+from tenfold_hypergcl.generative import VHGAE
 from tenfold_hypergcl.hypergraph import Hypergraph, HypergraphError
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 from tenfold_hypergcl.train import FitConfig, fit
@@ -278,8 +280,6 @@ PARAMETERS = [  # features, classes, D, P, heads, deep sets, attention, VHGAE (t
 
 @pytest.mark.parametrize(("features", "classes", "d", "p", "heads", "sets", "attention", "generator"), PARAMETERS)
 def test_parameter_counts(features, classes, d, p, heads, sets, attention, generator):
-    from tenfold_hypergcl.generative import VHGAE
-
     config = EncoderConfig(hidden=d, heads=heads)
     with torch.device("meta"):
         assert compat.released_parameter_count(SetGNN(features, classes, config, p)) == sets
@@ -297,7 +297,9 @@ def test_learning_beats_chance_and_a_seed_fixes_the_run(method):
     config = FitConfig(method, EncoderConfig(hidden=16), projection=16, epochs=8, lr=1e-2)
     first, second = fit(config, loaded, split, seed=0), fit(config, loaded, split, seed=0)
     assert first["test"] > 30  # ten classes
-    assert {k: v for k, v in first.items() if "seconds" not in k} == {k: v for k, v in second.items() if "seconds" not in k}
+    assert {k: v for k, v in first.items() if "seconds" not in k} == {
+        k: v for k, v in second.items() if "seconds" not in k
+    }
     assert (first["drop_ratio"] is not None) == (method == "A6")
 
 

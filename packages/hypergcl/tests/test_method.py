@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tenfold_hypergcl import augment, contrast, generative, steps
 from tenfold_hypergcl.hypergraph import Hypergraph, disjoint_union
 from tenfold_hypergcl.mlp import MLP, dropout, normalized_linear
@@ -195,9 +196,7 @@ def test_info_nce_against_the_formula_node_by_node(seed, temperature, block):
             total = total - torch.log(torch.exp(u[i] @ v[i] / temperature) / denominator) / 14
     actual = contrast.info_nce(z1, z2, temperature, block=block)
     torch.testing.assert_close(actual, total)
-    for ours, wanted in zip(
-        torch.autograd.grad(actual, (z1, z2)), torch.autograd.grad(total, (z1, z2)), strict=True
-    ):
+    for ours, wanted in zip(torch.autograd.grad(actual, (z1, z2)), torch.autograd.grad(total, (z1, z2)), strict=True):
         torch.testing.assert_close(ours, wanted)
 
 

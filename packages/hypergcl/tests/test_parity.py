@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+
 from tenfold_hypergcl import attacks, augment, baselines, contrast, fairness, generative, protocol, steps
 from tenfold_hypergcl.compat import load_state, released_parameter_count
 from tenfold_hypergcl.hypergraph import Hypergraph
@@ -180,7 +180,9 @@ def kept(h, positions):
 
 
 def expected_state(f, prefix):
-    return {name: value for name, value in f.group(prefix).items() if ".bn" not in "." + name and "num_batches" not in name}
+    return {
+        name: value for name, value in f.group(prefix).items() if ".bn" not in "." + name and "num_batches" not in name
+    }
 
 
 def train_fabricated(f):
@@ -340,9 +342,7 @@ def baseline_models(f):
     ours = {(i, j): w for (i, j), w in zip(normalized.edges.T.tolist(), normalized.weight.tolist(), strict=True)}
     theirs = {
         (i, j): w
-        for (i, j), w in zip(
-            f["out/clique_norm_edges"].T.tolist(), f["out/clique_norm_weights"].tolist(), strict=True
-        )
+        for (i, j), w in zip(f["out/clique_norm_edges"].T.tolist(), f["out/clique_norm_weights"].tolist(), strict=True)
     }
     assert ours.keys() == theirs.keys()
     assert all(abs(ours[key] - theirs[key]) < 1e-6 for key in ours)

@@ -20,7 +20,52 @@ _API = {
 }
 _WHERE = {name: module for module, names in _API.items() for name in names}
 
-__all__ = sorted(_WHERE)
+__all__ = [
+    "HNHN",
+    "VHGAE",
+    "CliqueNet",
+    "Dataset",
+    "EncoderConfig",
+    "FitConfig",
+    "HyperGCN",
+    "Hypergraph",
+    "HypergraphConvNet",
+    "HypergraphError",
+    "HypergraphSampler",
+    "Incidence",
+    "Noise",
+    "SetEncoder",
+    "SetGNN",
+    "SparseFeatures",
+    "Split",
+    "UniGCNII",
+    "View",
+    "clique_expansion",
+    "contrastive_loss",
+    "disjoint_union",
+    "export_state",
+    "fabricate",
+    "fabricate_pair",
+    "fit",
+    "generate_view",
+    "generator_step",
+    "info_nce",
+    "info_nce_rows",
+    "jsd",
+    "keep_weights",
+    "load_official_checkpoint",
+    "make_dataset",
+    "random_splits",
+    "receptive_field",
+    "sample_negatives",
+    "stratified_split",
+    "subsample",
+    "sum_members",
+    "supervised_loss",
+    "train_on_batches",
+    "triplet_margin",
+    "vhgae_loss",
+]
 __version__ = "0.1.0"
 
 

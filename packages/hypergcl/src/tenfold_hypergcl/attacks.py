@@ -14,9 +14,7 @@ from tenfold_hypergcl.propagate import Features
 from tenfold_hypergcl.setgnn import SetGNN
 
 
-def from_poisoned_pairs(
-    pairs: Int[Tensor, "a b"], num_nodes: int, num_hyperedges: int
-) -> Hypergraph:
+def from_poisoned_pairs(pairs: Int[Tensor, "a b"], num_nodes: int, num_hyperedges: int) -> Hypergraph:
     """The hypergraph of a poisoned star expansion, a list ``[P, 2]`` or ``[2, P]`` of ordered id pairs (hyperedge ids from ``num_nodes``).
 
     Node-hyperedge pairs become memberships, hyperedge-hyperedge pairs vanish; a node that is listed first with two or more partner
@@ -84,7 +82,12 @@ def remove_by_degree(h: Hypergraph, ratio: float = 0.1) -> Hypergraph:
 
 
 def remove_by_gradient(
-    model: SetGNN, h: Hypergraph, x: Features, nodes: Int[Tensor, "nodes"], labels: Int[Tensor, "nodes"], ratio: float = 0.1
+    model: SetGNN,
+    h: Hypergraph,
+    x: Features,
+    nodes: Int[Tensor, "nodes"],
+    labels: Int[Tensor, "nodes"],
+    ratio: float = 0.1,
 ) -> Hypergraph:
     """An evasion attack on a trained model: the memberships removed whose weights' gradient promises the largest loss on ``nodes``."""
     mode = model.training

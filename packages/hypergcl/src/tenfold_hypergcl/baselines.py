@@ -4,9 +4,11 @@ All of them take ``(x, incidence)`` and give class logits. Convolutions on a gra
 both built once by the functions here.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -16,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tenfold_hypergcl.hypergraph import Hypergraph, Incidence, SortedIncidence
-from tenfold_hypergcl.mlp import MLP, dropout, linear, make_norm
+from tenfold_hypergcl.mlp import dropout, linear, make_norm
 from tenfold_hypergcl.propagate import Features, sum_members
 from tenfold_hypergcl.setgnn import attention
 
@@ -78,9 +80,7 @@ def gcn_normalized(graph: Graph, loops: int | None = None) -> Graph:
     return Graph(edges, scale[edges[0]] * weight * scale[edges[1]], graph.num_nodes)
 
 
-def hypergcn_operator(
-    h: Hypergraph, signal: Float[Tensor, "nodes"], mediators: bool = True
-) -> Graph:
+def hypergcn_operator(h: Hypergraph, signal: Float[Tensor, "nodes"], mediators: bool = True) -> Graph:
     """HyperGCN's graph for a node signal (features on one random vector): symmetric, with identity, normalised.
 
     In each hyperedge the two extremes S, I of the signal are joined with each other and, with ``mediators``, with every other member,
@@ -137,7 +137,7 @@ class HypergraphConvNet(nn.Module):
         super().__init__()
         widths = [in_features, *[hidden] * (layers - 1), num_classes]
         self.p, self.symmetric = p, symmetric
-        self.convs = nn.ModuleList([_Affine(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.convs: Any = nn.ModuleList([_Affine(a, b) for a, b in itertools.pairwise(widths)])
 
     def forward(self, x: Features, incidence: Incidence) -> Float[Tensor, "nodes classes"]:
         """Class logits."""
@@ -203,7 +203,7 @@ class HNHN(nn.Module):
         super().__init__()
         widths = [in_features, *[hidden] * (layers - 1), num_classes]
         self.p, self.alpha, self.beta = p, alpha, beta
-        self.convs = nn.ModuleList([_HNHNConv(a, hidden, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.convs: Any = nn.ModuleList([_HNHNConv(a, hidden, b) for a, b in itertools.pairwise(widths)])
 
     def forward(
         self, x: Features, incidence: Incidence, weights: HNHNWeights | None = None
@@ -246,7 +246,7 @@ class UniGCNII(nn.Module):
         width = hidden * heads
         self.p, self.alpha, self.lambda_ = p, alpha, lambda_
         convs = [_UniConv(width) for _ in range(layers)]
-        self.convs = nn.ModuleList([nn.Linear(in_features, width), *convs, nn.Linear(width, num_classes)])
+        self.convs: Any = nn.ModuleList([nn.Linear(in_features, width), *convs, nn.Linear(width, num_classes)])
 
     def forward(self, x: Features, incidence: Incidence) -> Float[Tensor, "nodes classes"]:
         """Class logits."""
@@ -342,7 +342,7 @@ class CliqueNet(nn.Module):
             convs: list[nn.Module] = [_GATConv(a, *b) for a, b in zip(inputs, outputs, strict=True)]
         else:
             convs = [_GCNConv(a, b) for a, b in zip(inputs, [*inputs[1:], num_classes], strict=True)]
-        self.convs = nn.ModuleList(convs)
+        self.convs: Any = nn.ModuleList(convs)
         self.normalizations = nn.ModuleList([make_norm(norm, width) for _ in range(layers - 1)])
 
     def forward(self, x: Features, graph: Graph) -> Float[Tensor, "nodes classes"]:
@@ -360,7 +360,7 @@ class HyperGCN(nn.Module):
         power = 4 if wide else 2
         widths = [in_features, *[2 ** (layers - i + power) for i in range(layers - 1)], num_classes]
         self.p = p
-        self.layers = nn.ModuleList([_Affine(a, b, "W") for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.layers: Any = nn.ModuleList([_Affine(a, b, "W") for a, b in itertools.pairwise(widths)])
 
     def forward(self, x: Features, graph: Graph) -> Float[Tensor, "nodes classes"]:
         """Class logits (not negative). ``wide`` at construction is the width rule of citeseer."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         if useful[key].shape != expected[key].shape
     ]
     if problems:
-        raise CheckpointError(f"The checkpoint does not fit this {type(module).__name__}: " + "; ".join(sorted(problems)))
+        raise CheckpointError(
+            f"The checkpoint does not fit this {type(module).__name__}: " + "; ".join(sorted(problems))
+        )
     module.load_state_dict(useful)
 
 
@@ -68,8 +71,9 @@ def load_official_checkpoint(path: str | Path, module: nn.Module) -> None:
         CheckpointError: if the file is no state dict, or does not fit ``module``.
     """
     path = Path(path)
+    state: Any
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+        from safetensors.torch import load_file  # noqa: PLC0415 - only for this format
 
         state = load_file(path)
     else:

@@ -127,9 +127,7 @@ def _sum_over_blocks(function: Any, a: Tensor, b: Tensor, block: int) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def jsd(
-    z1: Float[Tensor, "nodes width"], z2: Float[Tensor, "nodes width"], block: int = BLOCK
-) -> Float[Tensor, ""]:
+def jsd(z1: Float[Tensor, "nodes width"], z2: Float[Tensor, "nodes width"], block: int = BLOCK) -> Float[Tensor, ""]:
     """The Jensen-Shannon contrast of cosine similarities, averaged over both directions (section 2.4); it has no temperature.
 
     The inter-view negatives contain the positive pair, as in the released code.

@@ -5,28 +5,25 @@ Under the data root they lie as published: ``cocitation/cora/{features,hypergrap
 ``yelp/yelp_restaurant_{...}.csv``.
 """
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 from jaxtyping import Int
-from tenfold_shared.download import SCIPY_GLOBALS, missing, restricted_pickle_load
 from torch import Tensor
 
 from tenfold_hypergcl.fairness import nearest_others, rescale
 from tenfold_hypergcl.hypergraph import Hypergraph, HypergraphError, check_features, check_labels
 from tenfold_hypergcl.propagate import Features, SparseFeatures
+from tenfold_shared.download import SCIPY_GLOBALS, missing, restricted_pickle_load
 
 PICKLED = ("cocitation/cora", "cocitation/citeseer", "cocitation/pubmed", "coauthorship/cora", "coauthorship/dblp")
 CONTENT = ("zoo", "20newsW100", "Mushroom", "NTU2012", "ModelNet40")
 CORNELL = {"house-committees": 2, "walmart-trips": 11}
-FAIR = {
-    "german": {"sensitive": "Gender", "label": "GoodCustomer", "drop": ("OtherLoansAtStore", "PurposeOfLoan")},
-    "bail": {"sensitive": "WHITE", "label": "RECID", "drop": ()},
-    "credit": {"sensitive": "Age", "label": "NoDefaultNextMonth", "drop": ("Single",)},
-}
 HYPERGCN_URL = "https://github.com/malllabiisc/HyperGCN/tree/master/data"
 CORNELL_URL = "https://www.cs.cornell.edu/~arb/data/"
 BUNDLE_URL = "https://github.com/jianhao2016/AllSet (data/raw_data)"
@@ -48,6 +45,22 @@ SPARSE_DENSITY = 0.1
 
 PICKLE_GLOBALS = SCIPY_GLOBALS | {"builtins.set", "__builtin__.set"}
 """All that the published pickles need to name; anything else in a pickle is refused."""
+
+
+@dataclass(frozen=True)
+class FairTable:
+    """The columns of a fairness data set's table."""
+
+    sensitive: str
+    label: str
+    drop: tuple[str, ...] = ()
+
+
+FAIR = {
+    "german": FairTable("Gender", "GoodCustomer", ("OtherLoansAtStore", "PurposeOfLoan")),
+    "bail": FairTable("WHITE", "RECID"),
+    "credit": FairTable("Age", "NoDefaultNextMonth", ("Single",)),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ def digits(neighbors: int = 5) -> Dataset:
 
     It is real data, but not a data set of the paper; k = 5 with the image itself, as ModelNet40 and NTU2012 have it.
     """
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow to import
 
     bundle = load_digits()
     features = (bundle.data / 16).astype(np.float32)
@@ -168,7 +181,9 @@ def load_cornell(root: Path, name: str, feature_noise: float = 1.0, seed: int = 
     labels = labels - labels.min()
     features = np.zeros((labels.size, max(columns, int(labels.max()) + 1)), dtype=np.float32)
     features[np.arange(labels.size), labels] = 1
-    features += np.random.default_rng(seed).normal(0, feature_noise, features.shape).astype(np.float32)
+    features += np.random.default_rng(seed).standard_normal(features.shape, dtype=np.float32) * np.float32(
+        feature_noise
+    )
     return make_dataset(name, Hypergraph.from_hyperedges(map(set, hyperedges), labels.size), features, labels)
 
 
@@ -177,13 +192,11 @@ def load_yelp(root: Path, words: int = 1000) -> Dataset:
 
     Features: latitude and longitude, one-hot state and city, the ``words`` most common words of the names; labels: the star bins.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.feature_extraction.text import CountVectorizer  # noqa: PLC0415 - slow to import
 
     folder, prefix = root / "yelp", "yelp_restaurant_"
 
     def table(part: str) -> list[list[str]]:
-        import csv
-
         with _require(folder / f"{prefix}{part}.csv", "yelp", BUNDLE_URL).open(newline="", encoding="utf-8") as file:
             return list(csv.reader(file))[1:]
 
@@ -194,30 +207,32 @@ def load_yelp(root: Path, words: int = 1000) -> Dataset:
         _, ids = np.unique([row[column] for row in places], return_inverse=True)
         one_hot.append(np.eye(ids.max() + 1, dtype=np.float32)[ids])
     names = [row[-1] for row in table("name")]
-    counts = CountVectorizer(max_features=words, stop_words="english", strip_accents="ascii").fit_transform(names).toarray()
+    counts = (
+        CountVectorizer(max_features=words, stop_words="english", strip_accents="ascii").fit_transform(names).toarray()
+    )
     labels = np.asarray([float(row[-1]) for row in table("business_stars")])
     _, labels = np.unique(labels, return_inverse=True)
     pairs = np.asarray(table("incidence_H"), dtype=np.float64)[:, -2:].astype(np.int64) - 1
     features = np.concatenate([latlong, *one_hot, counts.astype(np.float32)], axis=1)
-    return make_dataset("yelp", Hypergraph.from_incidence(torch.from_numpy(pairs.T.copy()), len(names)), features, labels)
+    return make_dataset(
+        "yelp", Hypergraph.from_incidence(torch.from_numpy(pairs.T.copy()), len(names)), features, labels
+    )
 
 
 def load_fair(root: Path, name: str) -> Dataset:
     """German, bail or credit from its ``NAME.csv``: features min-max scaled to [-1, 1] but for the sensitive column, and the
     hypergraph of the five nearest others (section 5).
     """
-    import csv
-
     rule = FAIR[name]
     path = _require(root / name / f"{name}.csv", name, "https://github.com/weitianxin/HyperGCL (data/fair_data)")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    columns = [key for key in rows[0] if key not in (rule["label"], *rule["drop"])]
-    if rule["label"] not in rows[0] or not any(key.startswith(rule["sensitive"]) for key in columns):
-        raise HypergraphError(f"{path} lacks the column {rule['label']!r} or {rule['sensitive']!r}.")
-    sensitive = next(i for i, key in enumerate(columns) if key.startswith(str(rule["sensitive"])))
+    columns = [key for key in rows[0] if key not in (rule.label, *rule.drop)]
+    if rule.label not in rows[0] or not any(key.startswith(rule.sensitive) for key in columns):
+        raise HypergraphError(f"{path} lacks the column {rule.label!r} or {rule.sensitive!r}.")
+    sensitive = next(i for i, key in enumerate(columns) if key.startswith(rule.sensitive))
     raw = np.asarray([[_number(row[key], key == columns[sensitive]) for key in columns] for row in rows])
-    labels = np.asarray([int(float(row[str(rule["label"])])) for row in rows]).clip(0)
+    labels = np.asarray([int(float(row[rule.label])) for row in rows]).clip(0)
     return make_fair(name, rescale(raw, sensitive), labels, sensitive)
 
 
@@ -240,8 +255,6 @@ def load_npz(path: Path) -> Dataset:
     """Any hypergraph from an ``.npz``: ``node`` and ``hyperedge`` (memberships), ``label`` and ``features`` - dense, or as
     ``feat_{indptr,indices,data,shape}`` of a CSR matrix. Without memberships, but with ``sensitive_column``, the fairness rule makes them.
     """
-    import scipy.sparse
-
     with np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
     try:

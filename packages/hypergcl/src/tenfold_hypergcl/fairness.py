@@ -55,7 +55,7 @@ def counterfactual_flips(
 
 def binary_scores(logits: Float[Tensor, "nodes 2"], labels: Int[Tensor, "nodes"]) -> dict[str, float]:
     """F1 of class 1, ROC-AUC of its probability and the negative log-likelihood."""
-    from sklearn.metrics import f1_score, roc_auc_score
+    from sklearn.metrics import f1_score, roc_auc_score  # noqa: PLC0415 - slow to import
 
     truth = labels.cpu().numpy()
     probability = torch.softmax(logits.double(), 1)[:, 1].cpu().numpy()
@@ -67,7 +67,9 @@ def binary_scores(logits: Float[Tensor, "nodes 2"], labels: Int[Tensor, "nodes"]
     }
 
 
-def rescale(features: Float[np.ndarray, "nodes features"], sensitive_column: int) -> Float[np.ndarray, "nodes features"]:
+def rescale(
+    features: Float[np.ndarray, "nodes features"], sensitive_column: int
+) -> Float[np.ndarray, "nodes features"]:
     """Every column min-max scaled to [-1, 1], but for the sensitive one, which stays raw 0/1 (section 5); constant columns become -1."""
     low, high = features.min(0), features.max(0)
     scaled = 2 * (features - low) / np.where(high > low, high - low, 1) - 1
@@ -80,7 +82,7 @@ def nearest_others(features: Float[np.ndarray, "nodes features"], k: int = 5) ->
 
     All ties of the ``(k + 1)``-th nearest, the person counted, stay, and the person is no member. A KD-tree, not an N x N matrix.
     """
-    from sklearn.neighbors import KDTree
+    from sklearn.neighbors import KDTree  # noqa: PLC0415 - slow to import
 
     tree = KDTree(features)
     distance, _ = tree.query(features, k=k + 1)
@@ -90,5 +92,3 @@ def nearest_others(features: Float[np.ndarray, "nodes features"], k: int = 5) ->
     nodes = np.concatenate(members)
     incidence = np.stack([nodes, owners])[:, nodes != owners]
     return incidence[:, np.lexsort((incidence[0], incidence[1]))]
-
-

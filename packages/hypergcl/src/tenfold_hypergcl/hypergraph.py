@@ -32,19 +32,19 @@ class SortedIncidence:
     stands in the list that was sorted, so that per-membership values can follow.
     """
 
-    offsets: Int[Tensor, "rows_plus_one"]
-    index: Int[Tensor, "memberships"]
-    position: Int[Tensor, "memberships"]
+    offsets: Int[Tensor, rows_plus_one]
+    index: Int[Tensor, memberships]
+    position: Int[Tensor, memberships]
 
     @classmethod
-    def sort(cls, key: Int[Tensor, "memberships"], other: Int[Tensor, "memberships"], rows: int) -> SortedIncidence:
+    def sort(cls, key: Int[Tensor, memberships], other: Int[Tensor, memberships], rows: int) -> SortedIncidence:
         """The memberships grouped by ``key``, which lies in ``[0, rows)``."""
         position = torch.argsort(key, stable=True)
         offsets = key.new_zeros(rows + 1)
         torch.cumsum(torch.bincount(key, minlength=rows), 0, out=offsets[1:])
         return cls(offsets, other[position], position)
 
-    def keep(self, mask: Bool[Tensor, "memberships"]) -> SortedIncidence:
+    def keep(self, mask: Bool[Tensor, memberships]) -> SortedIncidence:
         """What is left when only the memberships of ``mask`` (in the order of the list) stay: linear, nothing is sorted again."""
         chosen = mask[self.position]
         before = torch.cumsum(mask, 0) - 1
@@ -63,7 +63,7 @@ class SortedIncidence:
         )
 
     @cached_property
-    def rows(self) -> Int[Tensor, "memberships"]:
+    def rows(self) -> Int[Tensor, memberships]:
         """The row of every sorted membership."""
         lengths = self.offsets[1:] - self.offsets[:-1]
         rows = torch.arange(lengths.numel(), device=lengths.device)
@@ -117,12 +117,12 @@ class Incidence:
         return self._heads[heads]
 
     @cached_property
-    def node_degrees(self) -> Int[Tensor, "nodes"]:
+    def node_degrees(self) -> Int[Tensor, nodes]:
         """Number of hyperedges of each node (its own singleton included, where there is one)."""
         return self.by_node.offsets[1:] - self.by_node.offsets[:-1]
 
     @cached_property
-    def hyperedge_sizes(self) -> Int[Tensor, "hyperedges"]:
+    def hyperedge_sizes(self) -> Int[Tensor, hyperedges]:
         """Number of members of each hyperedge."""
         return self.by_hyperedge.offsets[1:] - self.by_hyperedge.offsets[:-1]
 
@@ -207,7 +207,9 @@ class Hypergraph(Incidence):
             count = edge + 1
         array = np.asarray(nodes)
         if array.size and array.dtype.kind not in "iu":
-            raise HypergraphError(f"Node ids must be integers, got {array.dtype} values: map the names to 0..N-1 first.")
+            raise HypergraphError(
+                f"Node ids must be integers, got {array.dtype} values: map the names to 0..N-1 first."
+            )
         incidence = torch.tensor(np.stack([array.astype(np.int64), np.asarray(owners, dtype=np.int64)]))
         return cls.from_incidence(incidence, num_nodes, count)
 
@@ -228,7 +230,9 @@ class Hypergraph(Incidence):
                 if not row or (line == 1 and [cell.strip().lower() for cell in row] == ["node", "hyperedge"]):
                     continue
                 if len(row) != 2:
-                    raise HypergraphError(f"{path}, line {line}: expected two columns (node, hyperedge), found {len(row)}.")
+                    raise HypergraphError(
+                        f"{path}, line {line}: expected two columns (node, hyperedge), found {len(row)}."
+                    )
                 try:
                     node = int(row[0])
                 except ValueError:
@@ -242,7 +246,7 @@ class Hypergraph(Incidence):
         cls, features: Float[np.ndarray, "nodes features"], k: int, include_self: bool = True
     ) -> Hypergraph:
         """One hyperedge per node: its ``k`` nearest nodes in Euclidean distance, itself among them if ``include_self``."""
-        from sklearn.neighbors import NearestNeighbors
+        from sklearn.neighbors import NearestNeighbors  # noqa: PLC0415 - slow to import
 
         features = np.asarray(features)
         check_features(torch.from_numpy(features))
@@ -281,7 +285,7 @@ class Hypergraph(Incidence):
         edges = self.num_real_hyperedges
         return Hypergraph(self.incidence[:, : self.num_real], self.num_nodes, edges, self.num_real, edges)
 
-    def keep(self, mask: Bool[Tensor, "memberships"]) -> Hypergraph:
+    def keep(self, mask: Bool[Tensor, memberships]) -> Hypergraph:
         """The hypergraph with only the memberships of ``mask``; nodes and hyperedges keep their ids."""
         kept = Hypergraph(
             self.incidence[:, mask],
@@ -294,7 +298,7 @@ class Hypergraph(Incidence):
         kept.__dict__["by_hyperedge"] = self.by_hyperedge.keep(mask)
         return kept
 
-    def relabel(self, nodes: Int[Tensor, "kept"], mask: Bool[Tensor, "memberships"]) -> Hypergraph:
+    def relabel(self, nodes: Int[Tensor, kept], mask: Bool[Tensor, memberships]) -> Hypergraph:
         """The memberships of ``mask`` on the (sorted) ``nodes``; hyperedges that are left empty vanish, the order of ids stays."""
         incidence = self.incidence[:, mask]
         new_node = torch.full((self.num_nodes,), -1, device=nodes.device)
@@ -315,7 +319,7 @@ class Hypergraph(Incidence):
 
     def to_data(self, **attributes: Any) -> Any:
         """A ``torch_geometric.data.HyperGraphData`` of the real memberships; ``attributes`` (``x``, ``y`` ...) are stored with it."""
-        from torch_geometric.data import HyperGraphData
+        from torch_geometric.data.hypergraph_data import HyperGraphData  # noqa: PLC0415 - slow to import
 
         real = self.incidence[:, : self.num_real]
         data = HyperGraphData(edge_index=real, num_nodes=self.num_nodes, **attributes)
@@ -326,7 +330,17 @@ class Hypergraph(Incidence):
     def from_data(cls, data: Any) -> Hypergraph:
         """The hypergraph of a ``HyperGraphData`` (its ``edge_index`` rows are node and hyperedge)."""
         count = data.num_hyperedges if "num_hyperedges" in data else None
-        return cls.from_incidence(data.edge_index, data.num_nodes, count)
+        return cls.from_incidence(data.edge_index, count_nodes(data), count)
+
+
+def count_nodes(data: Any) -> int:
+    """The number of nodes of a ``HyperGraphData``: as stored, else by its features.
+
+    (Its own property mistakes a stored number that equals the number of hyperedges for an inferred one.)
+    """
+    if "num_nodes" in data:
+        return int(data["num_nodes"])
+    return int(data.num_nodes if data.x is None else data.x.shape[0])
 
 
 def check_features(features: Float[Tensor, "nodes features"], num_nodes: int | None = None) -> None:
@@ -342,10 +356,12 @@ def check_features(features: Float[Tensor, "nodes features"], num_nodes: int | N
         )
 
 
-def check_labels(labels: Int[Tensor, "nodes"], num_nodes: int) -> int:
+def check_labels(labels: Int[Tensor, nodes], num_nodes: int) -> int:
     """The number of classes of ``labels`` (-1 = unlabelled), refusing a wrong length and a hypergraph with no label at all."""
     if labels.shape[0] != num_nodes:
-        raise HypergraphError(f"There are {labels.shape[0]} labels for {num_nodes} nodes: mark nodes without a label by -1.")
+        raise HypergraphError(
+            f"There are {labels.shape[0]} labels for {num_nodes} nodes: mark nodes without a label by -1."
+        )
     if int(labels.min()) < -1:
         raise HypergraphError(f"Labels must be classes from 0, or -1 for none; found {int(labels.min())}.")
     classes = int(labels.max()) + 1

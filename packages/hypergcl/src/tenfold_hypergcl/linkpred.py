@@ -58,7 +58,7 @@ def membership_auc(
     model: SetGNN, x: Features, h: Hypergraph, positive: Int[Tensor, "2 pairs"], negative: Int[Tensor, "2 others"]
 ) -> float:
     """ROC-AUC of the membership probability, in evaluation mode."""
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - slow to import
 
     mode = model.training
     model.eval()

@@ -66,7 +66,7 @@ class HypergraphSampler:
         self.hyperedges, self.members, self.layers = hyperedges, members, layers
 
     def __len__(self) -> int:
-        return -(-self.h.num_nodes // self.batch_size)
+        return (self.h.num_nodes + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(self.h.num_nodes, device=self.h.incidence.device)

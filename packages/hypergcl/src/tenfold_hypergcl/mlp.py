@@ -1,5 +1,6 @@
 """Multi-layer perceptrons as the encoders use them (section 3), on dense or sparse input, and a cheap dropout."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from tenfold_hypergcl.propagate import Features, SparseFeatures
 from tenfold_hypergcl.rowwise import layer, random_drop_mask, threshold
+
 
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
@@ -58,7 +60,9 @@ def dropout(x: Features, p: float, training: bool) -> Features:
     return _Dropout.apply(x, p)
 
 
-def linear(x: Features, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None) -> Float[Tensor, "rows out"]:
+def linear(
+    x: Features, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None
+) -> Float[Tensor, "rows out"]:
     """``x @ weight.T + bias`` for dense or sparse ``x``."""
     if isinstance(x, SparseFeatures):
         out = x.matmul(weight.T)
@@ -108,7 +112,7 @@ class MLP(nn.Module):
             raise ValueError(f"An MLP has at least one layer, not {layers}.")
         widths = [in_features, *[hidden] * (layers - 1), out_features]
         self.dropout = dropout
-        self.lins = nn.ModuleList([nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.lins: Any = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
         norms = [make_norm(norm if input_norm else None, in_features)]
         self.normalizations = nn.ModuleList([*norms, *[make_norm(norm, hidden) for _ in range(layers - 1)]])
 

@@ -52,7 +52,7 @@ class _Layer(torch.autograd.Function):
         x = x.contiguous()
         out = x.new_empty(x.shape[0], weight.shape[0])
         mask = torch.empty(x.shape if p_in else 0, dtype=torch.bool, device=x.device)
-        stats = x.new_empty(2, x.shape[0], 1) if gain is not None else None
+        stats = x.new_empty(2, 0 if gain is None else x.shape[0], 1)
         transposed = weight.T.contiguous()  # The faster of the two layouts, at the price of copying a small matrix.
         for rows in _row_blocks(x):
             part = x[rows]
@@ -105,7 +105,14 @@ class _Layer(torch.autograd.Function):
                 g.masked_fill_(mask[rows], 0).mul_(threshold(ctx.p_in)[1])
             if gain is not None:
                 g, dgain, dshift = torch.ops.aten.native_layer_norm_backward(
-                    g, x[rows], x.shape[1:], stats[0, rows], stats[1, rows], gain, shift, [need_x, need_gain, need_shift]
+                    g,
+                    x[rows],
+                    x.shape[1:],
+                    stats[0, rows],
+                    stats[1, rows],
+                    gain,
+                    shift,
+                    [need_x, need_gain, need_shift],
                 )
                 if grad_gain is not None:
                     grad_gain += dgain

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tenfold_hypergcl.hypergraph import Incidence, SortedIncidence
 from tenfold_hypergcl.mlp import MLP, dropout, linear, relu_dropout_
-from tenfold_hypergcl.propagate import Features, SparseFeatures, sum_members
+from tenfold_hypergcl.propagate import Features, sum_members
 
 INPUT_DROPOUT = 0.2
 """The encoder's fixed dropout on its input (section 2.2)."""

@@ -56,9 +56,7 @@ def receptive_field(h: Incidence, x: Features, targets: Int[Tensor, "targets"], 
     return ReceptiveField(Incidence(incidence, nodes.numel(), kept_edges.numel()), part, new_node[targets])
 
 
-def supervised_loss(
-    model: SetGNN, field: ReceptiveField, labels: Int[Tensor, "targets"]
-) -> Float[Tensor, ""]:
+def supervised_loss(model: SetGNN, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the training nodes on the clean hypergraph, in a forward pass of its own."""
     return F.cross_entropy(model(field.x, field.incidence, field.rows), labels)
 
@@ -186,5 +184,3 @@ def generated_view(h: Hypergraph, x: Features, keep: Float[Tensor, "memberships"
     incidence = torch.stack([h.incidence[0, mask], new_edge])
     real = int(mask[: h.num_real].sum())
     return View(Hypergraph(incidence, h.num_nodes, edges.numel(), real, int((edges < h.num_real_hyperedges).sum())), x)
-
-

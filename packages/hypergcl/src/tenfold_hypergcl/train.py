@@ -76,7 +76,9 @@ def fabricated_epoch(
     supervised.backward()
     first, second = fabricate_pair(name, h, x, ratio)
     # Without an augmentation the views differ by dropout only, and the input's is left out (section 2.2).
-    contrastive = contrastive_loss(model, first, second, temperature, input_dropout=0.0 if name == "A0" else INPUT_DROPOUT)
+    contrastive = contrastive_loss(
+        model, first, second, temperature, input_dropout=0.0 if name == "A0" else INPUT_DROPOUT
+    )
     (weight * contrastive).backward()
     optimizer.step()
     return supervised.detach(), contrastive.detach()
@@ -136,9 +138,11 @@ def fit(config: FitConfig, data: Dataset, split: Split, seed: int) -> dict[str, 
     parts = [receptive_field(h, x, nodes, layers) for nodes in (split.train, split.valid, split.test)]
     targets = [y[nodes] for nodes in (split.train, split.valid, split.test)]
     model = SetGNN(x.shape[1], data.num_classes, config.encoder, config.projection).to(y.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     generator = VHGAE(x.shape[1], config.encoder).to(y.device) if config.method == "A6" else None
-    generator_optimizer = None if generator is None else torch.optim.Adam(generator.parameters(), lr=config.generator_lr)
+    generator_optimizer = (
+        None if generator is None else torch.optim.Adam(generator.parameters(), lr=config.generator_lr, fused=True)
+    )
     best, test, best_epoch, dropped = -1.0, 0.0, -1, None
     start, cpu = time.perf_counter(), time.process_time()
     for epoch in range(config.epochs):

@@ -1,6 +1,6 @@
 """The fabricated augmentations as torch-geometric transforms (section 2.5), usable alone on ``HyperGraphData``.
 
-    from torch_geometric.transforms import Compose
+    from torch_geometric.transforms import Compose  # noqa: PLC0415 - slow to import
     view = Compose([DropMemberships(0.3), AddSingletons()])(data)
 
 The data carries its real memberships in ``edge_index`` (row 0 nodes, row 1 hyperedges) and may carry ``num_hyperedges``. Transforms
@@ -10,11 +10,11 @@ return a changed copy; per-node tensors (``y``, masks, ...) follow where nodes a
 import copy
 
 import torch
-from torch_geometric.data import HyperGraphData
+from torch_geometric.data.hypergraph_data import HyperGraphData
 from torch_geometric.transforms import BaseTransform
 
 from tenfold_hypergcl import augment
-from tenfold_hypergcl.hypergraph import Hypergraph
+from tenfold_hypergcl.hypergraph import Hypergraph, count_nodes
 
 
 def _replace(data: HyperGraphData, h: Hypergraph) -> HyperGraphData:
@@ -26,7 +26,7 @@ def _replace(data: HyperGraphData, h: Hypergraph) -> HyperGraphData:
 
 def _subset(data: HyperGraphData, h: Hypergraph, nodes: torch.Tensor) -> HyperGraphData:
     out = _replace(data, h)
-    total = data.num_nodes
+    total = count_nodes(data)
     for key, value in data.items():
         if key != "edge_index" and isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == total:
             out[key] = value[nodes]
@@ -98,7 +98,7 @@ class MaskNodes(_Ratio):
     def forward(self, data: HyperGraphData) -> HyperGraphData:
         """The augmented data."""
         out = copy.copy(data)
-        masked = torch.randperm(data.num_nodes, device=data.x.device)[: int(data.num_nodes * self.ratio)]
+        masked = torch.randperm(len(data.x), device=data.x.device)[: int(len(data.x) * self.ratio)]
         out.x = augment.mask_nodes(data.x, masked)
         return out
 
