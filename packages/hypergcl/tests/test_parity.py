@@ -11,6 +11,7 @@ import torch
 from tenfold_hypergcl import attacks, augment, baselines, contrast, fairness, generative, protocol, steps
 from tenfold_hypergcl.compat import load_state, released_parameter_count
 from tenfold_hypergcl.hypergraph import Hypergraph
+from tenfold_hypergcl.mlp import MLP
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 
 FOLDER = Path(os.environ.get("TENFOLD_PARITY_DIR", Path(__file__).parent / "parity"))
@@ -329,7 +330,7 @@ def baseline_models(f):
         near(value, getattr(given, name), 1e-6)
     run("hnhn", baselines.HNHN(*sizes, alpha=exponents[0], beta=exponents[1]), (looped, given))
     run("unigcnii", baselines.UniGCNII(*sizes, heads=cfg["heads"]), looped)
-    mlp = baselines.MLP(features, width, classes, layers, norm=norm_of("mlp")).double().eval()
+    mlp = MLP(features, width, classes, layers, norm=norm_of("mlp")).double().eval()
     load_state(mlp, f.group("state/mlp."))
     assert released_parameter_count(mlp) == int(f["out/mlp_num_parameters"])
     near(mlp(x), f["out/mlp"], 1e-9)
