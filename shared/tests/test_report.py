@@ -206,6 +206,8 @@ def test_tables_of_the_readmes_are_generated_and_checked(house, capsys):
 
     front.write_text(front.read_text().replace("not reproduced", "reproduced"))
     assert main(["check", str(house)]) == 1
+    assert main(["gallery", str(house)]) == 0
+    assert "not reproduced" in (house / "gallery.html").read_text()
 
 
 def test_a_table_that_names_papers_first_shows_the_slug_and_the_papers_value(house):

@@ -8,5 +8,5 @@ class TestConformance(Conformance):
 
     package = "tenfold_bip"
     train = ["--config", "digits-cnn", "--dense.epochs", "2", "--bilevel.epochs", "3"]
-    reproduce = ["mini-keep-5", "--arms", "snip", "--seeds", "2"]
+    reproduce = ["mini-keep-5", "--arms", "snip", "--seeds", "1"]
     needs_data = ["--config", "cifar10-resnet18"]

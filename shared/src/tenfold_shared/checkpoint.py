@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import RunFailure, UserError
 
-DIGEST = "sha256"  # metadata key of the digest over all tensors: safetensors itself does not notice a flipped bit
+DIGEST = "sha256"  # metadata key of the digest over everything: safetensors itself does not notice a flipped bit
 
 
 @contextlib.contextmanager
@@ -66,8 +66,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    total = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -88,7 +88,7 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             host[name] = tensor.clone()
         storages.add(tensor.data_ptr())
     with atomic_write(path) as file:
-        file.write(save(host, {**header, DIGEST: _digest(host)}))
+        file.write(save(host, {**header, DIGEST: _digest(host, header)}))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,9 +106,12 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}): it is truncated or corrupted") from error
-    if DIGEST in header and header.pop(DIGEST) != _digest(tensors):
+    if DIGEST in header and header.pop(DIGEST) != _digest(tensors, header):
         raise UserError(f"{path} is corrupted: its tensors do not have the digest they were saved with")
-    return tensors, {key: json.loads(value) for key, value in header.items()}
+    try:
+        return tensors, {key: json.loads(header[key]) for key in sorted(header)}  # the file has no order
+    except ValueError as error:
+        raise UserError(f"{path} is corrupted, or another program's: its metadata is no JSON ({error})") from error
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -219,6 +219,8 @@ class Outcome:
             content["arms"] = {name: ArmResult(**_tuples(arm)) for name, arm in content["arms"].items()}
             content["comparisons"] = tuple(Comparison(**_tuples(comparison)) for comparison in content["comparisons"])
             outcome = cls(**content)
+        except UserError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{where} is no outcome of `reproduce` ({error}): run it again") from error
         if outcome.verdict not in VERDICTS:

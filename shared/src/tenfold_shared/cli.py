@@ -251,17 +251,18 @@ def load_recipe(package: str, name_or_path: str, kind: type, **changes: Any) -> 
     path = recipe_path(package, name_or_path)
     parser = Parser()
     parser.add_class_arguments(kind, None)
-    values = _flatten(_read_yaml(path), lambda key: True)
-    known = {action.dest for action in parser._actions}
-    for key in [*values, *changes]:
-        parents = {key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)}
-        if key not in known and not parents & known:
+    known, groups = _destinations(parser)
+    for key in [*_flatten(_read_yaml(path), groups.__contains__), *changes]:
+        if not _is_known(key, known, groups):
             raise UserError(f"recipe {name_or_path}: unknown key {key!r}{_nearest(key, known)}")
     namespace = parser.parse_path(path)
-    for key, value in changes.items():
-        namespace[key] = value
-    parser.validate(namespace) if hasattr(parser, "validate") else parser.check_config(namespace)
-    built = parser.instantiate(namespace)
+    try:
+        for key, value in changes.items():
+            namespace[key] = value
+        parser.validate(namespace)
+        built = parser.instantiate(namespace)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"recipe {name_or_path}: {_sentence(str(error))}") from error
     return kind(**{field.name: built[field.name] for field in dataclasses.fields(kind) if field.init})
 
 
@@ -306,19 +307,30 @@ def _flatten(values: Mapping[str, Any], is_group: Callable[[str], bool], prefix:
     return flat
 
 
+def _destinations(parser: Any) -> tuple[set[str], set[str]]:
+    """Names of the options, and of the groups of options (nested dataclasses) that they lie in."""
+    known = {action.dest for action in parser._actions}
+    return known, {name.rsplit(".", n)[0] for name in known for n in range(1, name.count(".") + 1)}
+
+
+def _is_known(key: str, known: set[str], groups: set[str]) -> bool:
+    """Whether a key is an option, or an entry of one that takes a mapping."""
+    parents = {key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)}
+    return key in known or bool((parents & known) - groups)
+
+
 def _refuse_unknown(parser: Any, verb: str, arguments: list[str], commands: Mapping[str, Command]) -> None:
     """Unknown options and recipe keys, refused with their full name and the nearest valid one."""
-    flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
-    dests = {action.dest for action in parser._actions}
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    known, groups = _destinations(parser)
     previous = ""
     for argument in arguments:
         flag = argument.partition("=")[0]
         if previous == "--config":
-            groups = {dest.rsplit(".", n)[0] for dest in dests for n in range(1, dest.count(".") + 1)}
             for key in _flatten(_read_yaml(Path(argument)), groups.__contains__):
-                if key not in dests:
-                    raise UserError(f"{parser.prog}: unknown key {key!r} in {argument}{_nearest(key, dests)}")
-        elif flag.startswith("--") and flag not in flags and not any(flag.startswith(f"{f}.") for f in flags):
+                if not _is_known(key, known, groups):
+                    raise UserError(f"{parser.prog}: unknown key {key!r} in {argument}{_nearest(key, known)}")
+        elif flag.startswith("--") and flag not in flags and not _is_known(flag[2:], known, groups):
             owners = [name for name in commands if name != verb and flag in _flags_of(commands[name])]
             elsewhere = f"; it is an option of {' and '.join(owners)}" if owners else _nearest(flag, flags)
             raise UserError(f"{parser.prog}: unknown option {flag}{elsewhere}; {parser.prog} --help lists the options")

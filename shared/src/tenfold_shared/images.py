@@ -112,6 +112,8 @@ def load_images(
         source.fetch(root)
     try:
         return source.load(root, split, **options)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} in {root} cannot be read ({error}): check its files, or fetch it again") from error
 

@@ -207,7 +207,7 @@ def console_table(claim_set: ClaimSet, outcomes: Sequence[Outcome]) -> "rich.tab
         table.add_column(column, overflow="fold")
     for row in _rows(claim_set, outcomes):
         colour = _BADGES[row.verdict][1]
-        cells = (f"{row.statement}\n{row.where}", row.arms, row.paper, row.ours, row.difference)
+        cells = (f"{row.claim.id}: {row.statement}\n{row.where}", row.arms, row.paper, row.ours, row.difference)
         table.add_row(*(_literal(cell) for cell in cells), f"[bold {colour}]{row.badge}[/]\n{_literal(row.reason)}")
     return table
 
@@ -289,16 +289,22 @@ def _saved(figure: "Figure", kind: str) -> bytes:
 # --- the generated tables of the READMEs ------------------------------------------------------------------------------
 
 
+def committed_results(root: Path) -> dict[str, tuple[ClaimSet, list[Outcome]]]:
+    """The claims of every package under `root` and the outcomes committed beside them, by the package's folder."""
+    packages = {}
+    for file in sorted(root.glob("packages/*/src/*/claims.yaml")):
+        folder = file.parents[2]
+        outcomes = [Outcome.load(result) for result in sorted((folder / "results").glob("*.json"))]
+        packages[folder.name] = read_claims(file.parent), outcomes
+    return packages
+
+
 def readme_blocks(root: Path) -> dict[Path, str]:
     """What each README under `root` should say: the results of every package, and the house's table of papers."""
     expected: dict[Path, str] = {}
-    packages: dict[str, tuple[ClaimSet, list[Outcome]]] = {}
-    for file in sorted(root.glob("packages/*/src/*/claims.yaml")):
-        folder = file.parents[2]
-        claim_set = read_claims(file.parent)
-        outcomes = [Outcome.load(result) for result in sorted((folder / "results").glob("*.json"))]
-        packages[folder.name] = claim_set, outcomes
-        readme = folder / "README.md"
+    packages = committed_results(root)
+    for name, (claim_set, outcomes) in packages.items():
+        readme = root / "packages" / name / "README.md"
         expected[readme] = _with_block(readme, "results", _results_block(claim_set, outcomes))
     readme = root / "README.md"
     if packages:
@@ -381,14 +387,22 @@ def _with_block(readme: Path, name: str, content: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check or write the generated tables below ROOT. Returns 0, 1 when one is stale, 2 when they cannot be made."""
+    """Check or write the generated tables below ROOT, or write a gallery page over all packages.
+
+    Returns 0, 1 when a table is stale, 2 when they cannot be made.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m tenfold_shared.report", description="The READMEs' generated tables."
+        prog="python -m tenfold_shared.report", description="What was measured, for people."
     )
-    parser.add_argument("action", choices=("check", "write"), help="compare the tables with the results, or write them")
+    help_text = "compare the READMEs' tables with the results, write them, or write ROOT/gallery.html"
+    parser.add_argument("action", choices=("check", "write", "gallery"), help=help_text)
     parser.add_argument("root", type=Path, help="the folder that holds packages/ and README.md")
     given = parser.parse_args(arguments)
     try:
+        if given.action == "gallery":
+            found = committed_results(given.root).items()
+            gallery(given.root / "gallery.html", [GalleryEntry(*what, link=f"packages/{name}") for name, what in found])
+            return 0
         expected = readme_blocks(given.root)
     except UserError as error:
         print(error, file=sys.stderr)

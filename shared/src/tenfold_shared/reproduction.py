@@ -223,7 +223,7 @@ def show_claims(package: str) -> None:
     measured = {outcome.claim: outcome for outcome in committed_outcomes(package)}
     table = Table(title=f"{claim_set.paper.title}: {claim_set.summary}", show_lines=True)
     for column in ("id", "claim", "arms (paper)", "scale, seeds, cost", "measured here"):
-        table.add_column(column, overflow="fold", min_width=12 if column == "id" else None)
+        table.add_column(column, overflow="fold", no_wrap=column == "id")
     for claim in claim_set.claims:
         arms = ", ".join(f"{a.name} ({'unknown' if a.paper is None else f'{a.paper:g}'})" for a in claim.arms.values())
         source = {"seen": "", "recalled": " recalled", "none": " no published value"}[claim.provenance]

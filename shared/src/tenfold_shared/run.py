@@ -216,6 +216,8 @@ class Run:
             raise
 
     def _write_identity(self) -> None:
+        for leftover in self.directory.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
         saved = self.directory / "config.yaml"
         again = dataclasses.replace(self.options, resume=False, quiet=False)
         text = to_yaml(self.config, again)

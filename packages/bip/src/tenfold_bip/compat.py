@@ -15,13 +15,15 @@ from torch.nn.utils import parametrize
 from tenfold_bip.masking import masked_layers, prune_parametrize, set_masks
 from tenfold_bip.models import create_model, model_names
 from tenfold_bip.projections import project_layer
+from tenfold_shared.checkpoint import load_pickled_tensors
+from tenfold_shared.errors import UserError
 
 SCORES = "popup_scores"
 IGNORED = "weight_mask"
 MAY_MISS = "num_batches_tracked"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is no checkpoint of the released layout, or not one of the architecture."""
 
 
@@ -91,15 +93,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     content: Any = source
     if isinstance(source, str | Path):
         where = str(source)
-        if not Path(source).is_file():
-            raise CheckpointError(f"There is no checkpoint at {where}.")
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # the restricted unpickler meets damaged files with errors of any kind
-            raise CheckpointError(
-                f"{where} cannot be read as a checkpoint of plain tensors: it is damaged, or holds other objects, "
-                "which are not unpickled since they could run code."
-            ) from error
+        content = load_pickled_tensors(Path(source))
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold_bip.compat import load_official_checkpoint, load_official_state, recognise_architecture
-from tenfold_bip.data import DataConfig, load_data
+from tenfold_bip.data import Data, DataConfig, load_data
 from tenfold_bip.ledger import flops
 from tenfold_bip.masking import (
     MaskedWeight,
@@ -94,10 +94,25 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     model, about = load_model(config.checkpoint, config.arch, config.keep)
     with Run.evaluation("bip", options) as run:
         data = load_data(config.data, config.batch_size, run)
+        check_fit(model, data, config.data.name)
         model = run.prepare(model)
         reached = accuracy(model, data.evaluation, run).item()
         if run.is_main:
             print(json.dumps({**about, "accuracy": reached, **costs(run.unwrap(model), data.shape)}))
+
+
+def check_fit(model: nn.Module, data: Data, name: str) -> None:
+    """Refuse a network whose first layer takes images of other channels than the data set has.
+
+    Raises:
+        UserError: naming both.
+    """
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != data.shape[0]:
+        raise UserError(
+            f"the network takes images of {first.in_channels} channels and {name} has {data.shape[0]}: "
+            "choose another --arch or --data.name"
+        )
 
 
 def costs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, object]:

@@ -3,20 +3,21 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import yaml
 
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
 from tenfold_bip.train import Recipe, run_recipe
-from tenfold_shared.checkpoint import write_json
+from tenfold_shared.checkpoint import write_json, write_text
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
-from tenfold_shared.cli import load_recipe
+from tenfold_shared.cli import load_recipe, to_yaml
 from tenfold_shared.errors import UserError
-from tenfold_shared.report import ReportFigure, figure_style
+from tenfold_shared.report import COLOURS, ReportFigure, figure_style
 from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 
@@ -98,18 +99,24 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
     if not recipe.data.validation:
         raise UserError("sweep chooses values, which the test images must not do: add --data.validation 0.2")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    recipe_name = options.name.rpartition("-seed")[0] or options.name
+    folder = options.output / "bip" / f"sweep-{options.name or 'recipe'}"
+    write_text(folder / "recipe.yaml", to_yaml(recipe))
     arms = {
-        f"point-{i}": Arm(
-            f"point-{i}", recipe=recipe_name, options={"data.validation": recipe.data.validation, **point}
-        )
-        for i, point in enumerate(points)
+        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
     }
     claim = Claim(
-        id="sweep", table="", statement="", data=recipe.data.name, model=recipe.arch, scale="mini", provenance="none",
-        metric=Metric("validation accuracy", "%"), method="point-0", arms=arms, seeds=seeds,
-    )  # fmt: skip
-    folder = options.output / "bip" / f"sweep-{recipe_name}"
+        id="sweep",
+        table="",
+        statement="",
+        data=recipe.data.name,
+        model=recipe.arch,
+        scale="mini",
+        provenance="none",
+        metric=Metric("validation accuracy", "%"),
+        method="point-0",
+        arms=arms,
+        seeds=seeds,
+    )
     results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
     rows = []
     for name, point in zip(arms, points, strict=True):
@@ -120,7 +127,7 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
     write_json(
         folder / "sweep.json",
         {
-            "recipe": recipe_name,
+            "recipe": yaml.safe_load(to_yaml(recipe)),
             "metric": "validation accuracy, %",
             "seeds": [options.seed + i for i in range(seeds)],
             "points": rows,
@@ -135,45 +142,60 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
 
 
 def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
-    """Accuracy against sparsity, accuracy against gradient evaluations, and the overlap of the masks."""
+    """Accuracy against sparsity, accuracy against gradient evaluations, and the overlap of the masks.
+
+    The last two show the sparsest claim that compares most methods.
+    """
     import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
+    metric = {claim.id: claim.metric.name for claim in claims}
+    accurate = [outcome for outcome in outcomes if metric[outcome.claim] == "test accuracy"]
+    if not accurate:
+        return []
+    sparsest = max(accurate, key=lambda outcome: (len(outcome.arms), -_keep(outcome)))
+    where = f"{claims[0].model} on {claims[0].data}"
+    drawn = []
     with figure_style():
-        drawn = []
-        where = f"{claims[0].model} on {claims[0].data}"
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        _accuracy_against_sparsity(axes, outcomes)
+        _accuracy_against_sparsity(axes, accurate)
         drawn.append(
             ReportFigure(
                 figure,
                 title="Accuracy against sparsity",
-                caption=f"{where}: mean over the seeds, bars span one standard deviation. The line across is the dense network.",
+                caption=f"{where}: mean over the seeds, bars span one standard deviation; dotted, the dense network.",
                 alt="Test accuracy of every method at every sparsity",
             )
         )
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        _accuracy_against_cost(axes, outcomes[-1])
+        _accuracy_against_cost(axes, sparsest)
         drawn.append(
             ReportFigure(
                 figure,
                 title="Accuracy against gradient evaluations",
-                caption=f"{outcomes[-1].claim}, every seed: where each method ends; the lines are IMP on its way there, round by round.",
+                caption=f"{sparsest.claim}, every seed: where each method ends; thin lines are IMP on its way, by round.",
                 alt="Test accuracy against the number of forward-backward passes",
             )
         )
-        overlap = _overlaps(outcomes[-1], folder)
+        overlap = _overlaps(sparsest, folder)
         if overlap:
             figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
             _overlap_matrix(axes, *overlap)
+            chance = expected_iou(_keep(sparsest))
             drawn.append(
                 ReportFigure(
                     figure,
                     title="Overlap of the masks",
-                    caption=f"{outcomes[-1].claim}: intersection over union, mean over the seeds; two random masks would have {expected_iou(overlap[2]):.2f}.",
+                    caption=f"{sparsest.claim}: intersection over union, mean over the seeds; by chance {chance:.2f}.",
                     alt="Matrix of mask overlaps between methods",
                 )
             )
     return drawn
+
+
+def _keep(outcome: Outcome) -> float:
+    """The keep ratio that a claim's method ended at."""
+    points = _points(outcome, outcome.method)
+    return points[0][1]["keep"] if points else 1.0
 
 
 def _points(outcome: Outcome, arm: str) -> list[tuple[float, Mapping[str, Any]]]:
@@ -182,18 +204,22 @@ def _points(outcome: Outcome, arm: str) -> list[tuple[float, Mapping[str, Any]]]
     return [(value, extras) for value, extras in zip(result.values, result.extras, strict=True) if value is not None]
 
 
+def _colours(arms: Iterable[str]) -> dict[str, str]:
+    return dict(zip(arms, itertools.cycle(COLOURS)))
+
+
 def _accuracy_against_sparsity(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
     arms = dict.fromkeys(arm for outcome in outcomes for arm in outcome.arms if arm != "dense")
-    for arm in arms:
-        found = [
-            (100 * (1 - _points(o, arm)[0][1]["keep"]), o.arms[arm].mean, o.arms[arm].std or 0.0)
-            for o in outcomes
-            if arm in o.arms and _points(o, arm)
-        ]
-        found.sort()
-        sparsity, mean, std = zip(*found, strict=True) if found else ((), (), ())
-        axes.errorbar(sparsity, mean, yerr=std, marker="o", capsize=3, label=arm)
-    dense = [value for o in outcomes if "dense" in o.arms for value, _ in _points(o, "dense")]
+    for arm, colour in _colours(arms).items():
+        found: dict[float, tuple[float, float]] = {}
+        for outcome in outcomes:
+            if arm in outcome.arms and _points(outcome, arm):
+                result = outcome.arms[arm]
+                found[100 * (1 - _points(outcome, arm)[0][1]["keep"])] = (result.mean or 0.0, result.std or 0.0)
+        sparsity = sorted(found)
+        mean, std = [found[s][0] for s in sparsity], [found[s][1] for s in sparsity]
+        axes.errorbar(sparsity, mean, yerr=std, marker="o", capsize=3, label=arm, color=colour)
+    dense = [value for outcome in outcomes if "dense" in outcome.arms for value, _ in _points(outcome, "dense")]
     if dense:
         axes.axhline(sum(dense) / len(dense), linestyle=":", color="0.4", label="dense")
     axes.set_xlabel("pruned weights, %")
@@ -202,52 +228,39 @@ def _accuracy_against_sparsity(axes: "Axes", outcomes: Sequence[Outcome]) -> Non
 
 
 def _accuracy_against_cost(axes: "Axes", outcome: Outcome) -> None:
-    for index, arm in enumerate(arm for arm in outcome.arms if arm != "dense"):
+    for arm, colour in _colours(arm for arm in outcome.arms if arm != "dense").items():
         points = _points(outcome, arm)
-        colour = f"C{index}"
-        axes.plot(
-            [extras["passes"] for _, extras in points], [value for value, _ in points], "o", color=colour, label=arm
-        )
+        passes = [extras["passes"] for _, extras in points]
+        axes.plot(passes, [value for value, _ in points], "o", color=colour, label=arm)
         for _, extras in points:
-            path = [entry for entry in extras["history"] if entry["passes"] > 0]
-            if len(path) > 1:
-                axes.plot(
-                    [e["passes"] for e in path],
-                    [e["accuracy"] for e in path],
-                    "-",
-                    color=colour,
-                    alpha=0.4,
-                    linewidth=1,
-                )
-    axes.set_xscale("log")
+            rounds = [entry for entry in extras["history"] if entry["passes"] > 0]
+            if len(rounds) > 1:
+                path = [entry["passes"] for entry in rounds], [entry["accuracy"] for entry in rounds]
+                axes.plot(*path, "-", color=colour, alpha=0.4, linewidth=1)
     axes.set_xlabel("gradient evaluations after dense training")
     axes.set_ylabel("test accuracy, %")
     axes.legend()
 
 
-def _overlaps(outcome: Outcome, folder: Path) -> tuple[list[str], list[list[float]], float] | None:
-    """Arms, mean overlap between every two of them over the seeds, and the keep ratio."""
+def _overlaps(outcome: Outcome, folder: Path) -> tuple[list[str], list[list[float]]] | None:
+    """Arms, and the mean overlap between every two of them over the seeds."""
     runs = {arm: [extras["run"] for _, extras in _points(outcome, arm) if "run" in extras] for arm in outcome.arms}
     arms = [arm for arm, names in runs.items() if names]
     if len(arms) < 2:
         return None
     masks = {}
-    for arm in arms:
-        for name in runs[arm]:
-            model, _ = load_model(folder / "runs" / name)
-            masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
-    matrix = [
-        [
-            sum(mask_iou(masks[a], masks[b]) for a, b in zip(runs[i], runs[j], strict=False))
-            / min(len(runs[i]), len(runs[j]))
-            for j in arms
-        ]
-        for i in arms
-    ]
-    return arms, matrix, _points(outcome, arms[0])[0][1]["keep"]
+    for name in itertools.chain.from_iterable(runs.values()):
+        model, _ = load_model(folder / "runs" / name)
+        masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
+
+    def overlap(first: str, second: str) -> float:
+        pairs = [mask_iou(masks[a], masks[b]) for a, b in zip(runs[first], runs[second], strict=False)]
+        return sum(pairs) / len(pairs)
+
+    return arms, [[overlap(first, second) for second in arms] for first in arms]
 
 
-def _overlap_matrix(axes: "Axes", arms: list[str], matrix: list[list[float]], keep: float) -> None:
+def _overlap_matrix(axes: "Axes", arms: list[str], matrix: list[list[float]]) -> None:
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
     axes.set_xticks(range(len(arms)), arms, rotation=45, ha="right")
     axes.set_yticks(range(len(arms)), arms)

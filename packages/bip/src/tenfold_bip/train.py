@@ -25,7 +25,7 @@ from tenfold_bip.baselines import (
 )
 from tenfold_bip.bilevel import m_step, theta_step
 from tenfold_bip.data import Data, DataConfig, load_data
-from tenfold_bip.evaluate import accuracy, costs, has_masks, load_model
+from tenfold_bip.evaluate import accuracy, check_fit, costs, has_masks, load_model
 from tenfold_bip.ledger import Ledger
 from tenfold_bip.masking import (
     bake_masks,
@@ -228,7 +228,9 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     seed_everything(run.options.seed, "init")
     session = Session(run, recipe, load_data(recipe.data, recipe.batch_size, run))
     try:
-        model = METHODS[recipe.method](session, create_model(recipe.arch, session.data.classes))
+        model = create_model(recipe.arch, session.data.classes)
+        check_fit(model, session.data, recipe.data.name)
+        model = METHODS[recipe.method](session, model)
     except (
         ValueError
     ) as error:  # of the method: no prunable layer, a layer that would be empty, an unknown architecture
