@@ -85,7 +85,7 @@ class CameraSet:
         good = np.isfinite(self.near) & np.isfinite(self.far) & (self.near > 0) & (self.near < self.far)
         self._refuse(~good, "needs depths 0 < near < far")
 
-    def _refuse(self, bad: np.ndarray, what: str) -> None:
+    def _refuse(self, bad: np.ndarray | np.bool, what: str) -> None:
         if bad.any():
             raise UserError(f"view {self.names[int(np.flatnonzero(bad)[0])]} {what}")
 
@@ -144,7 +144,7 @@ class CameraSet:
             pixels: [..., 2] positions (u, v), not necessarily integer; by default all integer positions [H, W, 2].
 
         Returns:
-            origins and directions [..., 3]; the direction has z-component 1 in the camera, so ray parameters are z-depths.
+            origins and directions [..., 3]; the direction has z-component 1 in the camera, so parameters are z-depths.
 
         """
         grid = self.pixel_grid() if pixels is None else np.asarray(pixels, dtype=np.float64)

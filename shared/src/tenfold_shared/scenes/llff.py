@@ -234,7 +234,7 @@ def write_llff(folder: Path | str, scene: Scene) -> None:
     Bounds are those of the cameras or, where depth is known, the 1st and 99th percentile of each view's depth.
 
     Raises:
-        UserError: no bounds, or cameras that the layout cannot hold (pixels not square, principal point off the middle).
+        UserError: no bounds, pixels that are not square, or a principal point off the middle of the image.
 
     """
     folder = Path(folder)
