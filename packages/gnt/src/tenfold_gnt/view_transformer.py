@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """The transformed tokens."""
-        hidden = F.dropout(F.relu(self.expand(x)), self.dropout, self.training)
+        hidden = F.dropout(F.relu(self.expand(x), inplace=True), self.dropout, self.training)
         return F.dropout(self.contract(hidden), self.dropout, self.training)
 
 
@@ -70,13 +70,24 @@ class SubtractionAttention(nn.Module):
         self.dropout, self.double_projection = dropout, double_projection
 
     def folded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(into [values; logit units] from [features; position units], its bias, into logit units from the query)."""
+        """The products of weights that the attention needs.
+
+        Returns:
+            From the features and from the position units (a constant last) to [values, logit units], and from the query to
+            logit units.
+        """
         first, last = self.weight[0], self.position[2]
         value = self.value.weight @ self.key.weight if self.double_projection else self.value.weight
         from_features = torch.cat([value, first.weight @ self.key.weight])
         from_position = torch.cat([last.weight, first.weight @ last.weight])
-        bias = torch.cat([last.bias, first.weight @ last.bias + first.bias])
-        return torch.cat([from_features, from_position], 1), bias, first.weight @ self.query.weight
+        constant = torch.cat([last.bias, first.weight @ last.bias + first.bias])
+        return from_features, torch.cat([from_position, constant[:, None]], 1), first.weight @ self.query.weight
+
+    def position_units(self, ray_diff: Float[Tensor, "*points views 4"]) -> Float[Tensor, "*points views units"]:
+        """The hidden units of P and, as relu(0 · r + 1), a constant column that carries biases through the next product."""
+        first = self.position[0]
+        weight = torch.cat([first.weight, first.weight.new_zeros(1, 4)])
+        return F.relu(F.linear(ray_diff, weight, torch.cat([first.bias, first.bias.new_ones(1)])), inplace=True)
 
     def forward(
         self,
@@ -93,20 +104,32 @@ class SubtractionAttention(nn.Module):
             tokens: normalised tokens.
             features: of the views, not normalised.
             ray_diff: relative directions.
-            mask: 0 for views that do not see the point.
+            mask: 0 for views that do not see the point; a point that no view sees weighs all views alike.
             return_weights: also give the weights, averaged over channels.
         """
-        joint, bias, from_query = self.folded()
-        width = tokens.shape[-1]
-        units = F.relu(self.position[0](ray_diff))
-        split = joint.split([width, units.shape[-1]], 1)
-        mixed = F.linear(features, split[0], bias) + F.linear(units, split[1])
-        values, hidden = mixed.split([width, units.shape[-1]], -1)
-        hidden = F.relu(hidden - F.linear(tokens, from_query)[..., None, :])
-        attention = masked_softmax(self.weight[2](hidden), mask)
+        from_features, from_position, from_query = self.folded()
+        width, logit_units = from_features.shape[1], from_query.shape[0]
+        mixed = features.flatten(0, -2) @ from_features.T
+        mixed.addmm_(self.position_units(ray_diff).flatten(0, -2).to(mixed.dtype), from_position.T.to(mixed.dtype))
+        values, hidden = mixed.view(*features.shape[:-1], -1).split([width, logit_units], -1)
+        hidden = F.relu(hidden - F.linear(tokens, from_query)[..., None, :], inplace=True)
+        logits = self._logits(hidden, mask)
+        # The softmax needs single precision also under reduced precision.
+        attention = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-2)
         summed = (F.dropout(attention, self.dropout, self.training) * values).sum(-2)
         attended = F.dropout(self.out(summed.to(tokens.dtype)), self.dropout, self.training)
         return Attended(attended, attention.mean(-1) if return_weights else None)
+
+    def _logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Last layer of A with the mask as one more input column of weight 1: no separate pass over [points, views, D]."""
+        last = self.weight[2]
+        if mask is None:
+            return last(hidden)
+        # Where no view is valid all hidden units are 0, so that all logits of a channel are equal, as they must be.
+        hidden = hidden * mask.amax(-2, keepdim=True).to(hidden.dtype)
+        blocked = (mask.to(hidden.dtype) - 1) * min(-MASKED, torch.finfo(hidden.dtype).max / 4)
+        weight = torch.cat([last.weight, last.weight.new_ones(len(last.weight), 1)], 1)
+        return F.linear(torch.cat([hidden, blocked], -1), weight, last.bias)
 
 
 class DotProductAttention(nn.Module):
