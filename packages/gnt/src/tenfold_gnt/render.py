@@ -15,7 +15,7 @@ from tenfold_gnt.sampling import depth_samples, importance_samples, points_at
 
 # On a CPU a chunk's [rays, samples, views, width] tensors should stay in the last-level cache: beyond it every one of the
 # network's passes over them goes to memory, which costs several times the arithmetic.
-CACHE_BYTES = 6 * 2**20
+CACHE_BYTES = 2 * 2**20
 # How many tensors of that size are alive at the peak of a forward pass, measured.
 LIVE_TENSORS = 6
 

@@ -79,8 +79,14 @@ def nearest_views(
 def views_by_direction(
     target: Float[np.ndarray, "4 4"], poses: Float[np.ndarray, "views 4 4"]
 ) -> Int[np.ndarray, " views"]:
-    """All views by the angle between their viewing direction and the target's, nearest first."""
-    return np.argsort(np.arccos(np.clip(poses[:, :3, 2] @ target[:3, 2], -1, 1)))
+    """All views by the angle to the target's, nearest first, as the released code measures it for the Spaces data set.
+
+    The directions compared are those of the points one unit in front of the cameras, as seen from the world's origin: the
+    released code moves the forward axis like a point, so that the camera's position enters.
+    """
+    ahead, ahead_of_target = poses[:, :3, 2] + poses[:, :3, 3], target[:3, 2] + target[:3, 3]
+    lengths = np.linalg.norm(ahead, axis=1) * np.linalg.norm(ahead_of_target)
+    return np.argsort(-(ahead @ ahead_of_target) / np.maximum(lengths, 1e-12))
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ def rectify(
 ) -> Float[np.ndarray, "views 4 4"]:
     """Source poses turned in their image plane to the target's upright, where they are turned by `degrees` or more.
 
-    The angle is the z part of the relative rotation written as rotations about z, x and y in turn. Images do not turn:
+    The angle is the z part of the relative rotation's intrinsic zxy Euler angles. Images do not turn:
     this is an approximation that the released code offers, off by default.
     """
     relative = np.einsum("vji,jk->vik", sources[:, :3, :3], target[:3, :3])
@@ -220,5 +226,5 @@ def rectify(
 
 
 def in_plane_angle(rotation: Float[np.ndarray, "*batch 3 3"]) -> Float[np.ndarray, "*batch"]:
-    """The first angle of R = Ry(c) Rx(b) Rz(a), the extrinsic zxy Euler angles, in radians."""
-    return np.arctan2(rotation[..., 1, 0], rotation[..., 1, 1])
+    """The angle a of R = Rz(a) Rx(b) Ry(c), in radians."""
+    return np.arctan2(-rotation[..., 0, 1], rotation[..., 1, 1])
