@@ -1,4 +1,4 @@
-"""What both benchmarks need: a scene, equal weights in both implementations, and measurements in a process of their own."""
+"""What both benchmarks need: a scene, equal weights for both implementations, measurements in own processes."""
 
 import resource
 import subprocess

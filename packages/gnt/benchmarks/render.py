@@ -1,6 +1,6 @@
 """Rendering: rays per second and peak memory, ours against the straightforward implementation, and their difference.
 
-    python benchmarks/render.py --rays 256 --threads 2
+python benchmarks/render.py --rays 256 --threads 2
 """
 
 import argparse
@@ -11,7 +11,7 @@ from common import MemoryPeak, in_own_process, measure, networks, scene
 from straightforward import render
 
 from tenfold_gnt.projection import source_views
-from tenfold_gnt.render import Sampling, Views, render_rays, rays_per_chunk
+from tenfold_gnt.render import Sampling, Views, rays_per_chunk, render_rays
 from tenfold_gnt.sampling import depth_samples
 
 NEAR, FAR = 2.0, 5.0
@@ -23,8 +23,10 @@ def arm(name: str, options: argparse.Namespace, dtype: torch.dtype = torch.float
     images, cameras, origins, directions = (
         x.to(dtype) for x in scene(options.views, options.height, options.width, options.rays)
     )
-    maps = feature_net(images.permute(0, 3, 1, 2)) if check else torch.randn(
-        options.views, 32, -(-options.height // 16) * 4, -(-options.width // 16) * 4, dtype=dtype
+    maps = (
+        feature_net(images.permute(0, 3, 1, 2))
+        if check
+        else torch.randn(options.views, 32, -(-options.height // 16) * 4, -(-options.width // 16) * 4, dtype=dtype)
     )
     sampling = Sampling(NEAR, FAR, options.samples)
 
@@ -71,7 +73,8 @@ def main() -> None:
     options.rays = min(options.rays, 32)
     for dtype in (torch.float32, torch.float64):
         (rgb, depth), (rgb2, depth2) = (arm(name, options, dtype, check=True) for name in arms)
-        print(f"largest difference in {dtype}: rgb {(rgb - rgb2).abs().max():.1e}, depth {(depth - depth2).abs().max():.1e}")
+        differences = (rgb - rgb2).abs().max(), (depth - depth2).abs().max()
+        print("largest difference in {}: rgb {:.1e}, depth {:.1e}".format(dtype, *differences))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The method written module by module as it is usually described, to measure against: one chunk of rays at a time (500 at
-rendering, all of them in a training step), keys and values per block, full [rays, samples, views, width] logits, explicit
-attention matrices, poses inverted for every chunk, one autograd graph for the whole step.
+"""The method module by module, as it is usually written, to measure against.
+
+One chunk of rays at a time (500 at rendering, all of them in a training step), keys and values per block, full
+[rays, samples, views, width] logits, explicit attention matrices, poses inverted for every chunk, one autograd graph.
 """
 
 import torch
@@ -153,9 +154,7 @@ class Network(nn.Module):
         self.view_crosstrans = nn.ModuleList(
             ViewBlock(width, ViewAttention(width, dropout), dropout) for _ in range(depth)
         )
-        self.q_fcs = nn.ModuleList(
-            self.mlp(width + 126, width) if i % 2 == 0 else nn.Identity() for i in range(depth)
-        )
+        self.q_fcs = nn.ModuleList(self.mlp(width + 126, width) if i % 2 == 0 else nn.Identity() for i in range(depth))
         self.norm, self.rgb_fc = nn.LayerNorm(width), nn.Linear(width, 3)
 
     @staticmethod
@@ -168,9 +167,7 @@ class Network(nn.Module):
         points = encode(points)
         x = self.rgbfeat_fc(rgb_feat)
         t = x.max(dim=2)[0]
-        for i, (view, ray, q_fc) in enumerate(
-            zip(self.view_crosstrans, self.view_selftrans, self.q_fcs, strict=True)
-        ):
+        for i, (view, ray, q_fc) in enumerate(zip(self.view_crosstrans, self.view_selftrans, self.q_fcs, strict=True)):
             t = view(t, x, ray_diff, mask)
             if i % 2 == 0:
                 t = q_fc(torch.cat([t, points, directions], -1))

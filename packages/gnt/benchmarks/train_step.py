@@ -1,7 +1,7 @@
-"""A training step: time and peak memory, ours against the straightforward implementation, and the gradients' difference.
+"""A training step: time and peak memory, ours against the straightforward one, and the gradients' difference.
 
-    python benchmarks/train_step.py --rays 128 --samples 192 --threads 2
-    python benchmarks/train_step.py --rays 512 --samples 64 --threads 2     # nearer to the paper's proportions
+python benchmarks/train_step.py --rays 128 --samples 192 --threads 2
+python benchmarks/train_step.py --rays 512 --samples 64 --threads 2     # nearer to the paper's proportions
 """
 
 import argparse

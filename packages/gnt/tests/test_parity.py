@@ -1,4 +1,4 @@
-"""The released implementation's numbers: every `*.npz` of `$TENFOLD_PARITY_DIR` (default: the selection beside this file)."""
+"""The released implementation's numbers: every `*.npz` of `$TENFOLD_PARITY_DIR` (default: the selection here)."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def close(actual, expected, tolerance: float, what: str = "") -> None:
 
 def formula_weights(state: dict[str, torch.Tensor], words: str) -> dict[str, torch.Tensor]:
     """The weights that a sentence like "formula seed 9" stands for, in the order of the released modules."""
-    seed = int(words.split()[-1])
+    seed = int(words.rsplit(maxsplit=1)[-1])
     weights = {}
     for index, (key, value) in enumerate(state.items()):
         draw = np.random.RandomState(seed * 1000 + index).standard_normal(value.numel()).reshape(tuple(value.shape))
@@ -185,8 +185,8 @@ def feature_net(f: Fixture) -> None:
             for pass_map in maps[: 1 if cfg["single_net"] else 2]:
                 loss = loss + (pass_map * f[f"in/cot{name}"]).sum()
     loss.backward()
-    # Biases ahead of an instance norm have no effect: their gradients are rounding noise in both implementations, on the
-    # scale of the others.
+    # Biases ahead of an instance norm have no effect: their gradients are rounding noise in both implementations, on
+    # the scale of the others.
     found = gradients_of(network, official_feature_key)
     largest = max(float(g.norm()) for g in found.values() if g is not None)
     for key, expected in f.under("grad/").items():
@@ -388,8 +388,6 @@ CHECKS = {
         volume_rendering, render, train_steps, rays, blender_poses, views, metrics, realestate_spaces,
     )
 } | {"llff_poses": llff, "llff_spherify": llff}  # fmt: skip
-
-
 
 
 def test_there_are_files() -> None:

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold_gnt.cameras import crop_camera, flip_camera, pack_cameras, pixel_grid, rays_through, resize_camera
+from tenfold_gnt.data import packed_cameras
 from tenfold_gnt.projection import project, sample_views, source_views
 from tenfold_gnt.sampling import depth_samples, importance_samples, points_at
-from tenfold_gnt.data import packed_cameras
 from tenfold_shared.scenes import tabletop_views
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -152,7 +152,7 @@ def test_importance_samples_go_where_the_weights_are():
 
 def test_bad_depths_are_refused():
     like = torch.zeros(1)
-    with pytest.raises(ValueError, match="near 6.0 and far 2.0"):
+    with pytest.raises(ValueError, match=r"near 6\.0 and far 2\.0"):
         depth_samples(6.0, 2.0, 1, 4, like=like)
     with pytest.raises(ValueError, match="at least 2 depth samples"):
         depth_samples(2.0, 6.0, 1, 1, like=like)

@@ -76,7 +76,7 @@ def crop_camera(camera: Float[Tensor, "*batch 34"], top: int, left: int, height:
 
 
 def flip_camera(camera: Float[Tensor, "*batch 34"]) -> Float[Tensor, "*batch 34"]:
-    """The camera of the horizontally flipped image: fx changes sign and cx becomes W - 1 - cx; the geometry is exact."""
+    """The camera of the horizontally flipped image: fx changes sign, cx becomes W - 1 - cx; the geometry is exact."""
     flipped = camera.clone()
     flipped[..., 2] *= -1
     flipped[..., 4] = camera[..., 1] - 1 - camera[..., 4]

@@ -1,4 +1,4 @@
-"""Readers of the paper's data sets in their published layouts (section 5), each to a `Scene` of `tenfold_shared.scenes`.
+"""Readers of the paper's data sets in their published layouts (section 5), each to a `Scene`.
 
 Near and far are what the sampler is given: already widened where the protocol widens the captures' bounds.
 """
@@ -39,6 +39,7 @@ def widened(scene: Scene, near: float, far: float) -> Scene:
 
     Raises:
         UserError: the scene has no bounds.
+
     """
     bounds = scene.cameras.bounds
     if bounds is None:
@@ -63,6 +64,7 @@ def read_shiny_scene(folder: Path, factor: int = 8) -> Scene:
 
     Raises:
         UserError: missing or damaged files.
+
     """
     paths = list_images(folder / f"images_{factor}")
     height, width = common_size(paths)
@@ -82,9 +84,7 @@ def read_shiny_scene(folder: Path, factor: int = 8) -> Scene:
         matrices = cameras.intrinsics.copy()
         matrices[:, [0, 1], [0, 1]] = shape[[2, 3]] / factor
         matrices[:, [0, 1], [2, 2]] = shape[[4, 5]] / factor
-        cameras = CameraSet(
-            matrices, cameras.camera_to_world, height, width, cameras.names, cameras.near, cameras.far
-        )
+        cameras = CameraSet(matrices, cameras.camera_to_world, height, width, cameras.names, cameras.near, cameras.far)
     return widened(Scene(folder.name, cameras, ImageFiles(paths, (height, width))), 0.9, 1.6)
 
 
@@ -95,6 +95,7 @@ def read_google_scene(folder: Path) -> Scene | None:
 
     Returns:
         The scene, or None where it has fewer than 250 views: such objects are skipped.
+
     """
     paths = list_images(folder / "rgb")
     if len(paths) < GOOGLE_VIEWS:
@@ -113,7 +114,7 @@ def read_google_scene(folder: Path) -> Scene | None:
 def realestate_camera(
     entry: Float[np.ndarray, "19"], height: int, width: int
 ) -> tuple[Float[np.ndarray, "4 4"], Float[np.ndarray, "4 4"]]:
-    """K and OpenCV pose of one line: timestamp, fx, fy, cx, cy (fractions of the image), two zeros, 3x4 world-to-camera."""
+    """K and OpenCV pose of a line: timestamp, fx, fy, cx, cy (fractions of the image), 0, 0, 3x4 world-to-camera."""
     fx, fy, cx, cy = entry[1:5]
     matrix = np.eye(4)
     matrix[0, [0, 2]], matrix[1, [1, 2]] = (fx * width, cx * width), (fy * height, cy * height)
@@ -129,6 +130,7 @@ def read_realestate_scene(camera_file: Path, frames: Path) -> Scene:
 
     Raises:
         UserError: the file is missing or damaged, or no frame is there.
+
     """
     try:
         lines = camera_file.read_text(encoding="utf-8").splitlines()[1:]
@@ -185,6 +187,7 @@ def read_spaces_scene(folder: Path) -> Scene:
 
     Raises:
         UserError: missing or damaged files.
+
     """
     rigs = read_json(folder / "models.json")
     try:
@@ -206,10 +209,11 @@ def read_spaces_scene(folder: Path) -> Scene:
 
 
 def read_nmr_scene(folder: Path) -> Scene:
-    """A ShapeNet object of the NMR renderings: `image/*.png` and `cameras.npz` (world_mat_i, camera_mat_i); near 2, far 4.
+    """A ShapeNet object of the NMR renderings: `image/*.png` and `cameras.npz`; near 2, far 4.
 
     Raises:
         UserError: missing or damaged files.
+
     """
     paths = list_images(folder / "image")
     height, width = common_size(paths)
@@ -241,6 +245,7 @@ class Collection:
         source: where it is published.
         licence: as far as known; never bundled.
         weight: share of the cross-scene training mixture.
+
     """
 
     folder: str
@@ -276,17 +281,20 @@ COLLECTIONS = {
         "nerf_synthetic", read_blender, drive("18JxhpWD-4ZmuFKLzKlAw-w5PpzZxXOcG"), "Creative Commons variants"
     ),
     "shiny": Collection("shiny", read_shiny_scene, "https://nex-mpi.github.io", UNKNOWN),
-    "nmr": Collection("nmr", read_nmr_scene, "https://github.com/autonomousvision/differentiable_volumetric_rendering", UNKNOWN),
+    "nmr": Collection(
+        "nmr", read_nmr_scene, "https://github.com/autonomousvision/differentiable_volumetric_rendering", UNKNOWN
+    ),
 }
 # RealEstate10K has its cameras and its frames in two places: see `realestate_scenes`.
 REALESTATE_WEIGHT = 0.15
 
 
 def scene_folders(root: Path, name: str) -> list[Path]:
-    """Folders of a collection's scenes under the data root, sorted; test scenes are left out of the training set `llff`.
+    """Folders of a collection's scenes under the data root, sorted; test scenes are left out of `llff`.
 
     Raises:
         UserError: no such collection, or it is not under the root; the message says where to get it.
+
     """
     if name not in COLLECTIONS:
         raise UserError(f"there is no data set {name}; there are {', '.join(COLLECTIONS)}")
@@ -305,6 +313,7 @@ def realestate_scenes(root: Path) -> list[Scene]:
 
     Raises:
         UserError: the folder is missing, or a video is damaged.
+
     """
     base = root / "RealEstate10K-subset"
     files = sorted((base / "cameras").glob("*.txt"))
@@ -312,5 +321,3 @@ def realestate_scenes(root: Path) -> list[Scene]:
         source = drive("1IgJIeCPPZ8UZ529rN8dw9ihNi1E9K0hL")
         raise UserError(f"RealEstate10K camera files are not in {base}/cameras; get them from {source}")
     return [read_realestate_scene(file, base / "frames" / file.stem) for file in files]
-
-

@@ -119,6 +119,7 @@ def load_official_state(module: nn.Module, state: Mapping[str, Tensor], where: s
 
     Raises:
         CheckpointError: keys or shapes that do not fit; up to eight of each kind are listed.
+
     """
     if isinstance(module, ResUNet):
         rename = official_feature_key
@@ -152,6 +153,7 @@ def network_shape(state: Mapping[str, Tensor]) -> dict[str, int]:
 
     Raises:
         CheckpointError: the state holds no such network.
+
     """
     try:
         depth = len({key.split(".")[1] for key in state if key.startswith("view_crosstrans.")})
@@ -175,6 +177,7 @@ class OfficialCheckpoint:
         features: the feature network.
         step: training step, from the file's name; None if it does not say.
         training_state: optimiser and scheduler states as stored, for resuming; empty where absent.
+
     """
 
     def __init__(self, content: Mapping[str, Any], name: str) -> None:
@@ -204,6 +207,7 @@ def load_official_checkpoint(path: Path | str) -> OfficialCheckpoint:
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds other keys.
+
     """
     path = Path(path)
     try:

@@ -45,6 +45,7 @@ class TargetViews(NamedTuple):
         cameras: of the sources.
         near: smallest depth of the target view.
         far: largest depth.
+
     """
 
     rgb: Float[Tensor, "height width 3"]
@@ -80,11 +81,14 @@ def packed_cameras(scene: Scene) -> Float[Tensor, "views 34"]:
     return pack_cameras(matrices, poses, cameras.height, cameras.width)
 
 
-def target_views(scene: Scene, target: int, sources: Sequence[int] | np.ndarray, pool: Scene | None = None) -> TargetViews:
+def target_views(
+    scene: Scene, target: int, sources: Sequence[int] | np.ndarray, pool: Scene | None = None
+) -> TargetViews:
     """View `target` of a scene with the sources chosen from `pool` (by default the same scene).
 
     Raises:
         UserError: the scene has no near and far depths.
+
     """
     pool = scene if pool is None else pool
     near, far = scene.cameras.near, scene.cameras.far
@@ -100,9 +104,7 @@ def target_views(scene: Scene, target: int, sources: Sequence[int] | np.ndarray,
     )
 
 
-def evaluation_views(
-    scene: Scene, target: int, count: int, method: Distance, pool: Scene | None = None
-) -> TargetViews:
+def evaluation_views(scene: Scene, target: int, count: int, method: Distance, pool: Scene | None = None) -> TargetViews:
     """A target with its `count` nearest sources; a target of the pool itself is never among them.
 
     Args:
@@ -114,6 +116,7 @@ def evaluation_views(
 
     Raises:
         UserError: the pool has fewer views than `count`.
+
     """
     own = pool is None
     pool = scene if pool is None else pool
@@ -124,11 +127,9 @@ def evaluation_views(
     poses = pool.cameras.camera_to_world
     if own:
         return target_views(scene, target, nearest_views(pose, poses, count, method, target_index=target))
-    # Here every view of the pool may be a source, also the last one.
-    far_away = np.eye(4)[None] + np.diag([0, 0, 0, 0])
-    far_away[0, :3, 3] = np.inf if method == "dist" else 0
-    order = nearest_views(pose, poses, len(poses), method) if len(poses) > count else np.arange(count)
-    return target_views(scene, target, order[:count], pool)
+    # `nearest_views` leaves at least one view out; with as many as are wanted, the order does not matter.
+    chosen = nearest_views(pose, poses, count, method) if len(poses) > count else np.arange(count)
+    return target_views(scene, target, chosen, pool)
 
 
 @dataclass
@@ -141,6 +142,7 @@ class TrainingViews:
         sources: N, source views wanted.
         rule: how sources are drawn, where the name does not say.
         augment: crop and flip.
+
     """
 
     name: str
@@ -155,7 +157,9 @@ class TrainingViews:
         self.lengths = np.array([len(scene) for scene in self.scenes])
         smallest = int(self.lengths.min())
         if smallest < 2:
-            raise UserError(f"the scene {self.scenes[int(self.lengths.argmin())].name} has {smallest} view; two are needed")
+            raise UserError(
+                f"the scene {self.scenes[int(self.lengths.argmin())].name} has {smallest} view; two are needed"
+            )
 
     def __len__(self) -> int:
         return int(self.lengths.sum())

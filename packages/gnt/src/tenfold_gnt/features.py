@@ -67,9 +67,7 @@ class ConvNormELU(nn.Module):
 
 def layer(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
     """`blocks` basic blocks, the first of stride 2."""
-    return nn.Sequential(
-        BasicBlock(inputs, outputs, 2), *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1))
-    )
+    return nn.Sequential(BasicBlock(inputs, outputs, 2), *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
 
 class ResUNet(nn.Module):
@@ -79,6 +77,7 @@ class ResUNet(nn.Module):
         coarse_channels: features for the coarse network.
         fine_channels: features for the fine network.
         single_net: one set of maps for both, of `coarse_channels`.
+
     """
 
     def __init__(self, coarse_channels: int = 32, fine_channels: int = 32, *, single_net: bool = True) -> None:
@@ -100,6 +99,7 @@ class ResUNet(nn.Module):
 
         Raises:
             ValueError: images too small.
+
         """
         if min(images.shape[-2:]) < SMALLEST_SIDE:
             raise ValueError(f"source images need sides of at least {SMALLEST_SIDE}, got {tuple(images.shape[-2:])}")

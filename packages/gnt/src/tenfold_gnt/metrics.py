@@ -57,6 +57,7 @@ def lpips(
 
     Raises:
         RuntimeError: the weights are not there and cannot be fetched.
+
     """
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity  # noqa: PLC0415 - heavy
 
@@ -87,8 +88,6 @@ def constant_depth_error(truth: Float[Tensor, "*size"]) -> Float[Tensor, ""]:
     return (true - true.median()).abs().mean()
 
 
-def visible_share(
-    chosen_views: Tensor, visibility: Bool[Tensor, "points views"]
-) -> Float[Tensor, ""]:
+def visible_share(chosen_views: Tensor, visibility: Bool[Tensor, "points views"]) -> Float[Tensor, ""]:
     """Share of surface points whose most attended view (int64 [points]) truly sees them."""
     return visibility.gather(1, chosen_views[:, None]).float().mean()

@@ -23,6 +23,7 @@ class RenderedRays(NamedTuple):
         rgb: colours, not clipped; beyond [0, 1] where the network says so.
         weights: of the samples: the ray attention of the nearest sample, or compositing weights; None if not asked for.
         view_weights: of the source views at every sample, from the last view block; None if not asked for.
+
     """
 
     rgb: Float[Tensor, "rays 3"]
@@ -42,6 +43,7 @@ class GNT(nn.Module):
             released code, 1 in the paper.
         double_projection: see `SubtractionAttention`.
         view_attention: "subtraction", or "dot" for the ablation.
+
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class GNT(nn.Module):
             directions: of the rays; normalised here.
             return_weights: read out the last ray block's attention.
             return_view_weights: read out the last view block's attention.
+
         """
         features = self.input_mlp(samples.rgb_feat)
         tokens = features.amax(2)
@@ -120,7 +123,7 @@ class GNT(nn.Module):
         return second(activation(hidden))
 
     def read_out(self, tokens: Tensor, weights: Tensor | None, view_weights: Tensor | None) -> RenderedRays:
-        """rgb = Linear(mean over samples of LayerNorm(t)), without a sigmoid."""
+        """Rgb = Linear(mean over samples of LayerNorm(t)), without a sigmoid."""
         return RenderedRays(self.to_rgb(self.norm(tokens).mean(1)), weights, view_weights)
 
 
@@ -134,9 +137,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def depth_of(
-    weights: Float[Tensor, "rays samples"], depths: Float[Tensor, "rays samples"]
-) -> Float[Tensor, " rays"]:
+def depth_of(weights: Float[Tensor, "rays samples"], depths: Float[Tensor, "rays samples"]) -> Float[Tensor, " rays"]:
     """Σ w_i z_i."""
     return (weights * depths).sum(-1)
 
@@ -149,5 +150,5 @@ def confidence_of(weights: Float[Tensor, "rays samples"]) -> Float[Tensor, " ray
 
 
 def occlusion_of(view_weights: Float[Tensor, "rays samples views"]) -> Tensor:
-    """For each ray the view that most samples attend to most, int64 [rays]: argmax over views, then mode over samples."""
+    """For each ray the view that most samples attend to most, int64 [rays]: argmax over views, mode over samples."""
     return view_weights.argmax(-1).mode(-1).values

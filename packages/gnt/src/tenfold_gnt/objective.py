@@ -1,8 +1,8 @@
 """Loss, optimiser and one step of training (section 2.5).
 
-A step renders a batch of rays of one target view. The gradient is exact, but the rays pass through the network a chunk at
-a time: forward and backward of a chunk stay in the cache (or within a memory budget), the gradients of the sampled features
-are gathered, and go through the sampling and the feature network once.
+A step renders a batch of rays of one target view. The gradient is exact, but the rays pass through the network a chunk
+at a time: forward and backward of a chunk stay in the cache (or within a memory budget), the gradients of the sampled
+features are gathered, and go through the sampling and the feature network once.
 """
 
 from collections.abc import Iterable
@@ -30,6 +30,7 @@ class RayBatch(NamedTuple):
         rgb: true colours.
         images: of the source views.
         cameras: of the source views.
+
     """
 
     origins: Float[Tensor, "rays 3"]
@@ -49,9 +50,7 @@ class Optimisation:
     decay: float = 0.5
 
 
-def build_optimiser(
-    model: Model, settings: Optimisation
-) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.StepLR]:
+def build_optimiser(model: Model, settings: Optimisation) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.StepLR]:
     """Adam over the rendering networks (first group) and the feature network, and the scheduler, stepped every step."""
     networks = [*model.coarse.parameters(), *(model.fine.parameters() if model.fine is not None else ())]
     groups = [
@@ -104,6 +103,7 @@ def accumulate_gradients(
         jitter: move depths at random within their intervals (and draw importance samples at random).
         generator: of the jitter, on the rays' device; dropout follows the global one.
         memory: budget in bytes for a chunk's activations.
+
     """
     sources = source_views(batch.images, batch.cameras)
     maps = model.features(sources.images)
@@ -215,8 +215,9 @@ def choose_pixels(
         count: at most the number of pixels to draw from; more draws all.
         generator: on the device where the pixels are wanted.
         centre: keep a border of (1 - centre) / 2 of each side free; 0.8 in the released code's "center" mode.
+
     """
-    top, left = (int(side * (1 - centre) // 2) if centre is not None else 0 for side in (height, width))
+    top, left = (round(side * (1 - centre) / 2) if centre is not None else 0 for side in (height, width))
     rows, columns = height - 2 * top, width - 2 * left
     index = torch.randperm(rows * columns, generator=generator, device=generator.device)[:count]
     return torch.stack([index % columns + left, index // columns + top], -1)

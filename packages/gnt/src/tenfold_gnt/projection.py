@@ -23,6 +23,7 @@ class SourceViews(NamedTuple):
         centres: camera centres, [views, 3].
         height: of the first source camera, whose bounds all views are tested against.
         width: of the first source camera.
+
     """
 
     images: Float[Tensor, "views 3 height width"]
@@ -37,6 +38,7 @@ def source_views(images: Float[Tensor, "views height width 3"], cameras: Float[T
 
     Raises:
         ValueError: no view.
+
     """
     if len(images) == 0:
         raise ValueError("rendering needs at least one source view, got none")
@@ -52,6 +54,7 @@ class ViewSamples(NamedTuple):
         rgb_feat: colours, then features, [rays, samples, views, 3 + channels].
         ray_diff: relative directions (difference, cosine), [rays, samples, views, 4].
         mask: 1 where the point lies in front of the view and inside its image, else 0, [rays, samples, views, 1].
+
     """
 
     rgb_feat: Float[Tensor, "rays samples views channels"]
@@ -81,7 +84,7 @@ def inside(pixels: Float[Tensor, "*points 2"], height: int, width: int) -> Bool[
 def relative_directions(
     points: Float[Tensor, "*points 3"], target: Float[Tensor, "3"], centres: Float[Tensor, "views 3"]
 ) -> Float[Tensor, "*points views 4"]:
-    """(δ / max(‖δ‖, 1e-6), a·b) for the directions a, b from a point to the target's and to a source's camera, δ = a - b."""
+    """(δ / max(‖δ‖, 1e-6), a·b) for directions a, b from a point to the target's and a source's camera, δ = a - b."""
     to_target = target - points
     to_target = to_target / (to_target.norm(dim=-1, keepdim=True) + SMALLEST_LENGTH)
     to_source = centres - points[..., None, :]
@@ -108,6 +111,7 @@ def sample_views(
 
     Returns:
         The samples; bilinear with zeros outside, corners aligned. Gradients reach `features` only.
+
     """
     rays, samples = points.shape[:2]
     pixels, in_front = project(points.detach(), sources.projection)

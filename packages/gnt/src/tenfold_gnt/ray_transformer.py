@@ -1,4 +1,7 @@
-"""The ray transformer (section 2.4): the points of a ray attend to one another; the weights read like a depth distribution."""
+"""The ray transformer (section 2.4): the points of a ray attend to one another.
+
+The weights of the nearest sample read like a distribution over depth.
+"""
 
 from typing import Literal, NamedTuple
 
@@ -32,6 +35,7 @@ class RayAttention(nn.Module):
         position_width: length of the position codes for "pos" and "gate".
         weights_after_dropout: read the weights after dropout in training, as the released code did: they are rescaled
             and do not sum to 1 then.
+
     """
 
     def __init__(

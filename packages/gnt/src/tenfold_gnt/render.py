@@ -1,4 +1,4 @@
-"""Rendering: depths, sampling of the source views and the network for a batch of rays, and pictures ray chunk by ray chunk."""
+"""Rendering: depths, samples of the source views and the network for a batch of rays; pictures chunk by chunk."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from tenfold_gnt.network import RenderedRays, confidence_of, depth_of, occlusion
 from tenfold_gnt.projection import SourceViews, sample_views, source_views
 from tenfold_gnt.sampling import depth_samples, importance_samples, points_at
 
-# On a CPU a chunk's [rays, samples, views, width] tensors should stay in the last-level cache: beyond it every one of the
-# network's passes over them goes to memory, which costs several times the arithmetic.
+# On a CPU a chunk's [rays, samples, views, width] tensors should stay in the cache: beyond it every one of the network's
+# passes over them goes to memory, which costs several times the arithmetic.
 CACHE_BYTES = 2 * 2**20
 # How many tensors of that size are alive at the peak of a forward pass, measured.
 LIVE_TENSORS = 6
@@ -30,6 +30,7 @@ class Sampling:
         samples: of the coarse pass; 64 in training and 192 at evaluation in the paper.
         importance: further samples for the fine pass, 0 for none (all published configurations).
         inverse: uniform in inverse depth.
+
     """
 
     near: float
@@ -46,6 +47,7 @@ class Model(nn.Module):
         features: images [views, 3, H, W] to `FeatureMaps`.
         coarse: a `GNT` or one of its alternatives.
         fine: for the importance pass; None renders it with `coarse` (single_net).
+
     """
 
     def __init__(self, features: nn.Module, coarse: nn.Module, fine: nn.Module | None = None) -> None:
@@ -78,7 +80,7 @@ class Views(NamedTuple):
 def prepare_views(
     model: Model, images: Float[Tensor, "views height width 3"], cameras: Float[Tensor, "views 34"]
 ) -> Views:
-    """Source views and their features; keep the result to render many rays, pictures or frames from the same sources."""
+    """Source views and their features; keep the result for all rays, pictures and frames from these sources."""
     sources = source_views(images, cameras)
     return Views(sources, model.features(sources.images))
 
@@ -124,6 +126,7 @@ def render_rays(
         sampling: the depths.
         return_weights: read out attention along rays and depth; implied by an importance pass.
         return_view_weights: read out attention over views.
+
     """
     depths = depth_samples(
         sampling.near, sampling.far, len(origins), sampling.samples, inverse=sampling.inverse, like=directions
@@ -169,8 +172,9 @@ def rays_per_chunk(
         views: source views.
         width: of the network.
         like: gives device and element size.
-        memory: budget in bytes for everything alive at once; by default the cache on CPUs, half of what is free on GPUs.
+        memory: budget in bytes for all that is alive; by default the cache on CPUs, half of what is free on GPUs.
         tensors: how many [rays, samples, views, width] tensors are alive.
+
     """
     a_ray = samples * views * width * like.element_size()
     if like.is_cuda:
@@ -189,6 +193,7 @@ class Picture(NamedTuple):
         depth: expected z-depth under the attention along the ray, [H, W].
         confidence: 1 - normalised entropy of that attention, [H, W] in [0, 1].
         occlusion: the source view that most samples of the ray attend to, int64 [H, W]; None unless asked for.
+
     """
 
     rgb: Float[Tensor, "height width 3"]
@@ -216,9 +221,7 @@ def render_pixels(
     )
     parts: list[tuple[Tensor, ...]] = []
     for part in torch.arange(len(pixels), device=pixels.device).split(chunk):
-        level = render_rays(
-            model, views, origins[part], directions[part], sampling, return_view_weights=occlusion
-        )[-1]
+        level = render_rays(model, views, origins[part], directions[part], sampling, return_view_weights=occlusion)[-1]
         assert level.weights is not None
         assert level.depth is not None
         found = (level.rgb.clamp(0, 1), level.depth, confidence_of(level.weights))
@@ -250,6 +253,7 @@ def render_picture(
         resize: render the picture at another size.
         occlusion: also label the source views.
         memory: budget in bytes for what is alive at once.
+
     """
     camera = resize_camera(camera, resize) if resize != 1 else camera
     height, width = (int(x) for x in camera[:2].tolist())

@@ -31,6 +31,7 @@ def depth_samples(
 
     Raises:
         ValueError: fewer than two samples, or (for plain numbers) near >= far.
+
     """
     if samples < 2:
         raise ValueError(f"rays need at least 2 depth samples, got {samples}")
@@ -38,10 +39,7 @@ def depth_samples(
         raise ValueError(f"depths need 0 < near < far, got near {near} and far {far}")
     near, far = (torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(()) for x in (near, far))
     fraction = torch.linspace(0, 1, samples, dtype=like.dtype, device=like.device)
-    if inverse:
-        depths = 1 / (1 / near + fraction * (1 / far - 1 / near))
-    else:
-        depths = near + fraction * (far - near)
+    depths = 1 / (1 / near + fraction * (1 / far - 1 / near)) if inverse else near + fraction * (far - near)
     depths = depths.expand(rays, samples)
     if jitter is None:
         return depths
@@ -70,6 +68,7 @@ def importance_samples(
         count: M, further depths a ray.
         inverse: as in `depth_samples`.
         uniform: numbers in [0, 1) at which the distribution function is inverted; None takes M equal steps from 0 to 1.
+
     """
     coarse, weights = depths.detach(), weights.detach()
     axis = 1 / coarse if inverse else coarse
@@ -96,5 +95,5 @@ def importance_samples(
 def points_at(
     origins: Float[Tensor, "rays 3"], directions: Float[Tensor, "rays 3"], depths: Float[Tensor, "rays samples"]
 ) -> Float[Tensor, "rays samples 3"]:
-    """p = o + z d."""
+    """P = o + z d."""
     return origins[:, None] + depths[..., None] * directions[:, None]

@@ -4,7 +4,7 @@ The released form is, per point with token t and view features x_v,
 
     k = W_k x,  v = W_v k,  q = W_q t,  ρ = P(ray_diff),  a = softmax_v(A(k - q + ρ)),  y = W_o Σ_v a_v ⊙ (v_v + ρ_v)
 
-where P and A are two-layer networks with D/8 hidden units. Only the D/8 inputs of A's ReLU are ever needed of the keys and
+where P and A are two-layer networks with D/8 hidden units. Only the D/8 inputs of A's ReLU are ever needed of keys and
 queries, so their projections are multiplied into A's and P's first (section 14): logits cost D/8 instead of D columns a
 view, and the two value projections become one. Same function, same gradients, fewer passes over memory.
 """
@@ -59,6 +59,7 @@ class SubtractionAttention(nn.Module):
         width: D, a multiple of 8.
         dropout: on the weights and on the output.
         double_projection: project the values from the keys, as released networks do, instead of from the features.
+
     """
 
     def __init__(self, width: int, dropout: float = DROPOUT, *, double_projection: bool = True) -> None:
@@ -73,8 +74,9 @@ class SubtractionAttention(nn.Module):
         """The products of weights that the attention needs.
 
         Returns:
-            From the features and from the position units (a constant last) to [values, logit units], and from the query to
-            logit units.
+            From the features and from the position units (a constant last) to [values, logit units], and from the
+            query to logit units.
+
         """
         first, last = self.weight[0], self.position[2]
         value = self.value.weight @ self.key.weight if self.double_projection else self.value.weight
@@ -84,7 +86,7 @@ class SubtractionAttention(nn.Module):
         return from_features, torch.cat([from_position, constant[:, None]], 1), first.weight @ self.query.weight
 
     def position_units(self, ray_diff: Float[Tensor, "*points views 4"]) -> Float[Tensor, "*points views units"]:
-        """The hidden units of P and, as relu(0 · r + 1), a constant column that carries biases through the next product."""
+        """The hidden units of P and, as relu(0 · r + 1), a constant column to carry biases through the next product."""
         first = self.position[0]
         weight = torch.cat([first.weight, first.weight.new_zeros(1, 4)])
         return F.relu(F.linear(ray_diff, weight, torch.cat([first.bias, first.bias.new_ones(1)])), inplace=True)
@@ -106,6 +108,7 @@ class SubtractionAttention(nn.Module):
             ray_diff: relative directions.
             mask: 0 for views that do not see the point; a point that no view sees weighs all views alike.
             return_weights: also give the weights, averaged over channels.
+
         """
         from_features, from_position, from_query = self.folded()
         width, logit_units = from_features.shape[1], from_query.shape[0]
@@ -121,7 +124,7 @@ class SubtractionAttention(nn.Module):
         return Attended(attended, attention.mean(-1) if return_weights else None)
 
     def _logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Last layer of A with the mask as one more input column of weight 1: no separate pass over [points, views, D]."""
+        """Last layer of A with the mask as one more input column of weight 1: no pass over [points, views, D]."""
         last = self.weight[2]
         if mask is None:
             return last(hidden)

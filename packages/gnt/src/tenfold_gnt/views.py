@@ -28,12 +28,13 @@ def camera_distances(
     Args:
         target: its pose.
         poses: of the candidates.
-        method: "dist": between centres; "vector": angle between the centres as seen from the scene's centre, in radians;
+        method: "dist": between centres; "vector": angle between the centres seen from the scene's centre, in radians;
             "matrix": angle of the relative rotation, in radians.
         scene_centre: for "vector", by default the origin.
 
     Raises:
         ValueError: another method.
+
     """
     if method == "dist":
         return np.linalg.norm(poses[:, :3, 3] - target[:3, 3], axis=1)
@@ -67,6 +68,7 @@ def nearest_views(
         method: see `camera_distances`.
         target_index: where the target is among the candidates; it is sent to the end by a distance of 1000.
         scene_centre: for "vector".
+
     """
     distances = camera_distances(target, poses, method, scene_centre)
     if target_index is not None:
@@ -81,7 +83,7 @@ def views_by_direction(
 ) -> Int[np.ndarray, " views"]:
     """All views by the angle to the target's, nearest first, as the released code measures it for the Spaces data set.
 
-    The directions compared are those of the points one unit in front of the cameras, as seen from the world's origin: the
+    The directions compared are those of the points one unit in front of the cameras, seen from the world's origin: the
     released code moves the forward axis like a point, so that the camera's position enters.
     """
     ahead, ahead_of_target = poses[:, :3, 2] + poses[:, :3, 3], target[:3, 2] + target[:3, 3]
@@ -99,6 +101,7 @@ class SourceRule:
         chances: with these probabilities.
         most: bound on the pool.
         spread: the number drawn from the pool is N + U{low..high}.
+
     """
 
     method: Distance
@@ -119,6 +122,7 @@ class SourceRule:
 
         Raises:
             ValueError: fewer views than `count` + 1, target included.
+
         """
         available = len(poses) - (target_index is not None)
         if available < count:
@@ -163,6 +167,7 @@ def window_views(
 
     Raises:
         ValueError: the window holds no other frame.
+
     """
     middle = target_index + int(generator.integers(-1, 2))
     pool = np.arange(max(0, middle - WINDOW), min(views, middle + WINDOW + 1))
@@ -193,7 +198,9 @@ def place_window(
 
 
 def crop(
-    images: Float[Tensor, "*views height width 3"], cameras: Float[Tensor, "*views 34"], window: tuple[int, int, int, int]
+    images: Float[Tensor, "*views height width 3"],
+    cameras: Float[Tensor, "*views 34"],
+    window: tuple[int, int, int, int],
 ) -> tuple[Float[Tensor, "*views h w 3"], Float[Tensor, "*views 34"]]:
     """The same window (top, left, h, w) of every image, and its cameras."""
     top, left, height, width = window

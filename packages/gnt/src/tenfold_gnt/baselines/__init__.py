@@ -1,4 +1,4 @@
-"""What GNT is compared with (section 8): volume rendering, dot-product and one-stage attention, IBRNet, NeRF, floors."""
+"""What GNT is compared with (section 8): volume rendering, one-stage attention, IBRNet, NeRF, floors."""
 
 from tenfold_gnt.baselines.floors import mean_view, nearest_view
 from tenfold_gnt.baselines.ibrnet import IBRNet

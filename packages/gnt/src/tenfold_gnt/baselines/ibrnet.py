@@ -1,4 +1,4 @@
-"""IBRNet: per-view features weighed by visibility, a small ray transformer for density, colours blended from the sources."""
+"""IBRNet: features weighed by visibility, attention along the ray for density, colours blended from the sources."""
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ class IBRNet(nn.Module):
     Args:
         feature_channels: C of the feature maps.
         samples: the most samples a ray, for the position code over sample indices.
+
     """
 
     def __init__(self, feature_channels: int = 32, samples: int = 256) -> None:
@@ -81,7 +82,7 @@ def moments(
 
 
 def sinusoid(samples: int, width: int) -> Float[Tensor, "samples width"]:
-    """sin and cos of index / 10000^(2i / width), alternating."""
+    """Sin and cos of index / 10000^(2i / width), alternating."""
     index = torch.arange(samples, dtype=torch.float64)[:, None]
     angle = index / 10_000 ** (2 * (torch.arange(width) // 2) / width)
     even = torch.arange(width) % 2 == 0
@@ -89,7 +90,7 @@ def sinusoid(samples: int, width: int) -> Float[Tensor, "samples width"]:
 
 
 class SampleAttention(nn.Module):
-    """4-head attention along the ray, post-norm, no feed-forward; samples that at most one view sees attend to all alike."""
+    """4-head attention along the ray, post-norm; samples that at most one view sees attend to all alike."""
 
     def __init__(self) -> None:
         super().__init__()

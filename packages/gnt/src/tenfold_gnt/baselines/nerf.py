@@ -16,7 +16,7 @@ LAST_INTERVAL = 1e10
 class NeRF(nn.Module):
     """8 layers of 256 with the point again at layer 5, a view branch of 128; composited with interval lengths.
 
-    Train it with Adam at 5e-4, decayed by 0.1 every 250,000 steps, 64 + 128 samples. It takes the same arguments as `GNT`
+    Train it with Adam at 5e-4, decayed by 0.1 every 250,000 steps, 64 + 128 samples. It takes the arguments of `GNT`
     and does not look at the source views.
 
     Args:
@@ -24,6 +24,7 @@ class NeRF(nn.Module):
         depth: of the trunk.
         skip: index of the layer that gets the encoded point again.
         white: background.
+
     """
 
     def __init__(self, width: int = 256, depth: int = 8, skip: int = 5, *, white: bool = True) -> None:

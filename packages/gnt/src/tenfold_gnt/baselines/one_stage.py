@@ -1,4 +1,4 @@
-"""The ablation "one-stage": a single transformer over all (sample, view) tokens of a ray instead of two in alternation."""
+"""The ablation "one-stage": one transformer over all (sample, view) tokens of a ray instead of two in turn."""
 
 import torch
 from jaxtyping import Float
@@ -60,6 +60,7 @@ class OneStageTransformer(nn.Module):
         depth: number of blocks.
         feature_channels: C.
         dropout: in all blocks.
+
     """
 
     def __init__(self, width: int = 64, depth: int = 4, feature_channels: int = 32, dropout: float = 0.1) -> None:

@@ -35,6 +35,7 @@ def composite(
         sigma: densities times interval, not negative: no interval length enters.
         seen: samples that enough views see, for the validity of rays.
         white: add white where the weights leave something over.
+
     """
     alpha = 1 - torch.exp(-sigma)
     passed = torch.cumprod(1 - alpha + 1e-10, -1)
