@@ -13,7 +13,7 @@ from tenfold_gnt.network import RenderedRays, confidence_of, depth_of, occlusion
 from tenfold_gnt.projection import SourceViews, sample_views, source_views
 from tenfold_gnt.sampling import depth_samples, importance_samples, points_at
 
-# On a CPU a chunk's [rays, samples, views, width] tensors should stay in the cache: beyond it every one of the network's
+# On a CPU a chunk's [rays, samples, views, width] tensors should stay in the cache: beyond it every one of the many
 # passes over them goes to memory, which costs several times the arithmetic.
 CACHE_BYTES = 2 * 2**20
 # How many tensors of that size are alive at the peak of a forward pass, measured.
