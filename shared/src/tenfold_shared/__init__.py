@@ -1,1 +1,1 @@
-"""What the packages share and no paper is about: runs, checkpoints, claims, reports, data."""
+"""Everything in the tenfold packages that is not the paper."""
