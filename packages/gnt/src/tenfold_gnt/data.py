@@ -57,7 +57,8 @@ class TargetViews(NamedTuple):
 
     def to(self, device: torch.device | str) -> "TargetViews":
         """The tensors on a device."""
-        return TargetViews(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        rgb, camera, images, cameras = (x.to(device) for x in (self.rgb, self.camera, self.images, self.cameras))
+        return self._replace(rgb=rgb, camera=camera, images=images, cameras=cameras)
 
     def sampling(self, samples: int, importance: int = 0, *, inverse: bool = True) -> Sampling:
         """Depths between this target's near and far."""

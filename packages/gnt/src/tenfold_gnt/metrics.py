@@ -61,10 +61,10 @@ def lpips(
     """
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity  # noqa: PLC0415 - heavy
 
-    pair = [x.permute(2, 0, 1)[None].float().clamp(0, 1) for x in (image, truth)]
+    first, second = (x.permute(2, 0, 1)[None].float().clamp(0, 1) for x in (image, truth))
     if as_published:  # torchmetrics maps [0, 1] to [-1, 1] only if it is told to
-        return learned_perceptual_image_patch_similarity(*pair, net_type="vgg", normalize=False)
-    return learned_perceptual_image_patch_similarity(*pair, net_type="vgg", normalize=True)
+        return learned_perceptual_image_patch_similarity(first, second, net_type="vgg", normalize=False)
+    return learned_perceptual_image_patch_similarity(first, second, net_type="vgg", normalize=True)
 
 
 def depth_scores(

@@ -1,6 +1,6 @@
 """The network that renders a batch of rays by attention alone (section 2.4), and its ablations (section 8)."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -116,7 +116,7 @@ class GNT(nn.Module):
 
     def _with_position(self, position_mlp: nn.Module, tokens: Tensor, points: Tensor, directions: Tensor) -> Tensor:
         """MLP([t, posenc(p), posenc(d)]); the direction's share of the first layer is computed once a ray."""
-        first, activation, second = position_mlp.children()
+        first, activation, second = cast(tuple[nn.Linear, nn.ReLU, nn.Linear], tuple(position_mlp.children()))
         of_token, of_point, of_direction = first.weight.split([self.width, ENCODED, ENCODED], 1)
         a_ray = F.linear(directions.to(tokens.dtype), of_direction, first.bias)
         hidden = F.linear(tokens, of_token) + F.linear(points.to(tokens.dtype), of_point) + a_ray[:, None]

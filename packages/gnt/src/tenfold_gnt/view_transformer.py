@@ -9,7 +9,7 @@ queries, so their projections are multiplied into A's and P's first (section 14)
 view, and the two value projections become one. Same function, same gradients, fewer passes over memory.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -78,7 +78,7 @@ class SubtractionAttention(nn.Module):
             query to logit units.
 
         """
-        first, last = self.weight[0], self.position[2]
+        first, last = cast(nn.Linear, self.weight[0]), cast(nn.Linear, self.position[2])
         value = self.value.weight @ self.key.weight if self.double_projection else self.value.weight
         from_features = torch.cat([value, first.weight @ self.key.weight])
         from_position = torch.cat([last.weight, first.weight @ last.weight])
@@ -87,7 +87,7 @@ class SubtractionAttention(nn.Module):
 
     def position_units(self, ray_diff: Float[Tensor, "*points views 4"]) -> Float[Tensor, "*points views units"]:
         """The hidden units of P and, as relu(0 · r + 1), a constant column to carry biases through the next product."""
-        first = self.position[0]
+        first = cast(nn.Linear, self.position[0])
         weight = torch.cat([first.weight, first.weight.new_zeros(1, 4)])
         return F.relu(F.linear(ray_diff, weight, torch.cat([first.bias, first.bias.new_ones(1)])), inplace=True)
 
@@ -125,7 +125,7 @@ class SubtractionAttention(nn.Module):
 
     def _logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Last layer of A with the mask as one more input column of weight 1: no pass over [points, views, D]."""
-        last = self.weight[2]
+        last = cast(nn.Linear, self.weight[2])
         if mask is None:
             return last(hidden)
         # Where no view is valid all hidden units are 0, so that all logits of a channel are equal, as they must be.

@@ -22,6 +22,8 @@ class IBRNet(nn.Module):
 
     """
 
+    code: Tensor
+
     def __init__(self, feature_channels: int = 32, samples: int = 256) -> None:
         super().__init__()
         width = 3 + feature_channels

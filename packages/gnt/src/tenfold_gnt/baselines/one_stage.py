@@ -1,5 +1,7 @@
 """The ablation "one-stage": one transformer over all (sample, view) tokens of a ray instead of two in turn."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -92,7 +94,7 @@ class OneStageTransformer(nn.Module):
             tokens = block(tokens, mask)
         weights = view_weights = None
         if return_weights or return_view_weights:
-            shares = self.blocks[-1].shares(tokens, mask).view(rays, count, views)
+            shares = cast(MaskedBlock, self.blocks[-1]).shares(tokens, mask).view(rays, count, views)
             weights, view_weights = shares.sum(-1), shares if return_view_weights else None
         pooled = (self.norm(tokens) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return RenderedRays(self.to_rgb(pooled), weights if return_weights else None, view_weights)
