@@ -61,7 +61,8 @@ class FourierFeatures(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """``[x, sin(2^i π x_j), cos(2^i π x_j)]``, frequencies outermost, sine and cosine of one angle adjacent (section 2.6).
+    """``[x, sin(2^i π x_j), cos(2^i π x_j)]``, frequencies outermost, sine and cosine of one angle adjacent (section
+    2.6).
 
     Args:
         in_dim: coordinates per point.
@@ -85,7 +86,9 @@ class PositionalEncoding(nn.Module):
 
 
 def num_octaves(in_dim: int, size: Sequence[int] | None = None) -> int:
-    """Octaves of the positional encoding: 10 for shapes, 4 for images, or up to the Nyquist rate of ``size`` (section 2.6)."""
+    """Octaves of the positional encoding: 10 for shapes, 4 for images, or up to the Nyquist rate of ``size`` (section
+    2.6).
+    """
     if in_dim == 3:
         return 10
     if size is None:

@@ -22,8 +22,8 @@ def view_angles(num_views: int, *, device: torch.device | None = None) -> Float[
 def ray_coordinates(size: tuple[int, int], angles: Float[Tensor, " views"]) -> Float[Tensor, "rays samples 2"]:
     """Sample positions of every ray: row i of the pixel lattice turned by θ (section 5).
 
-    ``x' = x cos θ - y sin θ, y' = x sin θ + y cos θ`` with x along rows and y along columns. Rays are ordered by view, then
-    row; a ray has one sample a column.
+    ``x' = x cos θ - y sin θ, y' = x sin θ + y cos θ`` with x along rows and y along columns. Rays are ordered by view,
+    then row; a ray has one sample a column.
     """
     grid = lattice(size, device=angles.device, dtype=angles.dtype)
     x, y = grid[None, :, 0], grid[None, :, 1]
@@ -46,8 +46,8 @@ def ray_features(
 ) -> Float[Tensor, "rays hidden"]:
     """Trunk features averaged along each ray.
 
-    The heads are linear, so the projection of a mixture is the mixture at the mean feature; the cost of the heads falls by
-    the number of samples a ray has. Samples outside [-1, 1]² count, as released.
+    The heads are linear, so the projection of a mixture is the mixture at the mean feature; the cost of the heads
+    falls by the number of samples a ray has. Samples outside [-1, 1]² count, as released.
     """
     rays = max(1, chunk // coords.shape[1])
     return torch.cat([experts.features(part).mean(dim=-2) for part in coords.split(rays)])
@@ -72,7 +72,7 @@ def project(
 def projection_design(
     model: NeuralDictionary, coords: Float[Tensor, "rays samples 2"], chunk: int = 1 << 16
 ) -> Float[Tensor, "rows code"]:
-    """Matrix that takes a code to the sinogram: fitting from projections is the same linear system as fitting pixels."""
+    """Matrix that takes a code to the sinogram: projections give the same linear system as pixels."""
     experts = model.experts
     if isinstance(experts, SharedTrunkExperts):
         return design_from_atoms(experts.atoms(ray_features(experts, coords, chunk)))
@@ -89,7 +89,7 @@ def pick_views(num_views: int, height: int, keep: int) -> Int[Tensor, " rays"]:
 
     """
     if not 1 <= keep <= max(num_views - 1, 1):
-        raise ValueError(f"a scan of {num_views} views offers 1..{max(num_views - 1, 1)} distinct ones, got {keep}")
+        raise ValueError(f"{num_views} views include {max(num_views - 1, 1)} distinct ones, got {keep}")
     views = torch.arange(keep) * (num_views - 1) // keep
     return (views[:, None] * height + torch.arange(height)).flatten()
 

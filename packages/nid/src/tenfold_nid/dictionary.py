@@ -104,7 +104,8 @@ class NeuralDictionary(nn.Module):
     Args:
         config: its shape.
         load_mode: ``abs`` counts the atoms in use, ``official`` only those with a positive coefficient.
-        importance_mode: ``abs`` sums magnitudes, ``signed`` is the released sum, whose variation explodes near zero mean.
+        importance_mode: ``abs`` sums magnitudes, ``signed`` is the released sum, whose variation explodes near zero
+            mean.
 
     """
 
@@ -220,7 +221,7 @@ class NeuralDictionary(nn.Module):
         return torch.cat(parts, dim=1)
 
     def sparse_code(self, signal: Tensor) -> Float[Tensor, "batch code"]:
-        """Code of each signal as the gate gives it, zeros outside the k active atoms: reconstruction in no step at all."""
+        """Code of each signal as the gate gives it, zeros outside the k active atoms: a reconstruction in no step."""
         logits, bias = split_code(self.code(signal), self.config.num_experts)
         return torch.cat([top_k_gates(logits, self.config.num_topk).dense, bias], dim=-1)
 

@@ -8,11 +8,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .gating import Gates
-from .networks import CoordinateNetwork, NetworkConfig, activation, embedding, embedding_flops, init_layer
+from .networks import (
+    CoordinateNetwork,
+    NetworkConfig,
+    batched_mlp,
+    embedding,
+    embedding_flops,
+    init_layer,
+    layer_widths,
+)
 
 Route = Literal["merge", "bag", "dense"]
 BAG_COST = 10
-"""Multiply-adds of a matrix product that cost as much as one of a gathered row; measured on CPU for k/E = 1/8 and 1/16."""
+"""Multiply-adds of a matrix product that cost as much as one of a gathered row; measured on CPU for k/E = 1/8 and 1/16.
+"""
 
 
 def cheapest_route(
@@ -133,10 +142,8 @@ class IndependentExperts(nn.Module):
         super().__init__()
         self.config, self.num_experts, self.channels = config, num_experts, config.out_dim
         self.map = embedding(config)
-        self.act = activation(config.act_type)
-        widths = [self.map.out_dim] + [config.hidden_dim] * (config.num_layers - 1) + [config.out_dim]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(layer_widths(config, self.map.out_dim)):  # type: ignore[arg-type]
             weight, bias = torch.empty(num_experts, fan_out, fan_in), torch.empty(num_experts, fan_out)  # type: ignore[arg-type]
             init_layer(weight, bias, config.act_type, first=i == 0)
             self.weights.append(nn.Parameter(weight))
@@ -150,14 +157,11 @@ class IndependentExperts(nn.Module):
         self, features: Float[Tensor, "*points width"], used: Int[Tensor, " used"] | None = None
     ) -> Float[Tensor, "*points atoms channels"]:
         """Value of every atom, or of those listed in ``used``."""
-        x = features.reshape(1, -1, features.shape[-1])
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if used is not None:
-                weight, bias = weight[used], bias[used]  # noqa: PLW2901
-            x = torch.baddbmm(bias[:, None], x.expand(weight.shape[0], -1, -1), weight.mT)
-            if i < len(self.weights) - 1:
-                x = self.act(x)
-        return x.transpose(0, 1).reshape(*features.shape[:-1], -1, self.channels)
+        points = features.reshape(1, -1, features.shape[-1])
+        pick = (lambda p: p) if used is None else (lambda p: p[used])
+        weights, biases = [pick(p) for p in self.weights], [pick(p) for p in self.biases]
+        values = batched_mlp(weights, biases, points, self.config.act_type)
+        return values.transpose(0, 1).reshape(*features.shape[:-1], -1, self.channels)
 
     def mix(
         self,
@@ -166,7 +170,9 @@ class IndependentExperts(nn.Module):
         bias: Float[Tensor, "batch channels"],
         route: Route | None = None,
     ) -> Float[Tensor, "batch points channels"]:
-        """``f_s(x) = Σ_i g_{s,i} b_i(x) + β_s``; ``route`` must be None or ``dense``, heads of separate trunks do not merge."""
+        """``f_s(x) = Σ_i g_{s,i} b_i(x) + β_s``; ``route`` must be None or ``dense``, heads of separate trunks do not
+        merge.
+        """
         if route not in {None, "dense"}:
             raise ValueError(f"independent atoms share no trunk, so they cannot be evaluated by {route!r}")
         # The union of the supports is read on the host: it decides how many networks run.

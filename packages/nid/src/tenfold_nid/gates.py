@@ -1,5 +1,6 @@
 """Gating networks: from a signal to its code of E coefficients and C biases (section 3)."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -38,7 +39,7 @@ class ConvGate(nn.Module):
         self.in_channels = in_channels
         widths = [in_channels] + [hidden] * layers
         modules: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in itertools.pairwise(widths):
             modules += [nn.Conv2d(fan_in, fan_out, 5, padding=2), nn.ReLU()]
         self.convs = nn.Sequential(*modules)
         self.fc = nn.Linear(hidden, code_dim)
@@ -49,7 +50,8 @@ class ConvGate(nn.Module):
 
 
 class StridedGate(nn.Module):
-    """Two 5×5 convolutions of stride 2 and a linear layer over what is left: the small gate of the miniature (section 12).
+    """Two 5×5 convolutions of stride 2 and a linear layer over what is left: the small gate of the miniature (section
+    12).
 
     Args:
         in_channels: channels of an image.

@@ -36,7 +36,8 @@ def split_code(
     """
     if code.shape[-1] <= num_experts:
         raise ValueError(
-            f"a code for {num_experts} atoms has that many coefficients and one bias a channel, got length {code.shape[-1]}"
+            f"a code for {num_experts} atoms "
+            f"has that many coefficients and one bias a channel, got length {code.shape[-1]}"
         )
     return code[..., :num_experts], code[..., num_experts:]
 
@@ -73,7 +74,9 @@ def gates_on(logits: Float[Tensor, "batch experts"], index: Int[Tensor, "batch a
 
 
 def importance(gates: Gates, mode: ImportanceMode = "abs") -> Float[Tensor, " experts"]:
-    """How much the batch asks of each atom: ``Σ_s |g_s|``, or the signed sum of the released code (section 2.2, step 5)."""
+    """How much the batch asks of each atom: ``Σ_s |g_s|``, or the signed sum of the released code (section 2.2, step
+    5).
+    """
     return (gates.dense.abs() if mode == "abs" else gates.dense).sum(dim=0)
 
 
@@ -93,7 +96,8 @@ def noisy_load(
     k: int,
     mode: LoadMode = "abs",
 ) -> Float[Tensor, " experts"]:
-    """Differentiable load: the probability of each atom to be chosen under a fresh draw of its noise (section 2.2, step 6).
+    """Differentiable load: the probability of each atom to be chosen under a fresh draw of its noise (section 2.2,
+    step 6).
 
     ``official`` compares signed logits with thresholds that are magnitudes. ``abs`` asks for the two-sided event
     ``|clean + σε| > τ``.

@@ -1,6 +1,10 @@
-"""Coordinate networks: one signal each (the baselines), or the trunk and heads that all atoms share (sections 2.1 and 3)."""
+"""Coordinate networks: one signal each (the baselines), or the trunk and heads that all atoms share (sections 2.1 and
+3).
+"""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +77,8 @@ def embedding(config: NetworkConfig) -> nn.Module:
 def init_layer(weight: Tensor, bias: Tensor, kind: Activation, *, first: bool) -> None:
     """Draw one layer in place; ``weight`` is [..., out, in] (section 3).
 
-    ReLU: both U(±1/√fan_in). Sine: the first weight U(±1/fan_in), every other one, the head included, U(±√(6/fan_in)/30).
+    ReLU: both U(±1/√fan_in). Sine: the first weight U(±1/fan_in), every other one, the head included,
+    U(±√(6/fan_in)/30).
     """
     fan_in = weight.shape[-1]
     bound = 1 / math.sqrt(fan_in)
@@ -83,6 +88,27 @@ def init_layer(weight: Tensor, bias: Tensor, kind: Activation, *, first: bool) -
     nn.init.uniform_(weight, -bound, bound)
 
 
+def batched_mlp(
+    weights: Sequence[Float[Tensor, "nets _ _"]],
+    biases: Sequence[Float[Tensor, "nets _"]],
+    x: Float[Tensor, "#nets points _"],
+    act_type: Activation,
+) -> Float[Tensor, "nets points out_dim"]:
+    """Many networks of one shape side by side, one batched product a layer; ``x`` may be common to all of them."""
+    act = activation(act_type)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = torch.baddbmm(bias[:, None], x.expand(weight.shape[0], -1, -1), weight.mT)
+        if i < len(weights) - 1:
+            x = act(x)
+    return x
+
+
+def layer_widths(config: NetworkConfig, embedded: int) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every linear layer of a network on an embedding of that width."""
+    widths = [embedded] + [config.hidden_dim] * (config.num_layers - 1) + [config.out_dim]
+    return list(itertools.pairwise(widths))
+
+
 class MLP(nn.Module):
     """Linear layers with an activation after all but the last; layer i is ``net[i][0]``, as in the released weights."""
 
@@ -90,7 +116,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
         layers = []
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             linear = nn.Linear(fan_in, fan_out)
             init_layer(linear.weight, linear.bias, act_type, first=i == 0)
             layers.append(nn.Sequential(linear) if i == num_layers - 1 else nn.Sequential(linear, activation(act_type)))

@@ -1,4 +1,6 @@
-"""Signed distance fields: generation, marching cubes, meshes and the loss on oriented point clouds (sections 5, 6 and 9)."""
+"""Signed distance fields: generation, marching cubes, meshes and the loss on oriented point clouds (sections 5, 6 and
+9).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +54,8 @@ def marching_cubes(field: Float[Tensor, "depth height width"]) -> Mesh:
     values = field.detach().cpu().numpy()
     if not values.min() < 0 < values.max():
         raise ValueError(
-            f"the field runs from {values.min():.3g} to {values.max():.3g} and never crosses 0: there is no surface to extract"
+            f"the field runs from {values.min():.3g} to {values.max():.3g} "
+            "and never crosses 0: there is no surface to extract"
         )
     spacing = tuple(2 / (n - 1) for n in values.shape)
     vertices, faces, normals, _ = skimage_marching_cubes(values, level=0.0, spacing=spacing)
@@ -154,8 +157,8 @@ PRIMITIVES = ("sphere", "box", "cylinder", "torus")
 def random_shapes(count: int, resolution: int, seed: int = 0) -> Float[Tensor, "count depth height width 1"]:
     """Signed distances of primitives under a random rotation and isotropic scale: exact, with no mesh in between.
 
-    A further random anisotropic stretch would make the closed form a bound only, so the boxes and cylinders alone vary in shape
-    through their rotation.
+    A further random anisotropic stretch would make the closed form a bound only, so the boxes and cylinders alone vary
+    in shape through their rotation.
     """
     generator = torch.Generator().manual_seed(seed)
     coords = lattice((resolution,) * 3)
@@ -190,10 +193,11 @@ def point_cloud_loss(
     *,
     loss_norm: bool = True,
 ) -> PointCloudLoss:
-    """Signed distance from points: zero on the surface, not elsewhere, gradients along normals and of unit length (section 6).
+    """Signed distance from points: zero on the surface, not elsewhere, gradients along normals and of unit length
+    (section 6).
 
-    ``3000·mean|f(on)| + 100·mean exp(-100|f(off)|) + 100·mean(1 - cos(∇f, n)) + 50·mean|‖∇f‖ - 1|``, the last two on the
-    surface and only with ``loss_norm``.
+    ``3000·mean|f(on)| + 100·mean exp(-100|f(off)|) + 100·mean(1 - cos(∇f, n)) + 50·mean|‖∇f‖ - 1|``, the last two on
+    the surface and only with ``loss_norm``.
     """
     on_surface = on_surface.detach().requires_grad_(loss_norm)
     values = field(on_surface)
