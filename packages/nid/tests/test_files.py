@@ -193,9 +193,9 @@ def test_frames_faces_and_slices(tmp_path) -> None:
         data.frames(tmp_path)
     with pytest.raises(nid.DataError, match="holds no images"):
         data.frames(tmp_path / "none")
-    np.save(tmp_path / "images.npy", np.random.rand(3, 8, 9))
+    np.save(tmp_path / "images.npy", np.zeros((3, 8, 9)))
     assert data.ct_images(tmp_path / "images.npy").shape == (3, 8, 9, 1)
-    np.save(tmp_path / "flat.npy", np.random.rand(3, 8))
+    np.save(tmp_path / "flat.npy", np.zeros((3, 8)))
     with pytest.raises(nid.DataError, match=r"\[N, H, W\]"):
         data.ct_images(tmp_path / "flat.npy")
     np.save(tmp_path / "code.npy", np.array([print], dtype=object), allow_pickle=True)
@@ -204,7 +204,7 @@ def test_frames_faces_and_slices(tmp_path) -> None:
 
 
 def test_shapes_on_disk(tmp_path) -> None:
-    np.save(tmp_path / "abc.sdf.npy", np.random.rand(4, 4, 4).astype(np.float32))
+    np.save(tmp_path / "abc.sdf.npy", np.zeros((4, 4, 4), np.float32))
     ((name, volume),) = data.sdf_volumes(tmp_path)
     assert name == "abc"
     assert volume.shape == (4, 4, 4, 1)

@@ -85,17 +85,16 @@ def test_closed_form_line_integrals_agree_with_fine_projections() -> None:
 
 
 def test_tomography_controls_recover_a_phantom() -> None:
-    image = embedded.phantoms(1, 48, seed=1)
-    angles = nid.view_angles(61)
-    coords = nid.ray_coordinates((48, 48), angles)
-    scan = nid.sinogram(image, coords)
-    assert float(nid.psnr(fbp(scan, angles, 48), image)) > 19
-    assert float(nid.psnr(tv(scan, coords, (48, 48), weight=1e-4), image)) > 24
-    mirrored = float(nid.psnr(fbp(scan, angles, 48).flip(1), image))
-    assert mirrored < float(nid.psnr(fbp(scan, angles, 48), image)) - 3
-    odd = embedded.phantoms(1, 47, seed=1)
-    odd_scan = nid.sinogram(odd, nid.ray_coordinates((47, 47), angles))
-    assert float(nid.psnr(fbp(odd_scan, angles, 47), odd)) > 19
+    angles = nid.view_angles(41)
+    for size in (32, 31):
+        image = embedded.phantoms(1, size, seed=1)
+        coords = nid.ray_coordinates((size, size), angles)
+        scan = nid.sinogram(image, coords)
+        found = fbp(scan, angles, size)
+        assert float(nid.psnr(found, image)) > 18
+        for turned in (found.flip(1), found.flip(2), found.transpose(1, 2), found.roll(1, 1)):
+            assert float(nid.psnr(turned, image)) < float(nid.psnr(found, image)) - 1
+    assert float(nid.psnr(tv(scan, coords, (31, 31), weight=1e-4, steps=200), image)) > 24
 
 
 def test_few_views_are_spread_and_leave_the_closing_one_out() -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 Blend = Literal["none", "linear"]
@@ -67,8 +67,8 @@ def window_starts(length: int, patch: int, stride: int) -> list[int]:
 
 
 def extract_windows(
-    images: Float[Tensor, "batch height width channels"], patch: tuple[int, int], stride: int
-) -> Float[Tensor, "patches rows cols channels"]:
+    images: Shaped[Tensor, "batch height width channels"], patch: tuple[int, int], stride: int
+) -> Shaped[Tensor, "patches rows cols channels"]:
     """Overlapping patches in row-major order that cover the images, whatever their size."""
     rows = window_starts(images.shape[1], patch[0], stride)
     cols = window_starts(images.shape[2], patch[1], stride)

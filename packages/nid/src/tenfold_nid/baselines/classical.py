@@ -80,7 +80,7 @@ def projection_matrix(size: tuple[int, int], coords: Float[Tensor, "rays samples
             indices.append(torch.stack([ray[inside], row[inside] * size[1] + col[inside]]))
             values.append(weight[inside] / samples)
     shape = (rays, size[0] * size[1])
-    return torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), shape).coalesce()
+    return torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), shape, check_invariants=True).coalesce()
 
 
 def tv(
@@ -103,8 +103,8 @@ def tv(
     """
     height, width = size
     balance = math.sqrt(height * width / coords.shape[0])
-    matrix = (projection_matrix(size, coords) * balance).to(sinograms).coalesce()
-    adjoint = matrix.T.coalesce()
+    weights = (projection_matrix(size, coords) * balance).to(sinograms)
+    matrix, adjoint = weights.to_sparse_csr(), weights.T.to_sparse_csr()
     observed = sinograms.squeeze(-1).T * balance
     probe = torch.ones(matrix.shape[1], 1).to(sinograms)
     for _ in range(20):

@@ -42,7 +42,8 @@ def pca(signals: Float[Tensor, "signals rows"], components: int) -> LinearDictio
     if not 1 <= components <= min(len(signals) - 1, signals.shape[1]):
         most = min(len(signals) - 1, signals.shape[1])
         raise ValueError(
-            f"{len(signals)} signals of {signals.shape[1]} numbers have at most {most} principal components, got {components}"
+            f"{len(signals)} signals of {signals.shape[1]} numbers have at most {most} principal components, "
+            f"got {components}"
         )
     mean = signals.mean(dim=0)
     covariance = (signals - mean).T @ (signals - mean)
