@@ -1,4 +1,5 @@
-"""Closed-form coding of 64 patches, in CPU seconds, beside the least-squares solver applied to one patch after the other.
+"""Closed-form coding of 64 patches, in CPU seconds, beside the least-squares solver applied to one patch after the
+other.
 
 python benchmarks/fitting.py [--repeats 5]
 """

@@ -1,6 +1,7 @@
 """Peak memory of a training step of the CelebA configuration, merged heads beside the graph formulation's edge tensor.
 
-The step runs in a process of its own, so that the peak is its own; the gate is a codebook, since convolutions would hide the rest.
+The step runs in a process of its own, so that the peak is its own; the gate is a codebook, since convolutions would
+hide the rest.
 
     python benchmarks/memory.py
 """
@@ -57,9 +58,7 @@ def main() -> None:
     for kind in ("merge", "edges"):
         done = subprocess.run([sys.executable, __file__, "--only", kind], check=True, capture_output=True, text=True)
         peaks[kind], largest = map(float, done.stdout.split())
-        print(
-            f"  {kind:6s} +{peaks[kind]:.0f} MiB at its peak; the largest tensor kept for the backward pass is {largest:.1f} MiB"
-        )
+        print(f"  {kind:6s} peak +{peaks[kind]:.0f} MiB, largest tensor kept for backward {largest:.1f} MiB")
     config = nid.celeba_config()
     tensor = SIGNALS * config.num_topk * POINTS * config.out_dim * 4 / 2**20
     print(f"  one [signals × active, coordinates × channels] tensor would be {tensor:.0f} MiB")

@@ -1,7 +1,7 @@
 """Evaluating and training a mixture: merged heads against the straightforward ways, in one run.
 
-The hot loop is head mixing and rendering, ``B·E·C·d + N·B·C·d`` multiply-adds merged against ``N·d·E·C + B·E·N·C`` dense. The
-floor is the time a matrix product of the merged counts takes on the machine, measured here too.
+The hot loop is head mixing and rendering, ``B·E·C·d + N·B·C·d`` multiply-adds merged against ``N·d·E·C + B·E·N·C``
+dense. The floor is the time a matrix product of the merged counts takes on the machine, measured here too.
 
     python benchmarks/mixture.py [--repeats 5]
 """
@@ -9,6 +9,7 @@ floor is the time a matrix product of the merged counts takes on the machine, me
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 import tenfold_nid as nid
 
 
-def median_ms(work: Callable[[], object], repeats: int) -> float:
-    """Median time of a call after one to warm up; waits for the device."""
+def median_ms(work: Callable[[], object], repeats: int, device: str) -> float:
+    """Median time of a call after one to warm up: processor time on CPU (a busy machine disturbs it less), else
+    wall."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     times = []
     for i in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device != "cpu":
+            torch.accelerator.synchronize()
         if i:
-            times.append(1000 * (time.perf_counter() - start))
+            times.append(1000 * (clock() - start))
     return sorted(times)[len(times) // 2]
 
 
@@ -57,21 +60,46 @@ def routes(device: str, repeats: int) -> None:
         for route in ("merge", "bag", "edges"):
             error = float((evaluate(route) - reference).abs().max() / reference.abs().max())
             print(f"  {route:6s} differs from dense by {error:.1e} relative")
-        forward = {r: median_ms(lambda r=r: evaluate(r), repeats) for r in ("dense", "merge", "bag", "edges")}
+        forward = {r: median_ms(lambda r=r: evaluate(r), repeats, device) for r in ("dense", "merge", "bag", "edges")}
     both = {
-        r: median_ms(lambda r=r: evaluate(r).square().sum().backward(), repeats)
+        r: median_ms(lambda r=r: evaluate(r).square().sum().backward(), repeats, device)
         for r in ("dense", "merge", "bag", "edges")
     }
     with torch.no_grad():
         left, right = torch.randn(16, 1024, device=device), torch.randn(1024, 768, device=device)
         tall, wide = torch.randn(1024, 256, device=device), torch.randn(256, 48, device=device)
-        floor = median_ms(lambda: (left @ right, tall @ wide), repeats)
+        floor = median_ms(lambda: (left @ right, tall @ wide), repeats, device)
     print(f"  floor (two matrix products) {floor:.2f} ms; merge is {forward['merge'] / floor:.1f}x the floor")
-    for route in forward:
+    for route, ahead in forward.items():
         print(
-            f"  {route:6s} forward {forward[route]:8.2f} ms ({forward[route] / forward['merge']:5.1f}x merge)   "
+            f"  {route:6s} forward {ahead:8.2f} ms ({ahead / forward['merge']:5.1f}x merge)   "
             f"forward+backward {both[route]:8.2f} ms ({both[route] / both['merge']:5.1f}x merge)"
         )
+
+
+def straightforward_step(
+    model: nid.NeuralDictionary, optimizer: torch.optim.Optimizer, ids: Tensor, coords: Tensor, targets: Tensor
+) -> None:
+    """The same step with every atom evaluated, one message an edge, and one optimiser call a parameter."""
+    gates, bias, importance, usage = model.gating(ids)
+    preds = edges(model.experts, model.experts.features(coords), gates, bias)
+    loss = nn.functional.mse_loss(preds, targets) + 0.01 * (nid.cv_squared(usage) + nid.cv_squared(importance))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def our_step(
+    model: nid.NeuralDictionary,
+    optimizer: torch.optim.Optimizer,
+    ids: Tensor,
+    coords: Tensor,
+    targets: Tensor,
+    embedded: Tensor,
+) -> None:
+    """A step of ours; the embedding of the lattice is kept, permuted once an epoch and cut into chunks without a
+    copy."""
+    nid.training_step(model, optimizer, ids, coords, targets, nid.Objective(), embedded=embedded)
 
 
 def step(device: str, repeats: int) -> None:
@@ -86,24 +114,13 @@ def step(device: str, repeats: int) -> None:
         targets = torch.rand(16, 1024, 3, device=device)
         if name == "merge":
             optimizer = nid.adam(list(model.parameters()))
-            settings = nid.Objective()
 
-            def work(model=model, optimizer=optimizer, settings=settings) -> object:
-                return nid.training_step(model, optimizer, ids, coords, targets, settings)
-
+            work = partial(our_step, model, optimizer, ids, coords, targets, model.experts.map(coords))
         else:
             plain = torch.optim.Adam(model.parameters(), lr=1e-4, foreach=False, fused=False)
 
-            def work(model=model, optimizer=plain) -> object:
-                gates, bias, importance, usage = model.gating(ids)
-                preds = edges(model.experts, model.experts.features(coords), gates, bias)
-                loss = nn.functional.mse_loss(preds, targets)
-                loss = loss + 0.01 * (nid.cv_squared(usage) + nid.cv_squared(importance))
-                optimizer.zero_grad()
-                loss.backward()
-                return optimizer.step()
-
-        times[name] = median_ms(work, repeats)
+            work = partial(straightforward_step, model, plain, ids, coords, targets)
+        times[name] = median_ms(work, repeats, device)
     print(
         f"  training step: straightforward {times['edges']:.1f} ms, ours {times['merge']:.1f} ms, "
         f"{times['edges'] / times['merge']:.1f}x"

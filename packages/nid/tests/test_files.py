@@ -11,6 +11,7 @@ from PIL import Image
 import tenfold_nid as nid
 from tenfold_nid import data
 from tenfold_nid.compat import infer_config
+from tenfold_shared.errors import UserError
 
 
 def dictionary(**fields: object) -> nid.NeuralDictionary:
@@ -226,9 +227,8 @@ def test_shapes_on_disk(tmp_path) -> None:
         data.point_cloud(tmp_path / "points.xyz")
 
 
-def test_missing_libraries_data_sets_are_named(tmp_path) -> None:
-    pytest.importorskip("torchvision", reason="CIFAR-10 is read through torchvision")
-    with pytest.raises(nid.DataError, match="CIFAR-10 is missing"):
+def test_fetched_data_sets_are_named_when_missing(tmp_path) -> None:
+    with pytest.raises(UserError, match="cifar"):
         data.cifar10(tmp_path)
     with pytest.raises(nid.DataError, match="Olivetti faces are missing"):
         data.olivetti(tmp_path)

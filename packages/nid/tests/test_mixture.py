@@ -267,6 +267,20 @@ def test_every_gate_trains_with_every_kind_of_atoms(gate: str, atoms: str) -> No
     assert losses[-1] < losses[0]
 
 
+def test_a_kept_embedding_changes_nothing() -> None:
+    outcomes = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model = nid.NeuralDictionary(small())
+        coords = nid.lattice((8, 8))
+        embedded = model.experts.map(coords) if keep else None
+        optimizer = nid.adam(list(model.parameters()))
+        ids, targets = torch.arange(6), torch.ones(6, 64, 3)
+        nid.training_step(model, optimizer, ids, coords, targets, nid.Objective(), embedded=embedded)
+        outcomes.append(model.state_dict())
+    assert all(torch.equal(outcomes[0][k], outcomes[1][k]) for k in outcomes[0])
+
+
 def test_training_in_bfloat16_autocast_follows_float32() -> None:
     torch.manual_seed(0)
     model = nid.NeuralDictionary(small(gate="conv", gate_hidden=8))

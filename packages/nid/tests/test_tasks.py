@@ -92,7 +92,13 @@ def test_tomography_controls_recover_a_phantom() -> None:
         scan = nid.sinogram(image, coords)
         found = fbp(scan, angles, size)
         assert float(nid.psnr(found, image)) > 18
-        for turned in (found.flip(1), found.flip(2), found.transpose(1, 2), found.roll(1, 1)):
+        for turned in (
+            found.flip(1),
+            found.rot90(2, (1, 2)),
+            found.transpose(1, 2),
+            found.roll(1, 1),
+            found.roll(-1, 2),
+        ):
             assert float(nid.psnr(turned, image)) < float(nid.psnr(found, image)) - 1
     assert float(nid.psnr(tv(scan, coords, (31, 31), weight=1e-4, steps=200), image)) > 24
 
@@ -119,10 +125,10 @@ def test_a_dictionary_fits_a_sinogram_as_it_fits_pixels() -> None:
 
 def test_marching_cubes_finds_the_sphere() -> None:
     mesh = nid.extract_mesh(lambda p: p.norm(dim=-1, keepdim=True) - 0.6, 32)
-    assert torch.allclose(mesh.vertices.norm(dim=-1), torch.tensor(0.6), atol=5e-3)
+    assert float((mesh.vertices.norm(dim=-1) - 0.6).abs().max()) < 5e-3
     assert float((mesh.normals * mesh.vertices / 0.6).sum(-1).abs().min()) > 0.99
     points, normals = shapes.sample_surface(mesh, 500, torch.Generator().manual_seed(0))
-    assert torch.allclose(points.norm(dim=-1), torch.tensor(0.6, dtype=torch.float64), atol=1e-2)
+    assert float((points.norm(dim=-1) - 0.6).abs().max()) < 1e-2
     distance = nid.surface_distance(points, mesh.vertices.double(), normals, mesh.normals.double())
     assert 0 < float(distance.chamfer) < float(distance.hausdorff) < 0.15
     assert distance.normal_consistency is not None

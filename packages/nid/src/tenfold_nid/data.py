@@ -110,16 +110,16 @@ def spread(count: int, subset: int | None) -> list[int]:
 def cifar10(
     root: str | Path, split: str = "train", *, subset: int | None = None, download: bool = False
 ) -> Float[Tensor, "images 32 32 3"]:
-    """CIFAR-10 through torchvision, an evenly spread subset of it."""
-    from torchvision.datasets import CIFAR10  # noqa: PLC0415
+    """CIFAR-10, an evenly spread subset of it.
 
-    try:
-        data = CIFAR10(str(root), train=split == "train", download=download).data
-    except RuntimeError as error:
-        raise DataError(
-            f"{root}: CIFAR-10 is missing or damaged; get it from {SOURCES['cifar10']} or allow the download"
-        ) from error
-    return _to_float(data[spread(len(data), subset)])
+    Raises:
+        UserError: the set is missing (and not fetched) or damaged.
+
+    """
+    from tenfold_shared.images import load_images  # noqa: PLC0415
+
+    images = load_images("cifar10", root, split, download).images.movedim(1, -1)
+    return images[spread(len(images), subset)].float() / 255
 
 
 def every_eighth(count: int, split: str) -> list[int]:

@@ -3,8 +3,10 @@
 import importlib
 from typing import Any
 
+from tenfold_shared.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """A file or an array that cannot be used; the message says which, why and what to do."""
 
 

@@ -151,7 +151,11 @@ class IndependentExperts(nn.Module):
 
     def features(self, coords: Float[Tensor, "*points in_dim"]) -> Float[Tensor, "*points width"]:
         """Embedding of the coordinates: all that the atoms share."""
-        return self.map(coords)
+        return self.trunk(self.map(coords))
+
+    def trunk(self, embedded: Float[Tensor, "*points width"]) -> Float[Tensor, "*points width"]:
+        """Embedded coordinates as they are: there is no common trunk."""
+        return embedded
 
     def atoms(
         self, features: Float[Tensor, "*points width"], used: Int[Tensor, " used"] | None = None

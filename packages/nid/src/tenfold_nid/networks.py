@@ -154,7 +154,11 @@ class CoordinateNetwork(nn.Module):
 
     def features(self, coords: Float[Tensor, "*points in_dim"]) -> Float[Tensor, "*points hidden"]:
         """Trunk output h(x)."""
-        return self.net.trunk(self.map(coords))
+        return self.trunk(self.map(coords))
+
+    def trunk(self, embedded: Float[Tensor, "*points width"]) -> Float[Tensor, "*points hidden"]:
+        """Trunk output from embedded coordinates, which a training loop on a fixed lattice computes once."""
+        return self.net.trunk(embedded)
 
     def forward(self, coords: Float[Tensor, "*points in_dim"]) -> Float[Tensor, "*points out_dim"]:
         """Value of the signal at each coordinate."""

@@ -60,9 +60,9 @@ def marching_cubes(field: Float[Tensor, "depth height width"]) -> Mesh:
     spacing = tuple(2 / (n - 1) for n in values.shape)
     vertices, faces, normals, _ = skimage_marching_cubes(values, level=0.0, spacing=spacing)
     return Mesh(
-        torch.from_numpy(vertices - 1.0),
+        torch.from_numpy(vertices - 1.0).double(),
         torch.from_numpy(faces.astype(np.int64)),
-        torch.from_numpy(normals.copy()),
+        torch.from_numpy(normals.copy()).double(),
     )
 
 

@@ -84,6 +84,7 @@ def training_step(
     *,
     dense: bool = False,
     weights: Float[Tensor, " experts"] | None = None,
+    embedded: Float[Tensor, "*points width"] | None = None,
 ) -> Losses:
     """One optimiser step on everything the optimiser holds (section 2.4); the losses come back detached, on the device.
 
@@ -96,9 +97,12 @@ def training_step(
         settings: weights of the loss.
         dense: all atoms on (warm-up).
         weights: ω of the L1 penalty, precomputed.
+        embedded: ``model.experts.map(coords)``, when the caller keeps it from step to step; not for the radial basis,
+            whose centres learn.
 
     """
-    losses = objective(model(signal, coords, dense=dense), targets, settings, weights)
+    features = model.experts.features(coords) if embedded is None else model.experts.trunk(embedded)
+    losses = objective(model.mixture(signal, features, dense=dense), targets, settings, weights)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
     optimizer.step()

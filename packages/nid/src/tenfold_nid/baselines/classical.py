@@ -3,6 +3,7 @@
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +105,9 @@ def tv(
     height, width = size
     balance = math.sqrt(height * width / coords.shape[0])
     weights = (projection_matrix(size, coords) * balance).to(sinograms)
-    matrix, adjoint = weights.to_sparse_csr(), weights.T.to_sparse_csr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix, adjoint = weights.to_sparse_csr(), weights.T.to_sparse_csr()
     observed = sinograms.squeeze(-1).T * balance
     probe = torch.ones(matrix.shape[1], 1).to(sinograms)
     for _ in range(20):
