@@ -19,7 +19,8 @@ import tenfold_nid as nid
 
 def median_ms(work: Callable[[], object], repeats: int, device: str) -> float:
     """Median time of a call after one to warm up: processor time on CPU (a busy machine disturbs it less), else
-    wall."""
+    wall.
+    """
     clock = time.process_time if device == "cpu" else time.perf_counter
     times = []
     for i in range(repeats + 1):
@@ -35,11 +36,11 @@ def median_ms(work: Callable[[], object], repeats: int, device: str) -> float:
 def edges(experts: nid.SharedTrunkExperts, features: Tensor, gates: nid.Gates, bias: Tensor) -> Tensor:
     """Every atom everywhere, then one message [N, C] for each signal and active atom: the graph formulation."""
     atoms = experts.atoms(features).transpose(0, 1)
-    assert gates.index is not None
+    assert gates.support is not None
     assert gates.value is not None
-    messages = atoms[gates.index.flatten()] * gates.value.flatten()[:, None, None]
+    messages = atoms[gates.support.flatten()] * gates.value.flatten()[:, None, None]
     out = messages.new_zeros(len(bias), *messages.shape[1:])
-    owner = torch.arange(len(bias), device=bias.device).repeat_interleave(gates.index.shape[1])
+    owner = torch.arange(len(bias), device=bias.device).repeat_interleave(gates.support.shape[1])
     return out.index_add(0, owner, messages) + bias[:, None]
 
 
@@ -98,7 +99,8 @@ def our_step(
     embedded: Tensor,
 ) -> None:
     """A step of ours; the embedding of the lattice is kept, permuted once an epoch and cut into chunks without a
-    copy."""
+    copy.
+    """
     nid.training_step(model, optimizer, ids, coords, targets, nid.Objective(), embedded=embedded)
 
 

@@ -80,8 +80,8 @@ class SharedTrunkExperts(CoordinateNetwork):
         head = self.net.head
         weight = head.weight.view(self.num_experts, self.channels * head.in_features)
         bias = head.bias.view(self.num_experts, self.channels)
-        if route == "bag" and gates.index is not None:
-            mixed = F.embedding_bag(gates.index, weight, per_sample_weights=gates.value, mode="sum")
+        if route == "bag" and gates.support is not None:
+            mixed = F.embedding_bag(gates.support, weight, per_sample_weights=gates.value, mode="sum")
         else:
             mixed = gates.dense @ weight
         return mixed.view(-1, self.channels, head.in_features), gates.dense @ bias
@@ -108,7 +108,7 @@ class SharedTrunkExperts(CoordinateNetwork):
                 batch=batch,
                 points=points if features.ndim == 2 else batch * points,
                 experts=self.num_experts,
-                active=None if gates.index is None else gates.index.shape[-1],
+                active=None if gates.support is None else gates.support.shape[-1],
                 hidden=features.shape[-1],
                 channels=self.channels,
                 training=torch.is_grad_enabled(),
@@ -144,7 +144,7 @@ class IndependentExperts(nn.Module):
         self.map = embedding(config)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, (fan_in, fan_out) in enumerate(layer_widths(config, self.map.out_dim)):  # type: ignore[arg-type]
-            weight, bias = torch.empty(num_experts, fan_out, fan_in), torch.empty(num_experts, fan_out)  # type: ignore[arg-type]
+            weight, bias = torch.empty(num_experts, fan_out, fan_in), torch.empty(num_experts, fan_out)
             init_layer(weight, bias, config.act_type, first=i == 0)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(bias))
@@ -180,7 +180,7 @@ class IndependentExperts(nn.Module):
         if route not in {None, "dense"}:
             raise ValueError(f"independent atoms share no trunk, so they cannot be evaluated by {route!r}")
         # The union of the supports is read on the host: it decides how many networks run.
-        used = None if gates.index is None else gates.index.unique()
+        used = None if gates.support is None else gates.support.unique()
         coefficients = gates.dense if used is None else gates.dense[:, used]
         atoms = self.atoms(features, used)
         return torch.einsum(f"{'b' if atoms.ndim == 4 else ''}nec,be->bnc", atoms, coefficients) + bias[:, None]

@@ -71,7 +71,7 @@ def save_onnx(network: CoordinateNetwork, path: str | Path) -> None:
 class PackedCodes(NamedTuple):
     """Sparse codes quantised to bytes; ``num_bytes`` is what a file of them takes."""
 
-    index: np.ndarray
+    gaps: np.ndarray
     """[signals, active] uint8 or uint16: first atom, then differences of ascending atom numbers"""
     value: np.ndarray
     """[signals, active + channels] int8 multiples of the signal's step"""
@@ -82,7 +82,7 @@ class PackedCodes(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
-        return self.index.nbytes + self.value.nbytes + self.step.nbytes
+        return self.gaps.nbytes + self.value.nbytes + self.step.nbytes
 
 
 def pack_codes(codes: Float[Tensor, "signals code"], num_experts: int, active: int) -> PackedCodes:
@@ -106,7 +106,7 @@ def pack_codes(codes: Float[Tensor, "signals code"], num_experts: int, active: i
 
 def unpack_codes(packed: PackedCodes) -> Float[Tensor, "signals code"]:
     """Codes from their bytes, zeros where nothing was kept."""
-    place = torch.from_numpy(packed.index.astype(np.int64)).cumsum(dim=1)
+    place = torch.from_numpy(packed.gaps.astype(np.int64)).cumsum(dim=1)
     active = place.shape[1]
     value, step = torch.from_numpy(packed.value).float(), torch.from_numpy(packed.step)
     coefficients = torch.zeros(len(value), packed.num_experts).scatter(1, place, value[:, :active] * step[:, :1])

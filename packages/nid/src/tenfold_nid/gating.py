@@ -16,12 +16,13 @@ NOISE_FLOOR = 0.01
 class Gates(NamedTuple):
     """Coefficients of a batch of signals over the dictionary.
 
-    ``dense`` holds every coefficient, exact zeros outside the support. ``index`` and ``value`` list the support of each
+    ``dense`` holds every coefficient, exact zeros outside the support. ``support`` and ``value`` list the support of
+    each
     signal (largest magnitude first) when the gates are sparse, and are None when every atom is on.
     """
 
     dense: Float[Tensor, "batch experts"]
-    index: Int[Tensor, "batch active"] | None
+    support: Int[Tensor, "batch active"] | None
     value: Float[Tensor, "batch active"] | None
 
 

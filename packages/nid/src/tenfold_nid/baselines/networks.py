@@ -186,7 +186,7 @@ class AutoDecoder(nn.Module):
         super().__init__()
         self.map = embedding(config)
         embedded = NetworkConfig(
-            in_dim=self.map.out_dim + latent_dim,  # type: ignore[operator]
+            in_dim=self.map.out_dim + latent_dim,  # type: ignore[arg-type, operator]
             out_dim=config.out_dim,
             hidden_dim=config.hidden_dim,
             num_layers=config.num_layers,
