@@ -8,14 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .gating import Gates
-from .networks import (
+from .networks import CoordinateNetwork, NetworkConfig, batched_mlp, embedding, embedding_flops, stacked_layers
     CoordinateNetwork,
     NetworkConfig,
     batched_mlp,
     embedding,
     embedding_flops,
-    init_layer,
-    layer_widths,
 )
 
 Route = Literal["merge", "bag", "dense"]
@@ -142,12 +140,7 @@ class IndependentExperts(nn.Module):
         super().__init__()
         self.config, self.num_experts, self.channels = config, num_experts, config.out_dim
         self.map = embedding(config)
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(layer_widths(config, self.map.out_dim)):  # type: ignore[arg-type]
-            weight, bias = torch.empty(num_experts, fan_out, fan_in), torch.empty(num_experts, fan_out)
-            init_layer(weight, bias, config.act_type, first=i == 0)
-            self.weights.append(nn.Parameter(weight))
-            self.biases.append(nn.Parameter(bias))
+        self.weights, self.biases = stacked_layers(config, self.map.out_dim, num_experts)
 
     def features(self, coords: Float[Tensor, "*points in_dim"]) -> Float[Tensor, "*points width"]:
         """Embedding of the coordinates: all that the atoms share."""

@@ -109,6 +109,17 @@ def layer_widths(config: NetworkConfig, embedded: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(widths))
 
 
+def stacked_layers(config: NetworkConfig, embedded: int, count: int) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights [count, out, in] and biases [count, out] of ``count`` networks of one shape, each drawn on its own."""
+    weights, biases = nn.ParameterList(), nn.ParameterList()
+    for i, (fan_in, fan_out) in enumerate(layer_widths(config, embedded)):
+        weight, bias = torch.empty(count, fan_out, fan_in), torch.empty(count, fan_out)
+        init_layer(weight, bias, config.act_type, first=i == 0)
+        weights.append(nn.Parameter(weight))
+        biases.append(nn.Parameter(bias))
+    return weights, biases
+
+
 class MLP(nn.Module):
     """Linear layers with an activation after all but the last; layer i is ``net[i][0]``, as in the released weights."""
 

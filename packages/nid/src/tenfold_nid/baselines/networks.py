@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..networks import CoordinateNetwork, NetworkConfig, batched_mlp, embedding, init_layer, layer_widths
+from ..networks import CoordinateNetwork, NetworkConfig, batched_mlp, embedding, stacked_layers
 
 Optimiser = Literal["adam", "sgd"]
 
@@ -25,12 +25,7 @@ class NetworkBatch(nn.Module):
         super().__init__()
         self.config = config
         self.map = embedding(config)
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(layer_widths(config, self.map.out_dim)):  # type: ignore[arg-type]
-            weight, bias = torch.empty(count, fan_out, fan_in), torch.empty(count, fan_out)
-            init_layer(weight, bias, config.act_type, first=i == 0)
-            self.weights.append(nn.Parameter(weight))
-            self.biases.append(nn.Parameter(bias))
+        self.weights, self.biases = stacked_layers(config, self.map.out_dim, count)  # type: ignore[arg-type]
 
     def forward(self, coords: Float[Tensor, "*points in_dim"]) -> Float[Tensor, "nets points out_dim"]:
         """Every network at coordinates common to all [points, m], or its own [nets, points, m]."""
