@@ -9,12 +9,6 @@ from torch import Tensor, nn
 
 from .gating import Gates
 from .networks import CoordinateNetwork, NetworkConfig, batched_mlp, embedding, embedding_flops, stacked_layers
-    CoordinateNetwork,
-    NetworkConfig,
-    batched_mlp,
-    embedding,
-    embedding_flops,
-)
 
 Route = Literal["merge", "bag", "dense"]
 BAG_COST = 10
