@@ -134,7 +134,7 @@ class IndependentExperts(nn.Module):
         super().__init__()
         self.config, self.num_experts, self.channels = config, num_experts, config.out_dim
         self.map = embedding(config)
-        self.weights, self.biases = stacked_layers(config, self.map.out_dim, num_experts)
+        self.weights, self.biases = stacked_layers(config, self.map.out_dim, num_experts)  # type: ignore[arg-type]
 
     def features(self, coords: Float[Tensor, "*points in_dim"]) -> Float[Tensor, "*points width"]:
         """Embedding of the coordinates: all that the atoms share."""
