@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
+
 from tenfold_bip.compat import layerwise_dense_state, load_official_state, official_state
 from tenfold_bip.masking import MaskedProduct, kept_per_layer, mask_iou, pack_mask, prune_parametrize, set_keep
 from tenfold_bip.models import SmallCifarResNet, create_model
@@ -20,7 +22,6 @@ from tenfold_bip.released import (
     released_optimizer,
 )
 from tenfold_bip.schedules import cosine, mask_step, step
-from torch import nn
 
 FOLDER = Path(os.environ.get("TENFOLD_PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(FOLDER.glob("*.npz"))

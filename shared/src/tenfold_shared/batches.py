@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -32,6 +32,7 @@ def _mixed(*keys: int) -> int:
 # --- augmentation -----------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Augmentation(Protocol):
     """A random change of images in two parts: what is random about it, and the change itself, a batch at a time."""
 
@@ -305,3 +306,20 @@ class StreamedBatches:
         except UserError as error:
             # A worker's error arrives with its traceback in the message.
             raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from error
+
+
+class Stream:
+    """The batches of a training run by its step, counted over the epochs; steps are taken in order, from anywhere."""
+
+    def __init__(self, batches: Batches | StreamedBatches) -> None:
+        self.batches = batches
+        self._next = -1
+        self._iterator: Iterator[tuple[Tensor, Tensor]] = iter(())
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step, this process's share."""
+        epoch, position = divmod(step, len(self.batches))
+        if step != self._next or position == 0:
+            self._iterator = self.batches.epoch(epoch, start=position)
+        self._next = step + 1
+        return next(self._iterator)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         RunFailure: the file cannot be written (no space, no permission); the previous file is untouched.
+
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -36,16 +38,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         umask = os.umask(0)  # mkstemp makes private files; ours are as readable as any other
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else error.strerror
         raise RunFailure(
             f"cannot write {path}: {reason}; the file before it is intact, free some space and resume with --resume"
         ) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself must survive a power cut
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -54,10 +55,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON, written atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -65,7 +71,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -90,6 +96,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         UserError: the file is missing, truncated or altered.
+
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give the file or the folder of a run that has finished a step")
@@ -119,6 +126,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is truncated, altered, or holds anything but tensors and plain values.
+
     """
     return load_pickled_tensors(path)
 
@@ -128,10 +136,16 @@ def load_pickled_tensors(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing, truncated, altered, holds other objects, or is no dictionary.
+
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path")
     try:
+        if zipfile.is_zipfile(path):  # torch writes checksums and does not read them
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"{broken} does not have its checksum")
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way in which a file can be broken
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,16 +1,13 @@
 """The statistics over paired seeds, the verdict on a claim, and running the arms of one.
 
-`load_claims` reads the cells of the paper (see `tenfold_shared.tables`); `run_arms` measures the arms of one claim with
+`load_claims` reads the cells of the paper (see `tenfold_shared.tables`); `measured_arm` measures an arm of one with
 paired seeds; the `Outcome` says what was measured, how sure it is, and which of four verdicts follows.
 """
 
-import contextlib
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,13 +15,29 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tenfold_shared.checkpoint import write_json, write_text
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.tables import Arm, Claim, ClaimSet, Metric, Paper, load_claims, read_claims
 
 __all__ = [
-    "Arm", "ArmResult", "Claim", "ClaimSet", "Comparison", "Interval", "Measurement", "Metric", "Outcome", "Paper",
-    "Verdict", "load_claims", "mean_interval", "paired_interval", "read_claims", "run_arms", "summarise", "verdict",
-    "write_atomic",
+    "Arm",
+    "ArmResult",
+    "Claim",
+    "ClaimSet",
+    "Comparison",
+    "Interval",
+    "Measurement",
+    "Metric",
+    "Outcome",
+    "Paper",
+    "Verdict",
+    "load_claims",
+    "mean_interval",
+    "measured_arm",
+    "paired_interval",
+    "read_claims",
+    "summarise",
+    "verdict",
 ]  # fmt: skip
 
 Verdict = Literal["reproduced", "direction holds", "inconclusive", "not reproduced"]
@@ -111,7 +124,7 @@ def verdict(
 class Measurement:
     """What one arm gave with one seed. A value that is None or not finite is a failed seed; `error` says why.
 
-    `seconds` is wall time (None: `run_arms` takes the time of the call), `peak_memory_bytes` of the device, `extras`
+    `seconds` is wall time (None: `measured_arm` takes the time of the call), `peak_memory_bytes` of the device, `extras`
     whatever else the figures need, in JSON's types.
     """
 
@@ -214,7 +227,7 @@ class Outcome:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file atomically."""
-        write_atomic(Path(path), self.to_json())
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Outcome":
@@ -225,41 +238,22 @@ class Outcome:
             raise UserError(f"{path} cannot be read ({error}): run `reproduce` to write it") from error
 
 
-def run_arms(
-    claim: Claim,
-    measure: Callable[[Arm, int], Measurement],
-    seeds: Sequence[int],
-    directory: str | os.PathLike[str],
-    *,
-    label: str = "",
-    package: str = "",
-    environment: Mapping[str, Any] | None = None,
-    on_result: Callable[[Arm, int, Measurement, bool], None] | None = None,
-) -> Outcome:
-    """Measure every arm of a claim with the same seeds, one seed of all arms after the other, so that pairs complete
-    together.
+def measured_arm(
+    claim: Claim, arm: Arm, seed: int, measure: Callable[[Arm, int], Measurement], directory: Path
+) -> Measurement:
+    """What one arm gives with one seed, measured or, where it is there already, read again.
 
-    Each result is kept as `directory/<claim id>/<arm>-seed<k>.json` as soon as it is there, so an interrupted call goes
-    on where it was; one measured with another recipe or other options is measured again. A RunFailure of `measure` is a
-    failed seed; any other error propagates. `on_result(arm, seed, measurement, was_kept)` is called after each. Raises
-    UserError for repeated or no seeds.
+    The result is kept as ``directory/<claim id>/<arm>-seed<k>.json`` as soon as it is there, so an interrupted
+    reproduction goes on where it was; one measured with another recipe or other options is measured again. A
+    `RunFailure` of ``measure`` is a failed seed; any other error propagates.
     """
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError(f"claim {claim.id}: the seeds are {list(seeds)}: give at least one, each once")
-    folder = Path(directory) / claim.id
-    results: dict[str, list[Measurement]] = {name: [] for name in claim.arms}
-    for seed in seeds:
-        for name, arm in claim.arms.items():
-            file = folder / f"{name}-seed{seed}.json"
-            kept = _kept(file, arm.key)
-            result = kept or _measured(measure, arm, seed)
-            if kept is None:
-                content = {"key": arm.key, **_plain(asdict(result))}
-                write_atomic(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
-            results[name].append(result)
-            if on_result is not None:
-                on_result(arm, seed, result, kept is not None)
-    return summarise(claim, results, seeds, label=label, package=package, environment=environment)
+    file = directory / claim.id / f"{arm.name}-seed{seed}.json"
+    kept = _kept(file, arm.key)
+    if kept is not None:
+        return kept
+    result = _measured(measure, arm, seed)
+    write_json(file, {"key": arm.key, **_plain(asdict(result))})
+    return result
 
 
 def summarise(
@@ -269,13 +263,12 @@ def summarise(
     *,
     label: str = "",
     package: str = "",
-    environment: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any],
 ) -> Outcome:
     """The outcome of measurements already made: `results[arm][i]` belongs to `seeds[i]`."""
     arms = {name: _arm_result(claim.arms[name], results[name]) for name in claim.arms}
     comparisons = tuple(_compare(claim, arms[claim.method], arms[baseline.name], seeds) for baseline in claim.baselines)
     overall, reason = _overall(claim, arms[claim.method], comparisons)
-    environment = _environment() if environment is None else dict(environment)
     return Outcome(
         package=package,
         claim=claim.id,
@@ -292,20 +285,6 @@ def summarise(
         label=label,
         environment=_plain(environment),
     )
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees either the earlier content or all of the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _measured(measure: Callable[[Arm, int], Measurement], arm: Arm, seed: int) -> Measurement:
@@ -416,22 +395,6 @@ def _overall(claim: Claim, method: ArmResult, comparisons: Sequence[Comparison])
     if method.high >= method.paper if claim.metric.higher_is_better else method.low <= method.paper:
         return "reproduced", "at the paper's value or better"
     return "not reproduced", "the paper's value lies on the better side of the interval"
-
-
-def _environment() -> dict[str, Any]:
-    import torch  # noqa: PLC0415  - reading claims needs no torch
-
-    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    described = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-    }
-    git = ["git", "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # an installed wheel lies outside of a repository
-        described["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return described
 
 
 def _plain(content: Any) -> Any:

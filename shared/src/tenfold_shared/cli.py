@@ -100,7 +100,9 @@ def _dispatch(slug: str, commands: Mapping[str, Command], arguments: list[str]) 
         raise UserError(str(error)) from error
     if "package" in inspect.signature(function).parameters:
         call["package"] = f"tenfold_{slug}"
-    positional = call.pop(next((n for n, p in inspect.signature(function).parameters.items() if p.kind is p.VAR_POSITIONAL), ""), [])
+    positional = call.pop(
+        next((n for n, p in inspect.signature(function).parameters.items() if p.kind is p.VAR_POSITIONAL), ""), []
+    )
     function(*positional, **call)
 
 
@@ -161,7 +163,9 @@ def _config_first(slug: str, arguments: list[str]) -> list[str]:
         if argument == "--config":
             value = next(pending, None)
             if value is None:
-                raise UserError(f"--config takes the name of a recipe or a YAML file; tenfold-{slug} recipes lists them")
+                raise UserError(
+                    f"--config takes the name of a recipe or a YAML file; tenfold-{slug} recipes lists them"
+                )
             config += ["--config", str(recipe_path(f"tenfold_{slug}", value))]
         elif argument.startswith("--config="):
             config += ["--config", str(recipe_path(f"tenfold_{slug}", argument.partition("=")[2]))]
@@ -171,16 +175,25 @@ def _config_first(slug: str, arguments: list[str]) -> list[str]:
 
 
 def _normalised(parser: Any, arguments: list[str]) -> list[str]:
-    """The arguments with ``--some-option`` spelled as its field and a bare boolean option made ``--option=true``."""
+    """The arguments as jsonargparse wants them: ``--some-option`` as ``--some_option``, a bare boolean option with its
+    value, and ``--list a,b`` as ``--list [a,b]``.
+    """
     kinds = {flag: getattr(action, "_typehint", None) for action in parser._actions for flag in action.option_strings}
-    normal = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("--") and flag not in kinds and flag.replace("-", "_").replace("__", "--", 1) in kinds:
-            flag = flag.replace("-", "_").replace("__", "--", 1)
-        if kinds.get(flag) is bool and not equals and following.lower() not in ("true", "false"):
+    normal: list[str] = []
+    pending = list(reversed(arguments))
+    while pending:
+        flag, equals, value = pending.pop().partition("=")
+        if flag not in kinds and f"--{flag[2:].replace('-', '_')}" in kinds:
+            flag = f"--{flag[2:].replace('-', '_')}"
+        kind = kinds.get(flag)
+        takes_list = typing.get_origin(kind) is list
+        if kind is bool and not equals and (not pending or pending[-1].lower() not in ("true", "false")):
             equals, value = "=", "true"
-        normal.append(f"{flag}{equals}{value}" if flag.startswith("--") else argument)
+        if takes_list and not equals and pending and not pending[-1].startswith("--"):
+            equals, value = "=", pending.pop()
+        if takes_list and equals and not value.startswith("["):
+            value = f"[{value}]"
+        normal.append(f"{flag}{equals}{value}")
     return normal
 
 
@@ -189,7 +202,9 @@ def recipes(package: str) -> dict[str, Path]:
     folder = resources.files(package) / "recipes"
     if not folder.is_dir():
         return {}
-    return {p.name[: -len(".yaml")]: Path(str(p)) for p in sorted(folder.iterdir(), key=str) if p.name.endswith(".yaml")}
+    return {
+        p.name[: -len(".yaml")]: Path(str(p)) for p in sorted(folder.iterdir(), key=str) if p.name.endswith(".yaml")
+    }
 
 
 def recipe_path(package: str, name_or_path: str) -> Path:
@@ -197,6 +212,7 @@ def recipe_path(package: str, name_or_path: str) -> Path:
 
     Raises:
         UserError: it is neither a recipe nor a file.
+
     """
     known = recipes(package)
     if name_or_path in known:
@@ -224,6 +240,7 @@ def load_recipe(package: str, name_or_path: str, kind: type, **changes: Any) -> 
 
     Raises:
         UserError: the recipe does not exist, or a key or value of it is refused.
+
     """
     import jsonargparse  # noqa: PLC0415
 
@@ -234,17 +251,18 @@ def load_recipe(package: str, name_or_path: str, kind: type, **changes: Any) -> 
     path = recipe_path(package, name_or_path)
     parser = Parser()
     parser.add_class_arguments(kind, None)
-    values = _flatten(_read_yaml(path), lambda key: True)
-    known = {action.dest for action in parser._actions}
-    for key in [*values, *changes]:
-        parents = {key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)}
-        if key not in known and not parents & known:
+    known, groups = _destinations(parser)
+    for key in [*_flatten(_read_yaml(path), groups.__contains__), *changes]:
+        if not _is_known(key, known, groups):
             raise UserError(f"recipe {name_or_path}: unknown key {key!r}{_nearest(key, known)}")
     namespace = parser.parse_path(path)
-    for key, value in changes.items():
-        namespace[key] = value
-    parser.validate(namespace) if hasattr(parser, "validate") else parser.check_config(namespace)
-    built = parser.instantiate(namespace)
+    try:
+        for key, value in changes.items():
+            namespace[key] = value
+        parser.validate(namespace)
+        built = parser.instantiate(namespace)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"recipe {name_or_path}: {_sentence(str(error))}") from error
     return kind(**{field.name: built[field.name] for field in dataclasses.fields(kind) if field.init})
 
 
@@ -289,19 +307,30 @@ def _flatten(values: Mapping[str, Any], is_group: Callable[[str], bool], prefix:
     return flat
 
 
+def _destinations(parser: Any) -> tuple[set[str], set[str]]:
+    """Names of the options, and of the groups of options (nested dataclasses) that they lie in."""
+    known = {action.dest for action in parser._actions}
+    return known, {name.rsplit(".", n)[0] for name in known for n in range(1, name.count(".") + 1)}
+
+
+def _is_known(key: str, known: set[str], groups: set[str]) -> bool:
+    """Whether a key is an option, or an entry of one that takes a mapping."""
+    parents = {key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)}
+    return key in known or bool((parents & known) - groups)
+
+
 def _refuse_unknown(parser: Any, verb: str, arguments: list[str], commands: Mapping[str, Command]) -> None:
     """Unknown options and recipe keys, refused with their full name and the nearest valid one."""
-    flags = {flag: action.dest for action in parser._actions for flag in action.option_strings}
-    dests = {action.dest for action in parser._actions}
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    known, groups = _destinations(parser)
     previous = ""
     for argument in arguments:
         flag = argument.partition("=")[0]
         if previous == "--config":
-            groups = {dest.rsplit(".", n)[0] for dest in dests for n in range(1, dest.count(".") + 1)}
             for key in _flatten(_read_yaml(Path(argument)), groups.__contains__):
-                if key not in dests:
-                    raise UserError(f"{parser.prog}: unknown key {key!r} in {argument}{_nearest(key, dests)}")
-        elif flag.startswith("--") and flag not in flags and not any(flag.startswith(f"{f}.") for f in flags):
+                if not _is_known(key, known, groups):
+                    raise UserError(f"{parser.prog}: unknown key {key!r} in {argument}{_nearest(key, known)}")
+        elif flag.startswith("--") and flag not in flags and not _is_known(flag[2:], known, groups):
             owners = [name for name in commands if name != verb and flag in _flags_of(commands[name])]
             elsewhere = f"; it is an option of {' and '.join(owners)}" if owners else _nearest(flag, flags)
             raise UserError(f"{parser.prog}: unknown option {flag}{elsewhere}; {parser.prog} --help lists the options")
@@ -319,7 +348,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _sentence(message: str) -> str:
-    """jsonargparse's message on one line, in the words of the command line."""
+    """Jsonargparse's message on one line, in the words of the command line."""
     text = " ".join(message.split())
     if text.startswith('Parser key "'):
         key, _, rest = text[len('Parser key "') :].partition('":')

@@ -11,9 +11,9 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import platformdirs
 from rich.console import Console
@@ -150,12 +150,8 @@ def _transfer(url: str, part: Path, validator: str | None, timeout: float) -> tu
     return response.headers.get("ETag"), total is None or have == total
 
 
-class _Advance(Protocol):
-    def __call__(self, count: int, /) -> None: ...
-
-
 @contextlib.contextmanager
-def _progress(name: str, done: int, total: int | None) -> Iterator[_Advance]:
+def _progress(name: str, done: int, total: int | None) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

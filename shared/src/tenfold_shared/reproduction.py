@@ -3,32 +3,38 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import filelock
 import psutil
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from .checkpoint import write_json
+from .checkpoint import write_json, write_text
 from .claims import Arm, Claim, Measurement, Outcome, load_claims, measured_arm, summarise
 from .errors import Interrupted, RunFailure, UserError
 from .progress import Progress
-from .report import ReportFigure, claims_table, console_table, markdown_table, write_report
+from .report import ReportFigure, console_table, markdown_table, write_report
 from .run import RunOptions, environment
 
-Measure = Callable[[Claim, Arm, int, RunOptions, Path], Measurement]
-"""(claim, arm, seed, how to run, the folder for this reproduction's runs) -> what came out. Importable by name."""
+
+class Measure(Protocol):
+    """A package's function that measures one arm with one seed; importable by name, since processes call it."""
+
+    def __call__(self, claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+        """What came out; ``folder`` is for this reproduction's runs."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass
@@ -58,32 +64,38 @@ def reproduce_claims(
     request: Request,
     options: RunOptions,
     measure: Measure,
-    figures: Callable[[Sequence[Claim], Sequence[Outcome]], list[ReportFigure]],
+    figures: Callable[[Sequence[Claim], Sequence[Outcome], Path], list[ReportFigure]],
 ) -> list[Outcome]:
     """Run the arms of the chosen claims, write ``results.json``, ``results.md`` and ``report.html``, print the table.
 
+    ``results/`` holds each outcome in a file of its own, in the form in which outcomes are committed to a package.
     Every finished (arm, seed) is kept at once, so that an interrupted call goes on where it was with ``--resume``.
 
     Raises:
         UserError: unknown claims or arms, or a folder that holds results already.
         RunFailure: with ``strict``, a claim that does not hold.
+
     """
     claim_set = load_claims(f"tenfold_{slug}")
-    chosen = [_restrict(claim, request.arms) for claim in claim_set.select(claim_ids, None if claim_ids else request.scale)]
+    chosen = [
+        _restrict(claim, request.arms) for claim in claim_set.select(claim_ids, None if claim_ids else request.scale)
+    ]
     folder = options.output / slug / (options.name or f"reproduce-{'-'.join(claim_ids) or request.scale}")
     with _locked(folder, options.resume):
-        results = _measure_all(chosen, request, options, measure, folder)
+        results = measure_all(chosen, request, options, measure, folder)
         where = environment(torch.device("cuda" if _on_gpu(options) else "cpu"))
         outcomes = []
         for claim in chosen:
             seeds = _seeds(claim, request, options)
             table = {arm: [results[claim.id, arm, seed] for seed in seeds] for arm in claim.arms}
             outcomes.append(summarise(claim, table, seeds, package=slug, environment=where))
+        for outcome in outcomes:
+            outcome.save(folder / "results" / f"{outcome.claim}.json")
         write_json(folder / "results.json", {"outcomes": [json.loads(outcome.to_json()) for outcome in outcomes]})
-        (folder / "results.md").write_text(markdown_table(claim_set, outcomes), encoding="utf-8")
-        drawn = figures(chosen, outcomes)
+        write_text(folder / "results.md", markdown_table(claim_set, outcomes) + "\n")
+        drawn = figures(chosen, outcomes, folder)
         write_report(folder / "report.html", claim_set, outcomes, drawn, where["command"], where)
-    console_table(claim_set, outcomes)
+    Console(width=None if sys.stdout.isatty() else 160).print(console_table(claim_set, outcomes))
     print(f"report: {folder / 'report.html'}")
     failed = [o.claim for o in outcomes if o.verdict not in ("reproduced", "direction holds")]
     if request.strict and failed:
@@ -111,7 +123,9 @@ def _on_gpu(options: RunOptions) -> bool:
 def _locked(folder: Path, resume: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "arms").exists() and not resume:
-        raise UserError(f"{folder} holds results already; add --resume to keep what is measured or choose another --name")
+        raise UserError(
+            f"{folder} holds results already; add --resume to keep what is measured or choose another --name"
+        )
     try:
         with filelock.FileLock(folder / ".lock", blocking=False):
             yield
@@ -119,7 +133,7 @@ def _locked(folder: Path, resume: bool) -> Iterator[None]:
         raise UserError(f"{folder} is in use by another process; wait for it or choose another --name") from None
 
 
-def _measure_all(
+def measure_all(
     claims: Sequence[Claim], request: Request, options: RunOptions, measure: Measure, folder: Path
 ) -> dict[tuple[str, str, int], Measurement]:
     """Every (claim, arm, seed), seed-major, so that pairs complete together."""
@@ -129,8 +143,8 @@ def _measure_all(
         for seed in _seeds(claim, request, options)
         for arm in claim.arms.values()
     ]
-    jobs = request.jobs or (1 if _on_gpu(options) else len(psutil.Process().cpu_affinity() or [0]) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1)
-    jobs = min(jobs, len(tasks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(request.jobs or (1 if _on_gpu(options) else cores), len(tasks))
     progress = Progress(enabled=not options.quiet)
     progress.start("arms", len(tasks))
     inner = dataclasses.replace(options, quiet=jobs > 1 or options.quiet, resume=True, name="")
@@ -139,7 +153,9 @@ def _measure_all(
     def note(claim: Claim, arm: Arm, seed: int, result: Measurement) -> None:
         results[claim.id, arm.name, seed] = result
         shown = "failed" if result.value is None else f"{result.value:.4g}"
-        progress.note(f"{claim.id} {arm.name} seed {seed}: {shown} {claim.metric.unit if result.value is not None else result.error}")
+        progress.note(
+            f"{claim.id} {arm.name} seed {seed}: {shown} {claim.metric.unit if result.value is not None else result.error}"
+        )
         progress.advance()
 
     try:
@@ -161,7 +177,7 @@ def _measure_all(
 
 def _measure_one(measure: Measure, claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
     call = functools.partial(measure, claim, options=dataclasses.replace(options, seed=seed), folder=folder)
-    return measured_arm(claim, arm, seed, lambda arm, seed: call(arm, seed), folder / "arms")
+    return measured_arm(claim, arm, seed, call, folder / "arms")
 
 
 @contextlib.contextmanager
@@ -198,13 +214,26 @@ def results_folder(package: str) -> Path:
 
 def committed_outcomes(package: str) -> list[Outcome]:
     """The outcomes that the package ships."""
-    found = []
-    for path in sorted(results_folder(package).glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found += [Outcome.from_json(json.dumps(item), str(path)) for item in content.get("outcomes", [])]
-    return found
+    return [Outcome.load(path) for path in sorted(results_folder(package).glob("*.json"))]
 
 
 def show_claims(package: str) -> None:
     """Print the paper's tables: every claim, the paper's values, what has been measured and what measuring takes."""
-    claims_table(load_claims(package), committed_outcomes(package))
+    claim_set = load_claims(package)
+    measured = {outcome.claim: outcome for outcome in committed_outcomes(package)}
+    table = Table(title=f"{claim_set.paper.title}: {claim_set.summary}", show_lines=True)
+    for column in ("id", "claim", "arms (paper)", "scale, seeds, cost", "measured here"):
+        table.add_column(column, overflow="fold", min_width=12 if column == "id" else None)
+    for claim in claim_set.claims:
+        arms = ", ".join(f"{a.name} ({'unknown' if a.paper is None else f'{a.paper:g}'})" for a in claim.arms.values())
+        source = {"seen": "", "recalled": " recalled", "none": " no published value"}[claim.provenance]
+        outcome = measured.get(claim.id)
+        table.add_row(
+            claim.id,
+            f"{claim.statement}\n{claim.model} on {claim.data} ({claim.table})",
+            f"{arms} {claim.metric.unit}{source}",
+            f"{claim.scale}, {claim.seeds} seeds, {claim.cost or 'cost unknown'}",
+            "not yet" if outcome is None else f"{outcome.verdict}: {outcome.reason}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table, highlight=False, markup=False)

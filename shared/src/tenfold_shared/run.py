@@ -15,6 +15,7 @@ Randomness is a function of (seed, phase, step, process): the generators are see
 killed at any moment and resumed takes the very steps of one that was not.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -33,7 +34,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import filelock
 import numpy as np
@@ -102,6 +103,13 @@ def seed_everything(*parts: object) -> None:
     torch.manual_seed(seed)
 
 
+class Usage(TypedDict):
+    """What a run took: wall-clock seconds, and the most memory it held (of the device where that is a GPU)."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
 class Run:
     """A run's folder, devices and processes, metrics, checkpoints and interruption; a context manager.
 
@@ -113,6 +121,7 @@ class Run:
 
     Raises:
         UserError: the folder is in use, or holds a run and ``resume`` is off, or holds another run's configuration.
+
     """
 
     def __init__(self, slug: str, config: Any, options: RunOptions, parent: Path | None = None):
@@ -128,7 +137,9 @@ class Run:
         if PartialState._shared_state:  # one process may make runs of several precisions, one after the other
             AcceleratorState._reset_state()
         precision = "no" if options.precision == "fp32" else options.precision
-        self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=precision, step_scheduler_with_optimizer=False)
+        self.accelerator = Accelerator(
+            cpu=options.device == "cpu", mixed_precision=precision, step_scheduler_with_optimizer=False
+        )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -136,6 +147,14 @@ class Run:
         self._stop: int | None = None
         self._state: dict[str, Any] = {}
         self._phase, self._step = "", 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def evaluation(cls, slug: str, options: RunOptions) -> Iterator["Run"]:
+        """A run without a folder, for verbs that only read a checkpoint: devices, processes and precision."""
+        run = cls(slug, None, options)
+        seed_everything(options.seed, "run")
+        yield run
 
     # -- the folder ---------------------------------------------------------------------------------------------------
 
@@ -183,9 +202,13 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except filelock.Timeout:
-            raise UserError(f"{self.directory} is in use by another process; wait for it or choose another --name") from None
+            raise UserError(
+                f"{self.directory} is in use by another process; wait for it or choose another --name"
+            ) from None
         except OSError as error:
-            raise UserError(f"cannot use {self.directory} as the run's folder: {error.strerror}; choose another --output") from error
+            raise UserError(
+                f"cannot use {self.directory} as the run's folder: {error.strerror}; choose another --output"
+            ) from error
         try:
             self._write_identity()
         except BaseException:
@@ -197,11 +220,15 @@ class Run:
         again = dataclasses.replace(self.options, resume=False, quiet=False)
         text = to_yaml(self.config, again)
         if saved.exists() and not self.options.resume:
-            raise UserError(f"{self.directory} holds a run already; add --resume to go on with it or choose another --name")
+            raise UserError(
+                f"{self.directory} holds a run already; add --resume to go on with it or choose another --name"
+            )
         if saved.exists():
             here, there = to_yaml(self.config), saved.read_text(encoding="utf-8")
             if not there.startswith(here):
-                raise UserError(f"{saved} differs from the configuration given; resume with --config {saved} or choose another --name")
+                raise UserError(
+                    f"{saved} differs from the configuration given; resume with --config {saved} or choose another --name"
+                )
         with atomic_write(saved) as file:
             file.write(text.encode())
         write_json(self.directory / "environment.json", environment(self.device))
@@ -217,12 +244,11 @@ class Run:
 
     def prepare(self, *objects: Any) -> Any:
         """Models and optimisers placed on the device, wrapped for processes and precision (see Accelerate)."""
-        ready = [self._place(item) for item in objects]
-        prepared = self.accelerator.prepare(*ready)
-        return prepared
+        return self.accelerator.prepare(*(self._place(item) for item in objects))
 
     def _place(self, item: Any) -> Any:
         if isinstance(item, nn.Module):
+            item = self.unwrap(item)  # a model goes through several phases
             item = synchronise_batch_norm(item, self.world, self.device) if self.world > 1 else item
             return torch.compile(item) if self.options.compile else item
         return item
@@ -235,6 +261,7 @@ class Run:
         Raises:
             RunFailure: a logged value is not finite.
             Interrupted: a signal came; the state has been saved.
+
         """
         self._phase, self._step = phase, 0
         if self.completed(phase):
@@ -260,9 +287,11 @@ class Run:
 
     def _restore(self, tracked: dict[str, Any]) -> None:
         if set(self._state["tracked"]) != set(tracked):
-            raise UserError(f"{self.directory}/checkpoints/state.pt was written by another version; start again under another --name")
+            raise UserError(
+                f"{self.directory}/checkpoints/state.pt was written by another version; start again under another --name"
+            )
         for name, item in tracked.items():
-            self._unwrap(item).load_state_dict(self._state["tracked"][name])
+            self.unwrap(item).load_state_dict(self._state["tracked"][name])
         if self.accelerator.scaler is not None and "scaler" in self._state:
             self.accelerator.scaler.load_state_dict(self._state["scaler"])
         self._step = self._state["step"]
@@ -270,13 +299,13 @@ class Run:
     def _checkpoint(self, tracked: dict[str, Any]) -> None:
         self._flush()
         self._saved = time.monotonic()
-        if not self.is_main:
+        if self._metrics is None:  # not the main process
             return
         state: dict[str, Any] = {
             "phase": self._phase,
             "step": self._step,
             "metrics_bytes": self._metrics.tell(),
-            "tracked": {name: self._unwrap(item).state_dict() for name, item in tracked.items()},
+            "tracked": {name: self.unwrap(item).state_dict() for name, item in tracked.items()},
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
@@ -294,18 +323,19 @@ class Run:
         path = self.directory / "checkpoints" / f"{phase}.safetensors"
         if self.completed(phase):
             tensors, kept = load_weights(path)
-            self._unwrap(model).load_state_dict(tensors)
+            self.unwrap(model).load_state_dict(tensors)
             return kept
         self._flush()
         self.save_weights(phase, model, **metadata)
         self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()  # it would keep every model of every phase
         return metadata
 
     def save_weights(self, name: str, model: nn.Module, **metadata: Any) -> Path:
         """Write ``checkpoints/<name>.safetensors`` (from the main process) and return its path."""
         path = self.directory / "checkpoints" / f"{name}.safetensors"
         if self.is_main:
-            save_weights(path, self._unwrap(model).state_dict(), metadata)
+            save_weights(path, self.unwrap(model).state_dict(), metadata)
         return path
 
     def backward(self, loss: Tensor) -> None:
@@ -315,21 +345,31 @@ class Run:
     def log(self, **values: Tensor | float) -> None:
         """Record values of this step; tensors stay on the device until they are flushed, so nothing waits."""
         held = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
-        self._pending.append((self._phase, self._step, time.monotonic() - self._started, held))
+        if self._pending and self._pending[-1][:2] == (self._phase, self._step):
+            self._pending[-1][3].update(held)
+        else:
+            self._pending.append((self._phase, self._step, time.monotonic() - self._started, held))
+
+    def logged(self, phase: str, name: str) -> list[float]:
+        """Every value logged under a name in a phase, in the order of the steps, earlier lives of the run included."""
+        self._flush()
+        self.accelerator.wait_for_everyone()
+        lines = (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = (line for line in map(json.loads, lines) if line["phase"] == phase and name in line)
+        return [line[name] for line in found]
 
     def reduce(self, value: Tensor, how: Literal["sum", "mean"] = "sum") -> Tensor:
-        """A tensor summed or averaged over the processes."""
-        return self.accelerator.reduce(value, how)
+        """A tensor summed or averaged over the processes; as it is when there is one."""
+        return self.accelerator.reduce(value, how) if self.world > 1 else value
 
-    def usage(self) -> dict[str, float]:
+    def usage(self) -> "Usage":
         """Seconds since the run began and the peak memory in bytes (of the device where it is a GPU)."""
-        if self.device.type == "cuda":
-            peak = float(torch.cuda.max_memory_allocated())
-        else:
-            peak = peak_memory()
-        return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": peak}
+        on_gpu = self.device.type == "cuda"
+        peak = float(torch.cuda.max_memory_allocated()) if on_gpu else peak_memory()
+        return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": int(peak)}
 
-    def _unwrap(self, item: Any) -> Any:
+    def unwrap(self, item: Any) -> Any:
+        """The module itself, without what `prepare` put around it."""
         return self.accelerator.unwrap_model(item, keep_torch_compile=False) if isinstance(item, nn.Module) else item
 
     def _flush(self) -> None:
@@ -374,7 +414,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     packages = sorted(
         f"{d.metadata['Name']}=={d.version}"
         for d in metadata.distributions()
-        if (d.metadata["Name"] or "").split("-")[0] in {"torch", "torchvision", "numpy", "accelerate", "timm", "tenfold"}
+        if (d.metadata["Name"] or "").split("-")[0]
+        in {"torch", "torchvision", "numpy", "accelerate", "timm", "tenfold"}
     )
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -395,7 +436,11 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -420,7 +465,7 @@ class _CrossProcessBatchNorm(nn.modules.batchnorm._BatchNorm):
         channels = input.shape[1]
         mean = total[:channels] / total[-1]
         variance = total[channels:-1] / total[-1] - mean.square()
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)

@@ -41,7 +41,7 @@ from .reproduction import committed_outcomes
 TIMEOUT = 240  # seconds; a command that takes longer is stuck
 
 
-# -- parity ---------------------------------------------------------------------------------------------------------------
+# -- parity -----------------------------------------------------------------------------------------------------------
 
 
 def parity_files(tests: str | Path) -> list[Path]:
@@ -75,7 +75,7 @@ def load_fixture(path: Path) -> Fixture:
     return Fixture(path.stem, kind, meta, arrays)
 
 
-# -- conformance ----------------------------------------------------------------------------------------------------------
+# -- conformance ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Conformance:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=preexec,
+            preexec_fn=preexec,  # noqa: PLW1509 - sets a limit and nothing else
         )
 
     def call(self, folder: Path, *arguments: str, **options: Any) -> Finished:
@@ -153,21 +153,20 @@ class Conformance:
         """The command inside this process, for what needs no process of its own: it saves importing torch again."""
         module = importlib.import_module(f"{self.package}.cli")
         out, err = io.StringIO(), io.StringIO()
-        here = Path.cwd()
+        code = 0
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as leaving,
         ):
             patch.setenv("TENFOLD_DATA", str(folder / "data"))
             patch.setattr(sys, "argv", [f"tenfold-{self.slug}", *arguments])
-            os.chdir(folder)
+            patch.chdir(folder)
             try:
                 module.main()
-            finally:
-                os.chdir(here)
-        return Finished(int(leaving.value.code or 0), out.getvalue(), err.getvalue())
+            except SystemExit as leaving:
+                code = int(leaving.code or 0)
+        return Finished(code, out.getvalue(), err.getvalue())
 
     def train_arguments(self, name: str, *more: str) -> list[str]:
         """The training run under a name, on the CPU, with a checkpoint at every second step."""
@@ -209,17 +208,31 @@ class Conformance:
             assert time.monotonic() < deadline, "no checkpoint"
             time.sleep(0.01)
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def trained(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A folder in which the training run ``whole`` has ended undisturbed."""
+        """A folder in which the training run ``whole`` has ended undisturbed; the same for all tests."""
+        return self._once("trained", lambda: self._train(tmp_path_factory))
+
+    @pytest.fixture
+    def killed(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A folder in which the same run was killed with SIGKILL at a random moment after its first checkpoint."""
+        return self._once("killed", lambda: self._kill(tmp_path_factory))
+
+    @classmethod
+    def _once(cls, name: str, make: Callable[[], Path]) -> Path:
+        if name not in cls.__dict__.get("_made", {}):
+            cls._made = {**cls.__dict__.get("_made", {}), name: make()}
+        return cls._made[name]
+
+    _made: ClassVar[dict[str, Path]] = {}
+
+    def _train(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("whole")
         done = self.call(folder, *self.train_arguments("whole"))
         assert done.code == 0, done.err
         return folder
 
-    @pytest.fixture(scope="class")
-    def killed(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A folder in which the same run was killed with SIGKILL at a random moment after its first checkpoint."""
+    def _kill(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("killed")
         process = self.start(folder, *self.train_arguments("whole"))
         self.wait_for_checkpoint(folder, "whole", process)
@@ -348,7 +361,9 @@ class Conformance:
         for name, tensor in one.items():
             if tensor.is_floating_point():
                 difference = (tensor - two[name]).abs().max().item()
-                assert difference <= self.processes_tolerance * max(1.0, tensor.abs().max().item()), f"{name}: {difference}"
+                assert difference <= self.processes_tolerance * max(1.0, tensor.abs().max().item()), (
+                    f"{name}: {difference}"
+                )
 
     def test_full_disk(self, killed: Path, tmp_path: Path) -> None:
         """A disk that fills up (a file-size limit stands in): one sentence, and the earlier checkpoint is whole."""
@@ -383,7 +398,7 @@ class Conformance:
         shutil.copytree(killed / "runs", tmp_path / "runs")
         state = self.checkpoints(tmp_path, "whole") / "state.pt"
         good = state.read_bytes()
-        for damaged in (good[: len(good) // 2], flip(good, len(good) // 2)):
+        for damaged in (good[: len(good) // 2], flip(good, *(len(good) * i // 16 for i in range(4, 12)))):
             state.write_bytes(damaged)
             self.refused(self.quick(tmp_path, *self.train_arguments("whole", "--resume")), 2, "state.pt")
 
@@ -432,6 +447,9 @@ class Conformance:
         assert [outcome.arms for outcome in again] == [outcome.arms for outcome in outcomes]
 
 
-def flip(content: bytes, at: int) -> bytes:
-    """The content with one bit of the byte ``at`` flipped."""
-    return content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
+def flip(content: bytes, *places: int) -> bytes:
+    """The content with one bit flipped in the byte at each place."""
+    changed = bytearray(content)
+    for at in places:
+        changed[at] ^= 64
+    return bytes(changed)

@@ -13,6 +13,7 @@ class Tracker:
 
     Raises:
         UserError: wandb is asked for and not installed.
+
     """
 
     def __init__(self, kind: Literal["none", "wandb"], slug: str, directory: Path, config: Any):
@@ -26,7 +27,11 @@ class Tracker:
                 "--tracker wandb needs the package wandb: pip install 'tenfold-shared[wandb]', or use --tracker none"
             ) from error
         self._run = wandb.init(
-            project=f"tenfold-{slug}", name=directory.name, dir=str(directory), config=dataclasses.asdict(config), resume="allow"
+            project=f"tenfold-{slug}",
+            name=directory.name,
+            dir=str(directory),
+            config=dataclasses.asdict(config),
+            resume="allow",
         )
 
     def log(self, values: Mapping[str, float]) -> None:

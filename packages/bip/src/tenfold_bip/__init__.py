@@ -41,11 +41,13 @@ from tenfold_bip.masking import (
 )
 from tenfold_bip.models import create_model, model_names
 from tenfold_bip.projections import Projection
+from tenfold_bip.shrink import UnsupportedOperationError, shrink
 
 __all__ = [
     "CheckpointError",
     "Ledger",
     "Projection",
+    "UnsupportedOperationError",
     "bake_masks",
     "bilevel_iteration",
     "check_no_empty_layer",
@@ -73,6 +75,7 @@ __all__ = [
     "random_importance",
     "set_keep",
     "set_masks",
+    "shrink",
     "snip_importance",
     "sparsity",
     "split_parameters",

@@ -32,6 +32,7 @@ def importance_masks(
 
     Raises:
         ValueError: keep outside (0, 1]; a structure that ranks by a norm with importances of both signs (GraSP).
+
     """
     projection = Projection(structure, keep, p, min_keep)
     if projection.convolutions_only:
@@ -65,6 +66,7 @@ def imp_keep_schedule(keep: float, rate: float = 0.2) -> list[float]:
 
     Raises:
         ValueError: keep outside (0, 1] or rate outside (0, 1).
+
     """
     check_keep(keep)
     if not 0.0 < rate < 1.0:
@@ -77,15 +79,14 @@ def imp_keep_schedule(keep: float, rate: float = 0.2) -> list[float]:
     return [*ratios, keep]
 
 
-def snip_importance(
-    model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn = cross_entropy
-) -> dict[str, Tensor]:
+def snip_importance(model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn = cross_entropy) -> dict[str, Tensor]:
     """|dl/dm| = |theta * dl/dtheta| at m = 1, of the loss summed over one or a few batches.
 
     Args:
         model: without masks, at initialisation, in the mode (training) it is to be scored in.
         batches: (inputs, targets).
         loss_fn: (outputs, targets) -> mean loss.
+
     """
     model = copy.deepcopy(model)  # a forward pass in training mode moves the running statistics
     weights = _weights(model)
@@ -101,13 +102,16 @@ def snip_importance(
 def grasp_importance(
     model: nn.Module, batches: Iterable[Batch], loss_fn: LossFn = cross_entropy, temperature: float = 200.0
 ) -> dict[str, Tensor]:
-    """theta * (H g), signed: removing the smallest keeps the gradient flow. g and H of the loss at logits / temperature.
+    """Signed theta * (H g), with g and H of the loss at logits / temperature.
+
+    Removing the smallest keeps most of the gradient flow.
 
     Args:
         model: without masks, at initialisation.
         batches: (inputs, targets); their scores are summed.
         loss_fn: (outputs, targets) -> mean loss.
         temperature: divides the logits.
+
     """
     model = copy.deepcopy(model)
     weights = _weights(model)
@@ -136,6 +140,7 @@ def synflow_masks(
         keep: fraction that remains, in (0, 1].
         input_shape: of one sample, without the batch dimension.
         iterations: rounds.
+
     """
     check_keep(keep)
     model = copy.deepcopy(model).double().eval()

@@ -1,13 +1,17 @@
 """BiP: pruning as bi-level optimisation (sections 2.1-2.3 of the paper's description).
 
-    min over m in S of  l(m * theta*(m))    subject to    theta*(m) = argmin over theta of  l(m * theta) + (gamma/2) ||theta||^2
+    min over m in S of  l(m * theta*(m))
+    subject to          theta*(m) = argmin over theta of  l(m * theta) + (gamma/2) ||theta||^2
 
-Masks and weights meet only in z = m * theta. With g = dl/dz the partial gradients are dl/dm = theta * g and dl/dtheta = m * g. Stationarity of the lower level, m * g + gamma * theta* = 0,
-differentiated in m gives the response of theta*. Leaving out second derivatives of l in z (the Hessian-free step) it is -(1/gamma) diag(g), hence
+Masks and weights meet only in z = m * theta. With g = dl/dz the partial gradients are dl/dm = theta * g and dl/dtheta =
+m * g. Stationarity of the lower level, m * g + gamma * theta* = 0,
+differentiated in m gives the response of theta*. Leaving out second derivatives of l in z (the Hessian-free step) it is
+-(1/gamma) diag(g), hence
 
-    dl/dm = theta * g - (1/gamma) * (m * g) * g                                                                              (IG)
+    dl/dm = theta * g - (1/gamma) * (m * g) * g                                        (IG)
 
-A training loop alternates `theta_step` (N times) and `m_step`; each is one forward-backward pass and neither synchronises the host with the device.
+A training loop alternates `theta_step` (N times) and `m_step`; each is one forward-backward pass and neither
+synchronises the host with the device.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +34,8 @@ def implicit_gradient(
 ) -> Float[Tensor, "*shape"]:
     """Total derivative of the upper-level loss in the mask, equation (IG): (theta - m * g / gamma) * g.
 
-    Exact where l is linear in z; for kept weights the implicit part is never positive, so descent raises the score of kept weights with a large gradient.
+    Exact where l is linear in z; for kept weights the implicit part is never positive, so descent raises the score of
+    kept weights with a large gradient.
     """
     return (theta - mask * grad_z / gamma) * grad_z
 
@@ -39,17 +44,21 @@ def implicit_gradient(
 def add_implicit_term_(model: nn.Module, gamma: float) -> None:
     """Subtract sign(s) * (m * g)^2 / gamma from the gradients of the scores, in place.
 
-    After a backward pass theta.grad = m * g and s.grad = sign(s) * theta * g, and since m is binary m * g * g = (m * g)^2: the implicit term of (IG) needs nothing else.
-    Both gradients are averaged over processes by then, so data-parallel training applies the term to the gradient of the whole batch, as one process would.
+    After a backward pass theta.grad = m * g and s.grad = sign(s) * theta * g, and since m is binary m * g * g = (m *
+    g)^2: the implicit term of (IG) needs nothing else.
+    Both gradients are averaged over processes by then, so data-parallel training applies the term to the gradient of
+    the whole batch, as one process would.
     """
     for layer in masked_layers(model):
         scores = layer.masking.scores
         if scores is None or scores.grad is None or layer.theta.grad is None:
-            raise ValueError(f"{layer.name} lacks the gradients of its weight and scores; run a backward pass with both trainable first.")
+            raise ValueError(f"{layer.name} lacks the gradients of its weight and scores; run a backward pass first.")
         scores.grad.addcmul_(scores.sign(), layer.theta.grad.square(), value=-1.0 / gamma)
 
 
-def _pass(model: nn.Module, batch: Batch, loss_fn: LossFn, backward: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
+def _pass(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, backward: Callable[[Tensor], object]
+) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     inputs, targets = batch
     outputs = model(inputs)
@@ -66,17 +75,20 @@ def theta_step(
     loss_fn: LossFn = cross_entropy,
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the lower level with the mask fixed: theta <- theta - alpha * (m * g + decay * theta). One forward-backward pass.
+    """One step of the lower level with the mask fixed: theta <- theta - alpha * (m * g + decay * theta). One
+    forward-backward pass.
 
     Args:
         model: with masks; in training mode.
         batch: (inputs, targets) of the lower level.
-        optimizer: holds the first part of `split_parameters`; its weight decay is the quadratic term of the lower level. It must not hold the scores.
+        optimizer: holds the first part of `split_parameters`; its weight decay is the quadratic term of the lower
+            level. It must not hold the scores.
         loss_fn: (outputs, targets) -> mean loss.
         backward: how to differentiate, e.g. an Accelerator's `backward`.
 
     Returns:
         (loss, outputs) of the step, detached, on the device.
+
     """
     result = _pass(model, batch, loss_fn, backward)
     optimizer.step()
@@ -94,28 +106,36 @@ def m_step(
     loss_fn: LossFn = cross_entropy,
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
 ) -> tuple[Tensor, Tensor]:
-    """One projected gradient step of the upper level with theta fixed: s <- s - beta * sign(s) * dl/dm, then m = P_S(s). One forward-backward pass.
+    """One projected gradient step of the upper level with theta fixed: s <- s - beta * sign(s) * dl/dm, then m =
+    P_S(s). One forward-backward pass.
 
     The scores rank by magnitude and start as signed weights, so the gradient of the mask reaches them through sign(s).
 
     Args:
         model: with masks and scores; in training mode.
         batch: (inputs, targets) of the upper level.
-        optimizer: holds the scores alone (the second part of `split_parameters`), so that theta, biases and normalisation stay bit-identical.
+        optimizer: holds the scores alone (the second part of `split_parameters`), so that theta, biases and
+            normalisation stay bit-identical.
         gamma: strength of the lower level's quadratic term, > 0.
-        ig: "closed_form" is (IG); "released" subtracts lr2 times the squared score gradient, as the released code does; "none" keeps the partial gradient alone.
+        ig: "closed_form" is (IG); "released" subtracts lr2 times the squared score gradient, as the released code does;
+            "none" keeps the partial gradient alone.
         lr2: used by "released" only.
         loss_fn: (outputs, targets) -> mean loss.
-        backward: as in `theta_step`. With a gradient scaler it must unscale the gradients of both optimisers, since the implicit term is quadratic in them.
+        backward: as in `theta_step`. With a gradient scaler it must unscale the gradients of both optimisers, since the
+            implicit term is quadratic in them.
 
     Returns:
         (loss, outputs) of the step, detached, on the device.
 
     Raises:
         ValueError: gamma not positive, or an unknown `ig`.
+
     """
     if not gamma > 0:
-        raise ValueError(f"gamma weighs the quadratic term of the lower level and must be positive, but it is {gamma}; ig='none' switches the implicit term off.")
+        raise ValueError(
+            f"gamma weighs the quadratic term of the lower level and must be positive, but it is {gamma}; "
+            "ig='none' switches the implicit term off."
+        )
     if ig not in ("closed_form", "released", "none"):
         raise ValueError(f"ig must be 'closed_form', 'released' or 'none', not {ig!r}.")
     result = _pass(model, batch, loss_fn, backward)
@@ -148,10 +168,12 @@ def bilevel_iteration(
     loss_fn: LossFn = cross_entropy,
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
 ) -> tuple[Tensor, Tensor]:
-    """One iteration of the algorithm (section 2.3): a theta-step on each of the N lower batches (N = 1 in the paper), then an m-step.
+    """One iteration of the algorithm (section 2.3): a theta-step on each of the N lower batches (N = 1 in the paper),
+    then an m-step.
 
     Returns:
         (loss, outputs) of the m-step. The parameters are those of `theta_step` and `m_step`.
+
     """
     for batch in lower_batches:
         theta_step(model, batch, theta_optimizer, loss_fn=loss_fn, backward=backward)
@@ -174,8 +196,10 @@ def implicit_gradient_hessian(
 ) -> list[Tensor]:
     """dl/dm with the second derivatives that (IG) leaves out, for small networks: how good is the Hessian-free step?
 
-    At a solution theta of the lower level, dl/dm = grad_m l_up - grad^2_{m theta} l_low (grad^2_theta l_low + gamma I)^-1 grad_theta l_up.
-    The inverse is applied by conjugate gradients on Hessian-vector products; it exists where gamma exceeds the most negative curvature.
+    At a solution theta of the lower level, dl/dm = grad_m l_up - grad^2_{m theta} l_low (grad^2_theta l_low + gamma
+    I)^-1 grad_theta l_up.
+    The inverse is applied by conjugate gradients on Hessian-vector products; it exists where gamma exceeds the most
+    negative curvature.
 
     Args:
         lower_loss: masked weights z, one tensor a layer -> scalar; twice differentiable.
@@ -188,6 +212,7 @@ def implicit_gradient_hessian(
 
     Returns:
         dl/dm, one tensor a layer.
+
     """
     theta = [t.detach().requires_grad_() for t in theta]
     masks = [m.detach().requires_grad_() for m in masks]

@@ -4,7 +4,6 @@ A `.pth.tar` file holds `epoch`, `arch`, `state_dict`, `best_prec1` and `optimiz
 Masked layers add `popup_scores` of the weight's shape right after weight and bias. The keep ratio is not stored.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ from torch.nn.utils import parametrize
 from tenfold_bip.masking import masked_layers, prune_parametrize, set_masks
 from tenfold_bip.models import create_model, model_names
 from tenfold_bip.projections import project_layer
+from tenfold_shared.checkpoint import load_pickled_tensors
+from tenfold_shared.errors import UserError
 
 SCORES = "popup_scores"
 IGNORED = "weight_mask"
 MAY_MISS = "num_batches_tracked"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is no checkpoint of the released layout, or not one of the architecture."""
 
 
@@ -39,7 +40,7 @@ def official_state(model: nn.Module) -> dict[str, Tensor]:
         dot = f"{prefix}." if prefix else ""
         scores = None
         if parametrize.is_parametrized(module, "weight"):
-            chain = module.parametrizations["weight"]  # type: ignore[union-attr, index]
+            chain = module.parametrizations["weight"]
             state[f"{dot}weight"] = chain.original
             masking = chain[0]
             scores = masking.mask.to(chain.original.dtype) if masking.scores is None else masking.scores
@@ -58,6 +59,7 @@ def to_official(model: nn.Module, *, arch: str, epoch: int = 0, best_prec1: floa
         arch: its name.
         epoch: epochs trained.
         best_prec1: best top-1 accuracy in percent.
+
     """
     state = {name: tensor.clone() for name, tensor in official_state(model).items()}
     return {"epoch": epoch, "arch": arch, "state_dict": state, "best_prec1": best_prec1, "optimizer": {}}
@@ -91,19 +93,13 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     content: Any = source
     if isinstance(source, str | Path):
         where = str(source)
-        if not Path(source).is_file():
-            raise CheckpointError(f"There is no checkpoint at {where}.")
-        try:
-            content = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError(
-                f"{where} cannot be read as a checkpoint of plain tensors: it is damaged, or holds other objects, "
-                "which are not unpickled since they could run code."
-            ) from error
+        content = load_pickled_tensors(Path(source))
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{where} holds no state dict: expected names with tensors, or such a dict under state_dict.")
+        raise CheckpointError(
+            f"{where} holds no state dict: expected names with tensors, or such a dict under state_dict."
+        )
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
@@ -149,6 +145,7 @@ def recognise_architecture(state: Mapping[str, Tensor]) -> str:
 
     Raises:
         CheckpointError: none fits; lists what does not fit the nearest one.
+
     """
     weights = {name: tensor for name, tensor in state.items() if not name.endswith((SCORES, IGNORED))}
     num_classes, options, shapes = _classes(weights), _options(weights), _shapes(weights)
@@ -171,6 +168,7 @@ def load_official_state(model: nn.Module, state: Mapping[str, Tensor], arch: str
 
     Raises:
         CheckpointError: keys or shapes that do not fit, all listed; the model is then unchanged.
+
     """
     own = official_state(model)
     scored = any(name.endswith(SCORES) for name in state) and any(name.endswith(SCORES) for name in own)
@@ -207,6 +205,7 @@ def load_official_checkpoint(
 
     Raises:
         CheckpointError: not such a file; keys that do not fit, listed; a scored file without keep or structure.
+
     """
     state = _read(source)
     arch = arch or recognise_architecture(state)
@@ -217,7 +216,9 @@ def load_official_checkpoint(
     if not scored:
         return model
     if keep is None:
-        raise CheckpointError("The checkpoint has mask scores, but its layout does not store the keep ratio: give keep.")
+        raise CheckpointError(
+            "The checkpoint has mask scores, but its layout does not store the keep ratio: give keep."
+        )
     if structure is None:
         if not any(state[name].dim() == 2 for name in scored):
             raise CheckpointError("Only convolutions have scores: say whether the structure is 'filter' or 'channel'.")

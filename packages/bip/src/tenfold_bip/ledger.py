@@ -1,4 +1,4 @@
-"""What a method costs and what its result costs: forward-backward passes, floating-point operations, time (section 8)."""
+"""Cost of a method and of its result: forward-backward passes, floating-point operations, time (section 8)."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tenfold_bip.masking import ATTENTION_WEIGHTS, MaskedWeight, masked_layers, prunable_weights
+from tenfold_bip.masking import MaskedWeight, masked_layers, prunable_weights
 
 
 class LayerFlops(NamedTuple):
@@ -27,32 +27,37 @@ def flops_per_layer(model: nn.Module, example: Tensor) -> dict[str, LayerFlops]:
     Args:
         model: with or without masks; its training mode is left as it is, and nothing in it changes.
         example: an input batch, of any size; the counts are for one sample.
+
     """
     kept: dict[str, int] = {}
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
         kept = {layer.name: int(layer.masking.mask.sum()) for layer in masked_layers(model)}
-    modules: dict[nn.Module, list[tuple[str, Tensor]]] = {}
+    weights: dict[nn.Module, list[tuple[str, Tensor]]] = {}
     for name, module, attribute in prunable_weights(model):
-        modules.setdefault(module, []).append((name, getattr(module, attribute).detach()))
+        weights.setdefault(module, []).append((name, getattr(module, attribute).detach()))
+    for module in list(weights):
+        if isinstance(module, nn.MultiheadAttention):  # it uses the weight of its output layer without calling it
+            weights[module] += weights.pop(module.out_proj)
     counts: dict[str, LayerFlops] = {}
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        for name, weight in modules[module]:
-            # one use of every weight per output position (pixel or token); attention projects its tokens once
-            attends = name.rpartition(".")[2] in ATTENTION_WEIGHTS
-            uses = inputs[0].numel() // inputs[0].shape[-1] if attends else output.numel() // weight.shape[0]
-            ones = kept.get(name, -1)
-            ones = int(weight.count_nonzero()) if ones < 0 else ones
-            before = counts.get(name, LayerFlops(0, 0))
-            per_sample = 2 * uses // example.shape[0]
+        for name, weight in weights[module]:
+            # every weight is used once per output position: a pixel, or a token
+            attention = isinstance(module, nn.MultiheadAttention)
+            uses = inputs[0].numel() // inputs[0].shape[-1] if attention else output.numel() // weight.shape[0]
+            ones = kept[name] if name in kept else int(weight.count_nonzero())
+            before, per_sample = counts.get(name, LayerFlops(0, 0)), 2 * uses // example.shape[0]
             counts[name] = LayerFlops(before.dense + per_sample * weight.numel(), before.sparse + per_sample * ones)
 
-    handles = [module.register_forward_hook(count) for module in modules]
+    handles = [module.register_forward_hook(count) for module in weights]
     training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would call no module
     try:
         with torch.no_grad():
             model.eval()(example)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
         for module, mode in training.items():
@@ -74,6 +79,7 @@ class Ledger:
         passes: forward-backward passes (gradient evaluations).
         samples: samples they saw.
         seconds: wall-clock time since creation, plus what earlier parts of a resumed run took.
+
     """
 
     passes: int = 0
@@ -95,6 +101,6 @@ class Ledger:
         """Operations of all passes, a backward pass counted as two forward passes of `forward` operations a sample."""
         return 3 * forward * self.samples
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, int | float]:
         """What `Ledger(**state)` goes on from."""
         return {"passes": self.passes, "samples": self.samples, "earlier_seconds": self.seconds}

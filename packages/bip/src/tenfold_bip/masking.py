@@ -1,7 +1,9 @@
 """Masks on the weights of any module, without rewriting it: z = m * theta as a parametrisation.
 
-Each prunable weight (convolutions, linear layers, the projections of attention) becomes theta (the parameter the layer had), scores s (a second parameter) and a mask m (a uint8 buffer).
-The masks of the whole network are computed once, by `set_masks`, and stay until the next call, so a forward pass costs one multiplication a layer.
+Each prunable weight (convolutions, linear layers, the projections of attention) becomes theta (the parameter the layer
+had), scores s (a second parameter) and a mask m (a uint8 buffer).
+The masks of the whole network are computed once, by `set_masks`, and stay until the next call, so a forward pass costs
+one multiplication a layer.
 Biases and normalisation layers are never masked.
 """
 
@@ -24,8 +26,10 @@ ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj
 class MaskedProduct(torch.autograd.Function):
     """z = m * theta, whose one backward gives the gradients of both variables (section 2.2).
 
-    With g = dl/dz: the gradient of theta is m * g, that of the scores sign(s) * theta * g. The latter is the dense straight-through rule (also where m = 0) through m = P_S(|s|).
-    Both gradients come from one pass so that data-parallel training averages both; the implicit term follows from them (`bilevel.add_implicit_term_`).
+    With g = dl/dz: the gradient of theta is m * g, that of the scores sign(s) * theta * g. The latter is the dense
+    straight-through rule (also where m = 0) through m = P_S(|s|).
+    Both gradients come from one pass so that data-parallel training averages both; the implicit term follows from them
+    (`bilevel.add_implicit_term_`).
     """
 
     @staticmethod
@@ -56,11 +60,14 @@ class MaskedWeight(nn.Module):
         mask: uint8 buffer of the weight's shape.
         projection: the set S the whole network's masks come from; None when the mask is fixed.
         tied: whether the scores are to share the weight's memory, as in the released code.
+
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor, scores: Tensor | None = None, projection: Projection | None = None, tied: bool = False) -> None:
+    def __init__(
+        self, mask: Tensor, scores: Tensor | None = None, projection: Projection | None = None, tied: bool = False
+    ) -> None:
         super().__init__()
         self.scores = None if scores is None else nn.Parameter(scores)
         self.register_buffer("mask", mask)
@@ -112,22 +119,27 @@ def prune_parametrize(
         structure: the set S, see `Projection`.
         p: norm that ranks filters and channels.
         min_keep: entries every layer keeps at least ("global" only).
-        scores_init: "weight" starts the scores at the weights, so that the first mask is magnitude pruning; "random" draws them uniformly (Kaiming, a = sqrt 5).
+        scores_init: "weight" starts the scores at the weights, so that the first mask is magnitude pruning; "random"
+            draws them uniformly (Kaiming, a = sqrt 5).
         tie_scores: let scores and weights share memory as the released code does (section 2.5), instead of cloning.
 
     Returns:
         The same model. Its parameters now also hold the scores; `split_parameters` separates them.
 
     Raises:
-        ValueError: keep outside (0, 1]; no prunable layer; a model that has masks already; a keep ratio so small that some layer is bound to be empty; scores both tied and random.
+        ValueError: keep outside (0, 1]; no prunable layer; a model that has masks already; a keep ratio so small that
+            some layer is bound to be empty; scores both tied and random.
+
     """
     projection = Projection(structure, keep, p, min_keep)
     found = list(prunable_weights(model, projection.convolutions_only))
     if not found:
         kind = "convolution" if projection.convolutions_only else "convolution, linear or attention layer"
-        raise ValueError(f"{type(model).__name__} has no prunable layer: structure={structure!r} needs at least one {kind}.")
-    if any(parametrize.is_parametrized(module, attribute) for _, module, attribute in found):
-        raise ValueError("The model has masks already; bake_masks(model) removes them before it is pruned anew.")
+        raise ValueError(
+            f"{type(model).__name__} has no prunable layer: structure={structure!r} needs at least one {kind}."
+        )
+    if any(parametrize.is_parametrized(module) for _, module, _ in found):
+        raise ValueError("The model has masks or other parametrisations already; bake_masks(model) removes masks.")
     if tie_scores and scores_init != "weight":
         raise ValueError("Tied scores share the weights' memory, so scores_init must be 'weight'.")
     _check_budget(projection, [(name, getattr(module, attribute)) for name, module, attribute in found])
@@ -136,7 +148,9 @@ def prune_parametrize(
         scores = theta if tie_scores else theta.clone()
         if scores_init == "random":
             nn.init.kaiming_uniform_(scores, a=5**0.5)
-        parametrize.register_parametrization(module, attribute, MaskedWeight(torch.ones_like(theta, dtype=torch.uint8), scores, projection, tie_scores))
+        parametrize.register_parametrization(
+            module, attribute, MaskedWeight(torch.ones_like(theta, dtype=torch.uint8), scores, projection, tie_scores)
+        )
     set_masks(model)
     return model
 
@@ -147,12 +161,17 @@ def _check_budget(projection: Projection, weights: list[tuple[str, Tensor]]) -> 
         total = sum(weight.numel() for _, weight in weights)
         kept = keep_count(projection.keep, total)
         if kept < len(weights):
-            raise ValueError(f"Keeping {projection.keep} of {total} weights leaves {kept} for {len(weights)} layers, so a layer would be empty; raise the keep ratio.")
+            raise ValueError(
+                f"Keeping {projection.keep} of {total} weights leaves {kept} for {len(weights)} layers, so "
+                "a layer would be empty; raise the keep ratio."
+            )
         return
     for name, weight in weights:
         units = {"filter": weight.shape[0], "channel": weight.shape[1]}.get(projection.structure, weight.numel())
         if keep_count(projection.keep, units) == 0:
-            raise ValueError(f"Keeping {projection.keep} of the {units} units of {name} leaves none; raise the keep ratio.")
+            raise ValueError(
+                f"Keeping {projection.keep} of the {units} units of {name} leaves none; raise the keep ratio."
+            )
 
 
 def masked_layers(model: nn.Module) -> list[MaskedLayer]:
@@ -160,15 +179,18 @@ def masked_layers(model: nn.Module) -> list[MaskedLayer]:
 
     Raises:
         ValueError: the model has no masked weight.
+
     """
     layers = []
     for prefix, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
-        for attribute, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
+        for attribute, chain in module.parametrizations.items():
             for masking in chain:
                 if isinstance(masking, MaskedWeight):
-                    layers.append(MaskedLayer(f"{prefix}.{attribute}" if prefix else attribute, chain.original, masking))
+                    layers.append(
+                        MaskedLayer(f"{prefix}.{attribute}" if prefix else attribute, chain.original, masking)
+                    )
     if not layers:
         raise ValueError(f"{type(model).__name__} has no masked layer; call prune_parametrize(model, keep=...) first.")
     return layers
@@ -176,10 +198,12 @@ def masked_layers(model: nn.Module) -> list[MaskedLayer]:
 
 @torch.no_grad()
 def set_masks(model: nn.Module) -> None:
-    """Recompute all masks from the scores, m = P_S(|s|), once for the whole network (section 2.4). No host synchronisation.
+    """Recompute all masks from the scores, m = P_S(|s|), once for the whole network (section 2.4). No host
+    synchronisation.
 
     Raises:
         ValueError: the model has no masks, or they are fixed.
+
     """
     layers = masked_layers(model)
     scores = []
@@ -204,7 +228,7 @@ def set_keep(model: nn.Module, keep: float) -> None:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(lower-level, upper-level) parameters: theta with biases and normalisation, and the scores. For two optimisers."""
+    """The parameters of both levels, for two optimisers: theta with biases and normalisation; and the scores."""
     scores = [layer.masking.scores for layer in masked_layers(model) if layer.masking.scores is not None]
     identities = {id(score) for score in scores}
     return [parameter for parameter in model.parameters() if id(parameter) not in identities], scores
@@ -216,7 +240,8 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fix_masks(model: M, masks: Mapping[str, Tensor]) -> M:
-    """Give a model fixed masks without scores, in place: what every baseline trains under, and BiP's optional fine-tuning.
+    """Give a model fixed masks without scores, in place: what every baseline trains under, and BiP's optional
+    fine-tuning.
 
     Args:
         model: with or without masks; existing ones (and scores) are replaced, theta stays unmasked.
@@ -224,10 +249,13 @@ def fix_masks(model: M, masks: Mapping[str, Tensor]) -> M:
 
     Raises:
         ValueError: a name or a shape that does not fit the model.
+
     """
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
         _remove(model, leave_parametrized=False)
     weights = {name: (module, attribute) for name, module, attribute in prunable_weights(model)}
+    if any(parametrize.is_parametrized(module) for module, _ in weights.values()):
+        raise ValueError("The model has other parametrisations on layers to be masked; remove them first.")
     for name, mask in masks.items():
         if name not in weights:
             raise ValueError(f"There is a mask for {name!r}, but the model has no such prunable weight.")
@@ -235,7 +263,9 @@ def fix_masks(model: M, masks: Mapping[str, Tensor]) -> M:
         weight = getattr(module, attribute)
         if weight.shape != mask.shape:
             raise ValueError(f"The mask of {name} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}.")
-        parametrize.register_parametrization(module, attribute, MaskedWeight(mask.to(weight.device, torch.uint8, copy=True)))
+        parametrize.register_parametrization(
+            module, attribute, MaskedWeight(mask.to(weight.device, torch.uint8, copy=True))
+        )
     return model
 
 
@@ -245,15 +275,32 @@ def freeze_masks(model: M) -> M:
 
 
 def bake_masks(model: M) -> M:
-    """Replace every masked weight by the plain weight z = m * theta, in place. The state dict is then the unmasked model's."""
+    """Replace every masked weight by the plain weight z = m * theta, in place; the modules are then as they were."""
     masked_layers(model)
     return _remove(model, leave_parametrized=True)
 
 
 def _remove(model: M, leave_parametrized: bool) -> M:
-    for _, module, attribute in list(prunable_weights(model)):
-        if parametrize.is_parametrized(module, attribute):
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=leave_parametrized)
+    """Undo prune_parametrize or fix_masks, leaving z (masked) or theta as the weights.
+
+    Not with torch's remove_parametrizations: it deletes the property from a class that copies of the module share, so
+    that baking a copy would break the original.
+    """
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        chains: dict[str, Any] = dict(module.parametrizations.items())  # type: ignore[union-attr, operator]
+        if not any(isinstance(masking, MaskedWeight) for chain in chains.values() for masking in chain):
+            continue
+        for chain in chains.values():
+            if leave_parametrized:
+                chain.original.data = chain().detach()
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        others = dict(module._parameters)
+        module._parameters.clear()
+        for attribute, parameter in ({a: chain.original for a, chain in chains.items()} | others).items():
+            module.register_parameter(attribute, parameter)
     return model
 
 
@@ -281,7 +328,10 @@ def check_no_empty_layer(model: nn.Module) -> None:
     """Raise ValueError, naming the layers, if the current masks leave a layer without any weight."""
     empty = [name for name, (kept, _) in kept_per_layer(model).items() if kept == 0]
     if empty:
-        raise ValueError(f"The masks leave no weight in {', '.join(empty)}: raise the keep ratio or give every layer a minimum with min_keep.")
+        raise ValueError(
+            f"The masks leave no weight in {', '.join(empty)}: raise the keep ratio, or give every "
+            "layer a minimum with min_keep."
+        )
 
 
 def mask_iou(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -289,9 +339,12 @@ def mask_iou(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
     Raises:
         ValueError: the two name different layers.
+
     """
     if a.keys() != b.keys():
-        raise ValueError(f"The masks are of different layers: {', '.join(sorted(set(a) ^ set(b)))} is in one of them only.")
+        raise ValueError(
+            f"The masks are of different layers: {', '.join(sorted(set(a) ^ set(b)))} is in one of them only."
+        )
     both = sum(int((a[name].bool() & b[name].bool()).sum()) for name in a)
     either = sum(int((a[name].bool() | b[name].bool()).sum()) for name in a)
     return both / either if either else 1.0

@@ -1,7 +1,9 @@
 """The released trainers, update for update (section 2.5), where they differ from the paper.
 
-Two optimisers hold *all* parameters. Frozen parameters keep a gradient of zeros, so each optimiser also decays, and carries the momentum of, what the other one trains.
-One iteration is four forward and three backward passes, and moves the running statistics of batch normalisation four times.
+Two optimisers hold *all* parameters. Frozen parameters keep a gradient of zeros, so each optimiser also decays, and
+carries the momentum of, what the other one trains.
+One iteration is four forward and three backward passes, and moves the running statistics of batch normalisation four
+times.
 """
 
 from collections.abc import Iterable
@@ -19,7 +21,8 @@ from tenfold_bip.masking import set_masks, split_parameters
 def released_optimizer(model: nn.Module, lr: float, momentum: float = 0.9, weight_decay: float = 1e-4) -> SGD:
     """SGD over all parameters of the masked model, scores included.
 
-    One tensor after the other (`foreach=False`): with tied scores a tensor is updated as weight first and as score afterwards, which a fused update over a list would not do.
+    One tensor after the other (`foreach=False`): with tied scores a tensor is updated as weight first and as score
+    afterwards, which a fused update over a list would not do.
     """
     return SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, foreach=False)
 
@@ -27,7 +30,9 @@ def released_optimizer(model: nn.Module, lr: float, momentum: float = 0.9, weigh
 def _groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(scores, weights and biases); batch normalisation is in neither since it is never frozen."""
     others, scores = split_parameters(model)
-    normalisation = {id(p) for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters(recurse=False)}
+    normalisation = {
+        id(p) for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters(recurse=False)
+    }
     return scores, [p for p in others if id(p) not in normalisation]
 
 
@@ -65,6 +70,7 @@ def released_bilevel_step(
 
     Returns:
         (loss, outputs) of the last forward pass, detached.
+
     """
     scores, weights = _groups(model)
     parameters = list(model.parameters())
@@ -102,10 +108,12 @@ def released_accelerate_step(
     *,
     loss_fn: LossFn = cross_entropy,
 ) -> tuple[Tensor, Tensor]:
-    """One iteration of the released "accelerate" trainer: scores on the train batch, then weights on the val batch, without implicit term.
+    """One iteration of the released "accelerate" trainer: scores on the train batch, then weights on the val batch,
+    without implicit term.
 
     Returns:
         (loss, outputs) on the train batch, detached.
+
     """
     scores, weights = _groups(model)
 
@@ -124,8 +132,11 @@ def released_accelerate_step(
     return loss.detach(), outputs
 
 
-def hydra_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, *, loss_fn: LossFn = cross_entropy) -> tuple[Tensor, Tensor]:
-    """One step of Hydra: scores (and batch normalisation) by the straight-through gradient, weights and biases frozen and never touched.
+def hydra_step(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, *, loss_fn: LossFn = cross_entropy
+) -> tuple[Tensor, Tensor]:
+    """One step of Hydra: scores (and batch normalisation) by the straight-through gradient, weights and biases frozen
+    and never touched.
 
     Args:
         model: with masks and scores, in training mode.
@@ -135,6 +146,7 @@ def hydra_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer,
 
     Returns:
         (loss, outputs), detached.
+
     """
     _, weights = _groups(model)
     _trainable(weights, False)

@@ -98,13 +98,15 @@ def accuracy(model: nn.Module) -> float:
 
 def evaluate(checkpoint: Path, options: RunOptions) -> None:
     """Accuracy of a checkpoint."""
-    tensors, kept = load_weights(checkpoint if checkpoint.is_file() else checkpoint / "checkpoints" / "last.safetensors")
+    tensors, kept = load_weights(
+        checkpoint if checkpoint.is_file() else checkpoint / "checkpoints" / "last.safetensors"
+    )
     model = network(kept["norm"])
     model.load_state_dict(tensors)
     print(f"accuracy {accuracy(model):.2f} %")
 
 
-def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """One arm with one seed."""
     recipe = load_recipe("tenfold_toy", arm.recipe, Recipe, **arm.options)
     with Run("toy", recipe, dataclasses.replace(options, name=f"{arm.name}-seed{seed}"), parent=folder / "runs") as run:
@@ -112,7 +114,7 @@ def measure(claim: Claim, arm: Arm, seed: int, options: RunOptions, folder: Path
         return Measurement(accuracy(model.cpu()), **run.usage())
 
 
-def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome]) -> list[ReportFigure]:
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
     """Nothing but bars."""
     import matplotlib.figure  # noqa: PLC0415
 

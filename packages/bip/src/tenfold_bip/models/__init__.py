@@ -63,6 +63,7 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: unknown name, or fewer than two classes.
+
     """
     if name not in _BUILDERS:
         nearest = difflib.get_close_matches(name, _BUILDERS, n=1)

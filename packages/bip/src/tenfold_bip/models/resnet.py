@@ -77,6 +77,7 @@ class SmallCifarResNet(nn.Module):
     Args:
         blocks: residual blocks in each of the three stages.
         num_classes: width of the head.
+
     """
 
     def __init__(self, blocks: Sequence[int], num_classes: int = 10) -> None:
@@ -111,6 +112,7 @@ class CifarResNet(nn.Module):
         blocks: residual blocks in each of the four stages.
         num_classes: width of the head.
         bottleneck: bottleneck blocks instead of basic ones.
+
     """
 
     def __init__(self, blocks: Sequence[int], num_classes: int = 10, *, bottleneck: bool = False) -> None:

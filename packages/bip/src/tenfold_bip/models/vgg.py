@@ -19,6 +19,7 @@ class VGG(nn.Module):
         depth: "11" or "16".
         num_classes: width of the head.
         batch_norm: batch normalisation after every convolution.
+
     """
 
     def __init__(self, depth: Literal["11", "16"], num_classes: int = 10, *, batch_norm: bool = True) -> None:

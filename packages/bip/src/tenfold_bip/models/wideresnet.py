@@ -49,6 +49,7 @@ class WideResNet(nn.Module):
         num_classes: width of the head.
         legacy_sub_block: register `sub_block1`, a copy of the first stage that is never called, as the released
             networks do. Its weights take part in the global ranking and use up budget; the paper's counts include it.
+
     """
 
     def __init__(self, depth: int, widen: int, num_classes: int = 10, *, legacy_sub_block: bool = False) -> None:
