@@ -127,7 +127,7 @@ def _locked(folder: Path, resume: bool) -> Iterator[None]:
             f"{folder} holds results already; add --resume to keep what is measured or choose another --name"
         )
     try:
-        with filelock.FileLock(folder / ".lock", blocking=False):
+        with filelock.FileLock(folder / ".lock", timeout=0):
             yield
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process; wait for it or choose another --name") from None

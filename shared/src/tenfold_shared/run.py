@@ -160,7 +160,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         """Lock the folder, write what identifies the run, take the state to resume from."""
-        self._lock = filelock.FileLock(self.directory / ".lock", blocking=False)
+        self._lock = filelock.FileLock(self.directory / ".lock", timeout=0)
         if self.is_main:
             self._claim_folder()
         self.accelerator.wait_for_everyone()
