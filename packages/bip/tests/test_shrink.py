@@ -140,7 +140,7 @@ def test_the_original_stays_and_the_result_exports() -> None:
     x = torch.randn(2, 3, 32, 32)
     small = shrink(model, x)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    exported = torch.export.export(small, (x,)).module()
+    exported = torch.export.export(small, (x,), strict=False).module()
     with torch.no_grad():
         torch.testing.assert_close(exported(x), small(x))
 
