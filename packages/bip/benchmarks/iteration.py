@@ -1,0 +1,113 @@
+"""Cost of one BiP iteration, as ratios measured in turns within one run.
+
+    python benchmarks/iteration.py [--model resnet20s] [--batch 64] [--rounds 7]
+
+Compares with a dense training step (the floor of an iteration is two of them: two forward-backward passes) and with the
+released trainer's iteration (four forward, three backward passes); and the masks' selection with a full sort.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tenfold_bip import bilevel_iteration, create_model, prune_parametrize, split_parameters
+from tenfold_bip.projections import keep_count, project_global
+from tenfold_bip.released import released_bilevel_step, released_optimizer
+
+
+def measure(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Shortest seconds of each arm. The arms take turns, so that a busy machine disturbs all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 1):
+        for name, arm in arms.items():
+            synchronize()
+            start = time.perf_counter()
+            arm()
+            synchronize()
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: min(values) for name, values in times.items()}
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def device() -> torch.device:
+    """The accelerator, if there is one."""
+    return (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
+
+
+def sorted_masks(importances: list[Tensor], keep: float) -> list[Tensor]:
+    """The straightforward projection: sort everything, write ones behind the cut."""
+    flat = torch.cat([importance.flatten() for importance in importances])
+    mask = torch.zeros_like(flat, dtype=torch.uint8)
+    mask[flat.argsort()[flat.numel() - keep_count(keep, flat.numel()) :]] = 1
+    return list(mask.split([importance.numel() for importance in importances]))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20s")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--keep", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    inputs = torch.randn(args.batch, 3, 32, 32, device=device())
+    targets = torch.randint(0, 10, (args.batch,), device=device())
+    batch = (inputs, targets)
+    dense = create_model(args.model, 10).to(device())
+    masked = prune_parametrize(copy.deepcopy(dense), args.keep)
+    released = prune_parametrize(copy.deepcopy(dense), args.keep)
+    dense_optimizer = torch.optim.SGD(dense.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    theta, scores = split_parameters(masked)
+    theta_optimizer = torch.optim.SGD(theta, 0.01, 0.9, weight_decay=1e-4)
+    score_optimizer = torch.optim.SGD(scores, 0.1, 0.9, weight_decay=1e-4)
+    released_optimizers = released_optimizer(released, 0.01), released_optimizer(released, 0.1)
+
+    def dense_step(model: nn.Module = dense) -> None:
+        dense_optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        dense_optimizer.step()
+
+    seconds = measure(
+        {
+            "dense training step": dense_step,
+            "BiP iteration": lambda: bilevel_iteration(masked, [batch], batch, theta_optimizer, score_optimizer),
+            "released iteration": lambda: released_bilevel_step(released, batch, batch, *released_optimizers),
+        },
+        args.rounds,
+    )
+    print(f"{args.model}, batch {args.batch}, {device()}, {torch.get_num_threads()} threads")
+    for name, value in seconds.items():
+        print(f"  {name:<22} {1e3 * value:9.2f} ms   {value / seconds['dense training step']:5.2f} x dense step")
+
+    importances = [score.detach().abs() for score in scores]
+    total = sum(importance.numel() for importance in importances)
+    for keep in (0.05, 0.5, 0.9):
+        seconds = measure(
+            {
+                "full sort": partial(sorted_masks, importances, keep),
+                "selection": partial(project_global, importances, keep),
+            },
+            args.rounds,
+        )
+        ratio = seconds["full sort"] / seconds["selection"]
+        print(
+            f"  masks of {total} weights at keep {keep}: {1e3 * seconds['selection']:.2f} ms, sort {ratio:.1f} x that"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What a network is worth and what it costs: accuracy, sparsity, operations (section 9); masks against masks; shrinking."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tenfold_bip.compat import load_official_checkpoint, load_official_state, recognise_architecture
+from tenfold_bip.data import Data, DataConfig, load_data
+from tenfold_bip.ledger import flops
+from tenfold_bip.masking import (
+    MaskedWeight,
+    expected_iou,
+    fix_masks,
+    keep_ratio,
+    kept_per_layer,
+    mask_iou,
+    prunable_weights,
+)
+from tenfold_bip.models import create_model
+from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.errors import UserError
+from tenfold_shared.images import Batches, StreamedBatches
+from tenfold_shared.run import Run, RunOptions
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """What to evaluate."""
+
+    checkpoint: Path
+    """A run's folder, a .safetensors file of ours, or a .pth.tar or .pt file of the authors' layout."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The images."""
+    batch_size: int = 256
+    """Images at a time."""
+    arch: str = ""
+    """Architecture, where the checkpoint's keys do not tell."""
+    keep: float = 0.0
+    """Keep ratio of an authors' checkpoint with scores (it does not hold its own); 0: evaluate it dense."""
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches: Batches | StreamedBatches, run: Run) -> Tensor:
+    """Top-1 accuracy in per cent over all processes, every sample counted once; stays on the device."""
+    training = model.training
+    model.eval()
+    correct = torch.zeros((), device=run.device)
+    for images, labels in batches.epoch(0):
+        if len(labels):
+            correct += (model(images).argmax(1) == labels).sum()
+    model.train(training)
+    return 100.0 * run.reduce(correct) / batches.samples
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Whether any weight of a model is masked."""
+    return any(isinstance(module, MaskedWeight) for module in model.modules())
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The weights of a run's folder, or the file itself."""
+    return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
+
+
+def load_model(checkpoint: Path, arch: str = "", keep: float = 0.0) -> tuple[nn.Module, dict]:
+    """The network of a checkpoint with its mask fixed, and what the checkpoint says about itself.
+
+    Ours hold z = m * theta, so the mask is where the weights are not zero.
+
+    Raises:
+        UserError: unreadable, or of no known architecture (the keys that do not fit are named).
+
+    """
+    path = weights_file(checkpoint)
+    if path.suffix == ".safetensors":
+        state, metadata = load_weights(path)
+        arch = arch or metadata.get("arch") or recognise_architecture(state)
+        model = create_model(arch, metadata.get("classes", 10))
+        load_official_state(model, state, arch)
+        masks = {name: getattr(module, attribute) != 0 for name, module, attribute in prunable_weights(model)}
+        pruned = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+        return fix_masks(model, pruned) if pruned else model, {**metadata, "arch": arch}
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: give a run's folder, a .safetensors or a .pth.tar file")
+    model = load_official_checkpoint(path, arch or None, keep=keep or 1.0)
+    return model, {"arch": arch or "recognised by its keys"}
+
+
+def evaluate(config: EvalConfig, options: RunOptions) -> None:
+    """Print accuracy, sparsity and operations of a checkpoint as one JSON line."""
+    model, about = load_model(config.checkpoint, config.arch, config.keep)
+    with Run.evaluation("bip", options) as run:
+        data = load_data(config.data, config.batch_size, run)
+        check_fit(model, data, config.data.name)
+        model = run.prepare(model)
+        reached = accuracy(model, data.evaluation, run).item()
+        if run.is_main:
+            print(json.dumps({**about, "accuracy": reached, **costs(run.unwrap(model), data.shape)}))
+
+
+def check_fit(model: nn.Module, data: Data, name: str) -> None:
+    """Refuse a network whose first layer takes images of other channels than the data set has.
+
+    Raises:
+        UserError: naming both.
+    """
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != data.shape[0]:
+        raise UserError(
+            f"the network takes images of {first.in_channels} channels and {name} has {data.shape[0]}: "
+            "choose another --arch or --data.name"
+        )
+
+
+def costs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, object]:
+    """Keep ratio over the prunable weights, kept weights by layer, operations of the dense and the sparse network."""
+    device = next(model.parameters()).device
+    operations = flops(model, torch.zeros(1, *shape, device=device))
+    kept = kept_per_layer(model) if has_masks(model) else {}
+    return {
+        "keep": keep_ratio(model) if kept else 1.0,
+        "flops_dense": operations.dense,
+        "flops_sparse": operations.sparse,
+        "kept_per_layer": {name: list(count) for name, count in kept.items()},
+    }
+
+
+def compare_masks(*checkpoints: str) -> None:
+    """Print the overlap (intersection over union) of the masks of every two checkpoints, and what chance would give."""
+    if len(checkpoints) < 2:
+        raise UserError("compare-masks takes two or more run folders or .safetensors files")
+    masks = {}
+    for name in checkpoints:
+        model, _ = load_model(Path(name))
+        masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
+    names = list(masks)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            keeps = [
+                sum(int(m.sum()) for m in masks[n].values()) / sum(m.numel() for m in masks[n].values())
+                for n in (first, second)
+            ]
+            chance = expected_iou(sum(keeps) / 2)
+            print(f"{first}  {second}  IoU {mask_iou(masks[first], masks[second]):.4f}  by chance {chance:.4f}")
+
+
+def shrink(checkpoint: Path, output: Path = Path("shrunk.pt2"), data: str = "digits") -> None:
+    """Remove the pruned filters and channels of a structured checkpoint and write the small network with torch.export."""
+    from tenfold_bip.shrink import shrink as remove  # noqa: PLC0415 - torch.fx and torch.export are slow to import
+
+    model, about = load_model(checkpoint)
+    shapes = {
+        "digits": (1, 8, 8),
+        "mnist": (1, 28, 28),
+        "fashion-mnist": (1, 28, 28),
+        "tiny-imagenet": (3, 64, 64),
+        "imagenet": (3, 224, 224),
+    }
+    example = torch.zeros(2, *shapes.get(data, (3, 32, 32)))
+    small = remove(model, example)
+    program = torch.export.export(small, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    torch.export.save(program, output)
+    before = sum(p.numel() for p in create_model(about["arch"], about.get("classes", 10)).parameters())
+    print(f"{output}: {sum(p.numel() for p in small.parameters())} of {before} parameters remain")

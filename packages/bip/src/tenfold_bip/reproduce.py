@@ -1,0 +1,271 @@
+"""The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import yaml
+
+from tenfold_bip.evaluate import load_model
+from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
+from tenfold_bip.train import Recipe, run_recipe
+from tenfold_shared.checkpoint import write_json, write_text
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
+from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.errors import UserError
+from tenfold_shared.report import COLOURS, ReportFigure, figure_style
+from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
+from tenfold_shared.run import Run, RunOptions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FROM_DENSE = ("bip", "imp", "omp", "hydra", "dense")  # the methods that start from a densely trained network
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments the miniature on digits."""
+    reproduce_claims("bip", claims, request, options, measure, figures)
+
+
+VALUES = {"test accuracy": "accuracy", "validation accuracy": "accuracy", "gradient evaluations": "passes"}
+"""Name of a claim's metric -> what of a run it is."""
+
+
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """What one arm gives with one seed; an arm that several claims share is run once."""
+    name = f"{arm.name}-{arm.key}-seed{seed}"
+    file = folder / "measured" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            write_json(file, dataclasses.asdict(_run_arm(arm, name, seed, options, folder)))
+        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    return dataclasses.replace(measured, value=measured.extras[VALUES[claim.metric.name]])
+
+
+def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) -> Measurement:
+    recipe = load_recipe("tenfold_bip", str(arm.recipe), Recipe, **arm.options)
+    if recipe.method in FROM_DENSE and recipe.pretrained is None:
+        recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
+    if recipe.method == "dense":
+        return _dense_accuracy(recipe)
+    with Run("bip", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+        _, result = run_recipe(run, recipe)
+        return Measurement(result.accuracy, extras={**dataclasses.asdict(result), "run": name}, **run.usage())
+
+
+def _dense_accuracy(recipe: Recipe) -> Measurement:
+    assert recipe.pretrained is not None
+    _, about = load_model(recipe.pretrained)
+    return Measurement(
+        about["accuracy"], extras={"accuracy": about["accuracy"], "passes": 0, "keep": 1.0, "history": []}
+    )
+
+
+def dense_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> Path:
+    """The folder of the dense training that all arms of a seed start from, trained by whoever comes first."""
+    dense = dataclasses.replace(recipe, **_dense_part(recipe))
+    name = f"dense-{recipe.arch}-{recipe.data.name}-seed{seed}"
+    directory = folder / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / f".{name}.lock"):
+        if not (directory / "checkpoints" / "last.safetensors").exists():
+            with Run("bip", dense, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+                run_recipe(run, dense)
+    return directory
+
+
+def _dense_part(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what only pruning reads, so that every arm's dense training is the same."""
+    kept = {"arch", "batch_size", "data", "dense", "rewind_epoch"}
+    defaults = {f.name: getattr(Recipe(), f.name) for f in dataclasses.fields(Recipe) if f.name not in kept}
+    return {**defaults, "method": "dense", "data": dataclasses.replace(recipe.data, upper="train")}
+
+
+# -- choosing values ------------------------------------------------------------------------------------------------------
+
+
+def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds: int = 3, jobs: int = 0) -> None:
+    """Run a recipe at every point of a grid of its values, judged on held-out training images.
+
+    The result, best point first, is printed and written to ``sweep.json`` in the run's folder. The test images are
+    never looked at: ``--data.validation`` must say which part of the training images takes their place.
+    """
+    if not recipe.data.validation:
+        raise UserError("sweep chooses values, which the test images must not do: add --data.validation 0.2")
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    folder = options.output / "bip" / f"sweep-{options.name or 'recipe'}"
+    write_text(folder / "recipe.yaml", to_yaml(recipe))
+    arms = {
+        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
+    }
+    claim = Claim(
+        id="sweep",
+        table="",
+        statement="",
+        data=recipe.data.name,
+        model=recipe.arch,
+        scale="mini",
+        provenance="none",
+        metric=Metric("validation accuracy", "%"),
+        method="point-0",
+        arms=arms,
+        seeds=seeds,
+    )
+    results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
+    rows = []
+    for name, point in zip(arms, points, strict=True):
+        values = [results["sweep", name, options.seed + i].value for i in range(seeds)]
+        interval = mean_interval([value for value in values if value is not None])
+        rows.append({**point, "values": values, "mean": interval.mean, "low": interval.low, "high": interval.high})
+    rows.sort(key=lambda row: -(row["mean"] or 0.0))
+    write_json(
+        folder / "sweep.json",
+        {
+            "recipe": yaml.safe_load(to_yaml(recipe)),
+            "metric": "validation accuracy, %",
+            "seeds": [options.seed + i for i in range(seeds)],
+            "points": rows,
+        },
+    )
+    for row in rows:
+        print(json.dumps({key: row[key] for key in (*grid, "mean", "values")}))
+    print(f"written to {folder / 'sweep.json'}")
+
+
+# -- figures --------------------------------------------------------------------------------------------------------------
+
+
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+    """Accuracy against sparsity, accuracy against gradient evaluations, and the overlap of the masks.
+
+    The last two show the sparsest claim that compares most methods.
+    """
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
+
+    metric = {claim.id: claim.metric.name for claim in claims}
+    accurate = [outcome for outcome in outcomes if metric[outcome.claim] == "test accuracy"]
+    if not accurate:
+        return []
+    sparsest = max(accurate, key=lambda outcome: (len(outcome.arms), -_keep(outcome)))
+    where = f"{claims[0].model} on {claims[0].data}"
+    drawn = []
+    with figure_style():
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        _accuracy_against_sparsity(axes, accurate)
+        drawn.append(
+            ReportFigure(
+                figure,
+                title="Accuracy against sparsity",
+                caption=f"{where}: mean over the seeds, bars span one standard deviation; dotted, the dense network.",
+                alt="Test accuracy of every method at every sparsity",
+            )
+        )
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        _accuracy_against_cost(axes, sparsest)
+        drawn.append(
+            ReportFigure(
+                figure,
+                title="Accuracy against gradient evaluations",
+                caption=f"{sparsest.claim}, every seed: where each method ends; thin lines are IMP on its way, by round.",
+                alt="Test accuracy against the number of forward-backward passes",
+            )
+        )
+        overlap = _overlaps(sparsest, folder)
+        if overlap:
+            figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+            _overlap_matrix(axes, *overlap)
+            chance = expected_iou(_keep(sparsest))
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Overlap of the masks",
+                    caption=f"{sparsest.claim}: intersection over union, mean over the seeds; by chance {chance:.2f}.",
+                    alt="Matrix of mask overlaps between methods",
+                )
+            )
+    return drawn
+
+
+def _keep(outcome: Outcome) -> float:
+    """The keep ratio that a claim's method ended at."""
+    points = _points(outcome, outcome.method)
+    return points[0][1]["keep"] if points else 1.0
+
+
+def _points(outcome: Outcome, arm: str) -> list[tuple[float, Mapping[str, Any]]]:
+    """(accuracy, extras) of the seeds of an arm that gave a value."""
+    result = outcome.arms[arm]
+    return [(value, extras) for value, extras in zip(result.values, result.extras, strict=True) if value is not None]
+
+
+def _colours(arms: Iterable[str]) -> dict[str, str]:
+    return dict(zip(arms, itertools.cycle(COLOURS)))
+
+
+def _accuracy_against_sparsity(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
+    arms = dict.fromkeys(arm for outcome in outcomes for arm in outcome.arms if arm != "dense")
+    for arm, colour in _colours(arms).items():
+        found: dict[float, tuple[float, float]] = {}
+        for outcome in outcomes:
+            if arm in outcome.arms and _points(outcome, arm):
+                result = outcome.arms[arm]
+                found[100 * (1 - _points(outcome, arm)[0][1]["keep"])] = (result.mean or 0.0, result.std or 0.0)
+        sparsity = sorted(found)
+        mean, std = [found[s][0] for s in sparsity], [found[s][1] for s in sparsity]
+        axes.errorbar(sparsity, mean, yerr=std, marker="o", capsize=3, label=arm, color=colour)
+    dense = [value for outcome in outcomes if "dense" in outcome.arms for value, _ in _points(outcome, "dense")]
+    if dense:
+        axes.axhline(sum(dense) / len(dense), linestyle=":", color="0.4", label="dense")
+    axes.set_xlabel("pruned weights, %")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend()
+
+
+def _accuracy_against_cost(axes: "Axes", outcome: Outcome) -> None:
+    for arm, colour in _colours(arm for arm in outcome.arms if arm != "dense").items():
+        points = _points(outcome, arm)
+        passes = [extras["passes"] for _, extras in points]
+        axes.plot(passes, [value for value, _ in points], "o", color=colour, label=arm)
+        for _, extras in points:
+            rounds = [entry for entry in extras["history"] if entry["passes"] > 0]
+            if len(rounds) > 1:
+                path = [entry["passes"] for entry in rounds], [entry["accuracy"] for entry in rounds]
+                axes.plot(*path, "-", color=colour, alpha=0.4, linewidth=1)
+    axes.set_xlabel("gradient evaluations after dense training")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend()
+
+
+def _overlaps(outcome: Outcome, folder: Path) -> tuple[list[str], list[list[float]]] | None:
+    """Arms, and the mean overlap between every two of them over the seeds."""
+    runs = {arm: [extras["run"] for _, extras in _points(outcome, arm) if "run" in extras] for arm in outcome.arms}
+    arms = [arm for arm, names in runs.items() if names]
+    if len(arms) < 2:
+        return None
+    masks = {}
+    for name in itertools.chain.from_iterable(runs.values()):
+        model, _ = load_model(folder / "runs" / name)
+        masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
+
+    def overlap(first: str, second: str) -> float:
+        pairs = [mask_iou(masks[a], masks[b]) for a, b in zip(runs[first], runs[second], strict=False)]
+        return sum(pairs) / len(pairs)
+
+    return arms, [[overlap(first, second) for second in arms] for first in arms]
+
+
+def _overlap_matrix(axes: "Axes", arms: list[str], matrix: list[list[float]]) -> None:
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    axes.set_xticks(range(len(arms)), arms, rotation=45, ha="right")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.grid(False)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    axes.figure.colorbar(image, ax=axes, label="intersection over union")

@@ -1,0 +1,179 @@
+"""Every recipe is built and stepped, every method runs, and BiP learns."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import tenfold_bip.data
+import tenfold_bip.train
+from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
+from tenfold_bip.data import DataConfig, load_data
+from tenfold_bip.evaluate import load_model
+from tenfold_bip.train import METHODS, Bilevel, Phase, Recipe, run_recipe
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import UserError
+from tenfold_shared.images import ImageSet
+from tenfold_shared.run import Run, RunOptions
+
+SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
+SHAPES |= {"tiny-imagenet": (3, 64, 64, 200), "imagenet": (3, 64, 64, 1000)}
+
+
+def short(method: str, **changes: object) -> Recipe:
+    """Every phase in an epoch or two."""
+    phase = Phase(epochs=1)
+    common = {"dense": Phase(epochs=2), "sparse": phase, "hydra": phase, "bilevel": Bilevel(epochs=1), "keep": 0.5}
+    return Recipe(method=method, rewind_epoch=1, **{**common, **changes})
+
+
+def options(folder: Path, **changes: object) -> RunOptions:
+    return RunOptions(output=folder, name="x", device="cpu", quiet=True, **changes)
+
+
+@pytest.mark.parametrize("name", list(recipes("tenfold_bip")))
+def test_every_recipe_is_built_and_stepped(name: str) -> None:
+    """The recipe's network at its real size takes one iteration of BiP on generated images of its data's shape."""
+    recipe = load_recipe("tenfold_bip", name, Recipe)
+    channels, height, width, classes = SHAPES[recipe.data.name]
+    model = prune_parametrize(create_model(recipe.arch, classes), recipe.keep, recipe.structure)
+    weights, scores = split_parameters(model)
+    lower = torch.optim.SGD(weights, recipe.bilevel.alpha, recipe.bilevel.momentum)
+    upper = torch.optim.SGD(scores, recipe.bilevel.beta, recipe.bilevel.momentum)
+    batch = torch.randn(2, channels, height, width), torch.tensor([0, classes - 1])
+    theta_step(model, batch, lower)
+    loss, outputs = m_step(model, batch, upper, gamma=recipe.bilevel.gamma)
+    assert torch.isfinite(loss)
+    assert outputs.shape == (2, classes)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_ends_at_its_keep_ratio(method: str, tmp_path: Path) -> None:
+    with Run("bip", short(method), options(tmp_path)) as run:
+        model, result = run_recipe(run, short(method))
+    assert result.keep == pytest.approx(1.0 if method == "dense" else 0.5, abs=1e-3)
+    per_phase = {"dense": 0, "bip": 2, "imp": 4}.get(method, 1)  # IMP comes to a half in four rounds: .8 .64 .512 .5
+    assert result.passes == per_phase * (1000 // 64)
+    loaded, about = load_model(tmp_path / "bip" / "x")
+    assert about["accuracy"] == result.accuracy
+    images = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(loaded.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"structure": "filter"}, {"structure": "channel"}, {"structure": "2:4"}, {"min_keep": 9}]
+)
+@pytest.mark.parametrize("method", ["bip", "omp"])
+def test_structures(method: str, changes: dict, tmp_path: Path) -> None:
+    recipe = short(method, **changes)
+    with Run("bip", recipe, options(tmp_path)) as run:
+        _, result = run_recipe(run, recipe)
+    assert 0.3 < result.keep < 0.8
+    assert all(kept > 0 for kept, _ in result.costs["kept_per_layer"].values())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trainer": "released", "tie_scores": True, "ig": "released"}, {"ig": "none", "lower_steps": 2}]
+)
+def test_variants_of_the_bilevel_loop(settings: dict, tmp_path: Path) -> None:
+    recipe = short("bip", bilevel=Bilevel(epochs=1, **settings))
+    with Run("bip", recipe, options(tmp_path)) as run:
+        _, result = run_recipe(run, recipe)
+    assert result.passes == 3 * (1000 // 64)
+
+
+@pytest.mark.parametrize("upper", ["train", "heldout"])
+def test_levels_see_different_batches(upper: str, tmp_path: Path) -> None:
+    """The two levels never see the same batch; a held-out upper level shares no image with the lower one."""
+    with Run("bip", Recipe(), options(tmp_path)) as run:
+        data = load_data(DataConfig(upper=upper), 50, run)
+    lower = torch.cat([images.flatten(1) for images, _ in data.lower.epoch(0)])
+    first = next(iter(data.upper.epoch(0)))[0].flatten(1)
+    assert not torch.equal(lower[:50], first)
+    if upper == "heldout":
+        stored = [{tuple(image.flatten().tolist()) for image in part.images} for part in (data.lower, data.upper)]
+        assert len(data.lower.images) == 900
+        assert len(stored[0] & stored[1]) <= 2  # a few digits are drawn twice in the data itself
+
+
+def test_validation_replaces_the_test_images(tmp_path: Path) -> None:
+    with Run("bip", Recipe(), options(tmp_path)) as run:
+        data = load_data(DataConfig(validation=0.2), 50, run)
+    assert (data.lower.samples, data.evaluation.samples) == (800, 200)
+
+
+def test_bip_learns(tmp_path: Path) -> None:
+    """Keeping a fifth of the weights on digits, far above the ten per cent of chance."""
+    recipe = Recipe(keep=0.2, dense=Phase(epochs=6), bilevel=Bilevel(epochs=6, alpha=0.1, beta=0.03))
+    with Run("bip", recipe, options(tmp_path)) as run:
+        model, result = run_recipe(run, recipe)
+    assert result.accuracy > 85.0
+    assert keep_ratio(model) == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (lambda: Recipe(keep=0.0), "keep"),
+        (lambda: Recipe(keep=1.5), "keep"),
+        (lambda: Recipe(arch="resnet99"), "resnet99"),
+        (lambda: Recipe(keep=0.0001), "empty"),
+        (lambda: Recipe(structure="filter", keep=0.001, pretrained=None, dense=Phase(epochs=2)), ""),
+        (lambda: Recipe(rewind_epoch=40), "rewind_epoch"),
+        (lambda: Recipe(method="synflow", structure="filter"), "synflow"),
+        (lambda: Recipe(batch_size=0), "batch_size"),
+        (lambda: Recipe(arch="resnet20s"), "3 channels and digits has 1"),
+    ],
+)
+def test_bad_recipes_are_refused_in_a_sentence(recipe, words: str, tmp_path: Path) -> None:
+    def attempt() -> None:
+        given = dataclasses.replace(recipe(), dense=Phase(epochs=2))
+        with Run("bip", given, options(tmp_path)) as run:
+            run_recipe(run, given)
+
+    if not words:
+        attempt()  # the smallest keep ratio still leaves one filter in every layer
+        return
+    with pytest.raises(UserError, match=words):
+        attempt()
+
+
+def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
+    from tenfold_shared.errors import RunFailure  # noqa: PLC0415
+
+    recipe = short("dense", dense=Phase(epochs=2, lr=1e30))
+    with pytest.raises(RunFailure, match="loss became"), Run("bip", recipe, options(tmp_path)) as run:
+        run_recipe(run, recipe)
+
+
+@pytest.mark.parametrize("broken", ["one class", "unreadable"])
+def test_bad_image_folders_are_refused(broken: str, tmp_path: Path) -> None:
+    from PIL import Image  # noqa: PLC0415
+
+    for split in ("train", "test"):
+        for label in ("a",) if broken == "one class" else ("a", "b"):
+            (tmp_path / "set" / split / label).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / "set" / split / label / "0.png")
+    if broken == "unreadable":
+        (tmp_path / "set" / "train" / "b" / "1.png").write_bytes(b"no image")
+    config = DataConfig(name="folder", root=tmp_path / "set")
+    with (
+        pytest.raises(UserError, match="class" if broken == "one class" else r"1\.png"),
+        Run("bip", Recipe(), options(tmp_path)) as run,
+    ):
+        load_data(config, 2, run)
+
+
+def test_an_image_folder_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coloured images of two classes, through the same recipe as CIFAR-10."""
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(64) % 2
+    images[labels == 1] //= 4
+    monkeypatch.setattr(tenfold_bip.data, "load_images", lambda *a, **k: ImageSet(images, labels, ("light", "dark")))
+    recipe = short("omp", arch="resnet20s", batch_size=32, data=DataConfig(name="folder", root=tmp_path))
+    with Run("bip", recipe, options(tmp_path)) as run:
+        model, result = run_recipe(run, recipe)
+    assert result.keep == pytest.approx(0.5, abs=1e-3)
+    assert torch.isfinite(cross_entropy(model(images[:4].float()), labels[:4]))

@@ -1,0 +1,158 @@
+"""Sums over the incidence list in O(memberships x width): the sparse products behind every encoder.
+
+The forward and the backward pass are the same operation on the two sorted orders of one structure, so nothing of the size
+``memberships x width`` is ever stored.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from tenfold_hypergcl.hypergraph import SortedIncidence
+
+CHUNK_VALUES = 1 << 22
+"""Largest temporary, in values, of the gradient with respect to membership weights."""
+
+
+def _sum_rows(
+    items: Float[Tensor, "items width"], into: SortedIncidence, weight: Float[Tensor, "memberships"] | None
+) -> Float[Tensor, "rows width"]:
+    if into.index.numel() == 0:
+        return items.new_zeros(into.offsets.numel() - 1, items.shape[1])
+    per_sample = None if weight is None else weight[into.position]
+    return F.embedding_bag(
+        into.index, items, into.offsets, mode="sum", per_sample_weights=per_sample, include_last_offset=True
+    )
+
+
+class _SumMembers(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, items: Tensor, weight: Tensor | None, into: SortedIncidence, outof: SortedIncidence
+    ) -> Tensor:
+        ctx.into, ctx.outof = into, outof
+        ctx.save_for_backward(items if ctx.needs_input_grad[1] else None, weight)
+        return _sum_rows(items, into, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grad_outputs
+        grad = grad.contiguous()
+        items, weight = ctx.saved_tensors
+        grad_items = _sum_rows(grad, ctx.outof, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            into: SortedIncidence = ctx.into
+            grad_weight = torch.empty_like(weight)
+            step = max(1, CHUNK_VALUES // items.shape[1])
+            for start in range(0, into.index.numel(), step):
+                part = slice(start, start + step)
+                dots = (grad[into.rows[part]] * items[into.index[part]]).sum(1)
+                grad_weight[into.position[part]] = dots
+        return grad_items, grad_weight, None, None
+
+
+def sum_members(
+    items: Float[Tensor, "items width"],
+    into: SortedIncidence,
+    outof: SortedIncidence,
+    weight: Float[Tensor, "memberships"] | None = None,
+) -> Float[Tensor, "rows width"]:
+    """``out[r] = sum over memberships (r, i) of weight * items[i]``.
+
+    ``into`` is the structure grouped by ``r``, ``outof`` the same one grouped by ``i``; ``weight`` is in the order of the list that
+    both were sorted from. Rows without members are zero. Differentiable in ``items`` and ``weight``.
+    """
+    if torch.is_autocast_enabled(items.device.type):
+        items = items.to(torch.get_autocast_dtype(items.device.type))
+    if weight is not None:
+        weight = weight.to(items.dtype)
+    return _SumMembers.apply(items.contiguous(), weight, into, outof)
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """Node features of which most are zero (bag-of-words), as the list of their other values.
+
+    It stands wherever an encoder takes a dense ``[nodes, features]`` tensor: dropout acts on the stored values (a zero stays a zero
+    either way) and the first linear map is a sparse product, so its cost follows the number of words, not the vocabulary.
+    """
+
+    values: Float[Tensor, "nonzeros"]
+    by_row: SortedIncidence
+    by_column: SortedIncidence
+    num_features: int
+
+    @classmethod
+    def from_dense(cls, x: Float[Tensor, "nodes features"]) -> "SparseFeatures":
+        """The sparse form of a dense matrix."""
+        where = torch.nonzero(x)
+        rows, columns = where[:, 0].contiguous(), where[:, 1].contiguous()
+        by_row = SortedIncidence.sort(rows, columns, x.shape[0])
+        return cls(x[rows, columns], by_row, SortedIncidence.sort(columns, rows, x.shape[1]), x.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(nodes, features)`` as of a dense tensor."""
+        return self.by_row.offsets.numel() - 1, self.num_features
+
+    @cached_property
+    def row_sums(self) -> tuple[Float[Tensor, "nodes"], Float[Tensor, "nodes"]]:
+        """The sums of values and of squares of each row."""
+        stacked = torch.stack([self.values, self.values.square()], dim=1)
+        sums = stacked.new_zeros(self.shape[0], 2).index_add_(0, self.by_row.rows, stacked[self.by_row.position])
+        return sums[:, 0], sums[:, 1]
+
+    def with_values(self, values: Float[Tensor, "nonzeros"]) -> "SparseFeatures":
+        """Other values at the same places."""
+        return SparseFeatures(values, self.by_row, self.by_column, self.num_features)
+
+    def matmul(self, right: Float[Tensor, "features width"]) -> Float[Tensor, "nodes width"]:
+        """``X @ right``."""
+        return sum_members(right, self.by_row, self.by_column, self.values)
+
+    def rows(self, index: Tensor) -> "SparseFeatures":
+        """The rows ``index``."""
+        return SparseFeatures.from_dense(self.to_dense()[index])
+
+    def repeat(self, times: int) -> "SparseFeatures":
+        """The matrix stacked ``times`` times over itself."""
+        nodes, entries = self.shape[0], self.values.numel()
+        by_row = SortedIncidence.concatenate([self.by_row] * times, [0] * times)
+        order, column = self.by_column, torch.arange(self.num_features, device=self.values.device)
+        key = torch.cat([column.repeat_interleave(order.offsets.diff(), output_size=entries)] * times)
+        rows = torch.cat([order.index + i * nodes for i in range(times)])
+        positions = torch.cat([order.position + i * entries for i in range(times)])
+        merged = SortedIncidence.sort(key, rows, self.num_features)
+        by_column = SortedIncidence(merged.offsets, merged.index, positions[merged.position])
+        return SparseFeatures(self.values.repeat(times), by_row, by_column, self.num_features)
+
+    def to_dense(self) -> Float[Tensor, "nodes features"]:
+        """The dense matrix."""
+        dense = self.values.new_zeros(self.shape)
+        dense[self.by_row.rows, self.by_row.index] = self.values[self.by_row.position]
+        return dense
+
+    def to(self, target: torch.device | str | torch.dtype) -> "SparseFeatures":
+        """The features on another device or in another precision."""
+        if isinstance(target, torch.dtype):
+            return self.with_values(self.values.to(target))
+        return SparseFeatures.from_dense(self.to_dense().to(target))
+
+
+Features = Tensor | SparseFeatures
+
+
+def stack_views(views: list[Features]) -> Features:
+    """The features of several views over one another, sparse if it is one sparse matrix for all."""
+    first = views[0]
+    if isinstance(first, SparseFeatures):
+        if all(view is first for view in views):
+            return first.repeat(len(views))
+        return torch.cat([view.to_dense() if isinstance(view, SparseFeatures) else view for view in views])
+    return torch.cat([view.to_dense() if isinstance(view, SparseFeatures) else view for view in views])

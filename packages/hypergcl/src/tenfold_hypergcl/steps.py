@@ -1,0 +1,186 @@
+"""The training objectives, one function a step (section 2.6): supervised, fabricated and generative contrastive learning.
+
+Each function computes one loss and leaves the gradients in place; the loop that calls them owns the optimisers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tenfold_hypergcl.augment import View, common_nodes
+from tenfold_hypergcl.contrast import info_nce, jsd, triplet_margin
+from tenfold_hypergcl.generative import (
+    TARGET_DROP_RATIO,
+    VHGAE,
+    Noise,
+    drop_ratio,
+    keep_weights,
+    sample_negatives,
+    vhgae_loss,
+)
+from tenfold_hypergcl.hypergraph import Hypergraph, Incidence, disjoint_union
+from tenfold_hypergcl.propagate import Features, SparseFeatures, stack_views
+from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """All that the outputs of some nodes depend on: a part of a hypergraph, its features, and the rows of the nodes in it."""
+
+    incidence: Incidence
+    x: Features
+    rows: Int[Tensor, "targets"]
+
+
+def receptive_field(h: Incidence, x: Features, targets: Int[Tensor, "targets"], layers: int) -> ReceptiveField:
+    """The part of ``h`` that ``layers`` layers of an encoder read for ``targets``.
+
+    Sums over incomplete neighbourhoods only occur at nodes that no target reads, so the targets' outputs are those of the whole
+    hypergraph. (Not with batch norm, whose statistics are over all rows.)
+    """
+    device = h.incidence.device
+    seen = torch.zeros(h.num_nodes, dtype=torch.bool, device=device)
+    seen[targets] = True
+    edges = torch.zeros(h.num_hyperedges, dtype=torch.bool, device=device)
+    for _ in range(layers):
+        edges[h.incidence[1, seen[h.incidence[0]]]] = True
+        seen[h.incidence[0, edges[h.incidence[1]]]] = True
+    nodes, kept_edges = torch.nonzero(seen).squeeze(1), torch.nonzero(edges).squeeze(1)
+    mask = edges[h.incidence[1]]
+    new_node = torch.cumsum(seen, 0) - 1
+    incidence = torch.stack([new_node[h.incidence[0, mask]], (torch.cumsum(edges, 0) - 1)[h.incidence[1, mask]]])
+    part = x.rows(nodes) if isinstance(x, SparseFeatures) else x[nodes]
+    return ReceptiveField(Incidence(incidence, nodes.numel(), kept_edges.numel()), part, new_node[targets])
+
+
+def supervised_loss(model: SetGNN, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the training nodes on the clean hypergraph, in a forward pass of its own."""
+    return F.cross_entropy(model(field.x, field.incidence, field.rows), labels)
+
+
+def contrastive_loss(
+    model: SetGNN,
+    first: View,
+    second: View,
+    temperature: float,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
+    loss: str = "info_nce",
+    input_dropout: float = INPUT_DROPOUT,
+) -> Float[Tensor, ""]:
+    """The contrast of two views (section 2.4); both go through the encoder in one pass.
+
+    ``weights`` scale the views' memberships (A6); None leaves them as they are.
+    """
+    views = [first, second]
+    union = disjoint_union([view.hypergraph for view in views])
+    x = stack_views([view.x for view in views])
+    weight = None
+    if any(part is not None for part in weights):
+        known = next(part for part in weights if part is not None)
+        weight = torch.cat(
+            [
+                known.new_ones(view.hypergraph.num_memberships) if part is None else part
+                for view, part in zip(views, weights, strict=True)
+            ]
+        )
+    z = model.project(x, union, weight, input_dropout)
+    z1, z2 = z.split([view.hypergraph.num_nodes for view in views])
+    return compare(z1, z2, temperature, loss, common_nodes(first, second))
+
+
+def compare(
+    z1: Float[Tensor, "nodes1 width"],
+    z2: Float[Tensor, "nodes2 width"],
+    temperature: float,
+    loss: str = "info_nce",
+    common: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, ""]:
+    """The loss named ``info_nce``, ``jsd`` or ``triplet`` between two views' representations."""
+    if loss == "info_nce":
+        return info_nce(z1, z2, temperature, common)
+    if loss not in {"jsd", "triplet"}:
+        raise ValueError(f"The contrastive loss is 'info_nce', 'jsd' or 'triplet', not {loss!r}.")
+    if common is not None:
+        z1, z2 = z1[common[0]], z2[common[1]]
+    return jsd(z1, z2) if loss == "jsd" else triplet_margin(z1, z2)
+
+
+@dataclass(frozen=True)
+class GeneratorLosses:
+    """What one generator step computed."""
+
+    total: Float[Tensor, ""]
+    vhgae: Float[Tensor, ""]
+    contrastive: Float[Tensor, ""]
+    drop_ratio: Float[Tensor, ""]
+    keep: Float[Tensor, "memberships"]
+
+
+def generator_step(
+    model: SetGNN,
+    generator: VHGAE,
+    h: Hypergraph,
+    x: Features,
+    contrast_weight: float,
+    temperature: float,
+    noise: Noise | None = None,
+    negatives: Int[Tensor, "2 negatives"] | None = None,
+    hard: bool = True,
+    kl_scale: str = "code",
+    objective: str = "vhgae",
+    drop_weight: float = 0.0,
+) -> GeneratorLosses:
+    """The generator's half of the adversarial game: ``L_vae - g_l * L(clean view, generated view)`` (section 2.6).
+
+    Leaves the gradients in the generator's ``grad`` and none in the model's. ``objective="drop"`` replaces ``L_vae`` by the distance of
+    the drop ratio from 0.3; ``drop_weight`` (``d_l``) adds that distance.
+    """
+    latents, logits, noise = generator(x, h, noise)
+    keep = keep_weights(logits, h, noise.gumbel, hard)
+    dropped = drop_ratio(keep, h)
+    if objective == "vhgae":
+        negatives = sample_negatives(h) if negatives is None else negatives
+        vae = vhgae_loss(logits, generator.decoder(latents, negatives), latents, kl_scale)
+    elif objective == "drop":
+        vae = (dropped - TARGET_DROP_RATIO).abs()
+    else:
+        raise ValueError(f"The generator's objective is 'vhgae' or 'drop', not {objective!r}.")
+    # The clean view does not depend on the generator, so its pass needs no graph; nor do the model's own gradients, thrown away.
+    with torch.no_grad():
+        z1 = model.project(x, h)
+    contrastive = info_nce(z1, model.project(x, h, keep), temperature)
+    total = vae - contrast_weight * contrastive
+    if drop_weight:
+        total = total + drop_weight * (dropped - TARGET_DROP_RATIO).abs()
+    parameters = [p for p in generator.parameters() if p.requires_grad]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
+        parameter.grad = gradient
+    return GeneratorLosses(*[value.detach() for value in (total, vae, contrastive, dropped, keep)])
+
+
+def generate_view(
+    generator: VHGAE, h: Hypergraph, x: Features, noise: Noise | None = None, hard: bool = True
+) -> Float[Tensor, "memberships"]:
+    """The keep weights of a fresh view, without gradients; the generator runs in evaluation mode and is left as it was."""
+    mode = generator.training
+    generator.eval()
+    with torch.no_grad():
+        _, logits, noise = generator(x, h, noise)
+        keep = keep_weights(logits, h, noise.gumbel, hard)
+    generator.train(mode)
+    return keep
+
+
+def generated_view(h: Hypergraph, x: Features, keep: Float[Tensor, "memberships"]) -> View:
+    """The view of hard keep weights as a smaller hypergraph: a weight of zero and a deleted membership are the same to sums.
+
+    Hyperedges that lost all members reach no node, so they vanish. (With the ``mean`` reducer the two differ: pass weights instead.)
+    """
+    mask = keep > 0.5
+    edges, new_edge = torch.unique(h.incidence[1, mask], return_inverse=True)
+    incidence = torch.stack([h.incidence[0, mask], new_edge])
+    real = int(mask[: h.num_real].sum())
+    return View(Hypergraph(incidence, h.num_nodes, edges.numel(), real, int((edges < h.num_real_hyperedges).sum())), x)

@@ -1,0 +1,28 @@
+"""Errors a user can act on, and imports that may be missing."""
+
+import importlib
+from typing import Any
+
+from tenfold_shared.errors import UserError
+
+
+class DataError(UserError):
+    """A file or an array that cannot be used; the message says which, why and what to do."""
+
+
+def import_open3d() -> Any:
+    """Open3D, which reads and writes meshes.
+
+    Raises:
+        ImportError: it is not installed, or a system library that it loads is missing.
+
+    """
+    try:
+        return importlib.import_module("open3d")
+    except ModuleNotFoundError as error:
+        raise ImportError("meshes need Open3D: pip install 'tenfold-nid[mesh]'") from error
+    except OSError as error:
+        raise ImportError(
+            f"Open3D is installed but cannot be loaded ({error}); on Debian and Ubuntu it needs the system packages "
+            "libusb-1.0-0, libgl1 and libgomp1"
+        ) from error

@@ -1,0 +1,236 @@
+"""Checkpoints, exports and data sets on disk."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tenfold_nid as nid
+from tenfold_nid import data
+from tenfold_nid.compat import infer_config
+from tenfold_shared.errors import UserError
+
+
+def dictionary(**fields: object) -> nid.NeuralDictionary:
+    torch.manual_seed(0)
+    base: dict = {
+        "num_experts": 24,
+        "num_topk": 3,
+        "hidden_dim": 16,
+        "ffm_map_size": 16,
+        "gate": "conv",
+        "gate_hidden": 8,
+        "size": (8, 8),
+        "num_signals": 4,
+    }
+    return nid.NeuralDictionary(
+        nid.DictionaryConfig(**{**base, **fields}), load_mode="official", importance_mode="signed"
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gate": "codebook"},
+        {"gate": "resnet"},
+        {"gate": "linear"},
+        {"gate": "codebook", "in_dim": 3, "out_dim": 1, "size": (4, 4, 4)},
+        {"pos_emb": "Id", "act_type": "sine", "num_layers": 3},
+        {"pos_emb": "pe", "num_freqs": 5},
+        {"noise": True, "gate_layers": 3},
+    ],
+    ids=str,
+)
+def test_official_checkpoints_go_round(fields: dict, tmp_path) -> None:
+    model = dictionary(**fields).eval()
+    nid.save_official_checkpoint(model, tmp_path / "0001.ckpt", epoch=1)
+    raw = torch.load(tmp_path / "0001.ckpt", weights_only=True)
+    assert set(raw) == {"model", "optimizer", "current_epoch"}
+    assert len(raw["optimizer"]["param_groups"][0]["params"]) == len(list(model.parameters()))
+    loaded = nid.load_official_checkpoint(tmp_path / "0001.ckpt")
+    assert loaded.config.num_topk == 3
+    signal = torch.arange(4) if model.config.gate == "codebook" else torch.rand(2, 8, 8, 3)
+    coords = torch.rand(7, model.config.in_dim)
+    assert torch.equal(loaded(signal, coords).preds, model(signal, coords).preds)
+
+
+def test_the_released_layout_is_read_off_the_shapes() -> None:
+    with torch.device("meta"):
+        state = nid.NeuralDictionary(nid.celeba_config(128)).state_dict()
+    state["experts.map.B"] = torch.randn(1024, 2) * 256
+    config = infer_config(state)
+    assert (config.num_experts, config.num_topk, config.out_dim, config.hidden_dim) == (4096, 256, 3, 512)
+    assert (config.gate, config.size, config.ffm_map_size, config.num_layers) == ("resnet", (128, 128), 2048, 4)
+    assert config.ffm_map_scale == pytest.approx(256, rel=0.05)
+
+
+def test_checkpoints_that_do_not_fit_list_their_keys(tmp_path) -> None:
+    path = tmp_path / "bad.ckpt"
+    good = dictionary().state_dict()
+
+    def load_with(state: object) -> None:
+        torch.save(state, path)
+        nid.load_official_checkpoint(path)
+
+    with pytest.raises(nid.DataError, match=r"missing: experts\.net\.net\.0\.0\.bias"):
+        load_with({"model": {k: v for k, v in good.items() if k != "experts.net.net.0.0.bias"}})
+    with pytest.raises(nid.DataError, match="unexpected: extra"):
+        load_with({"model": {**good, "extra": torch.zeros(1)}})
+    with pytest.raises(nid.DataError, match="does not fit 72 head outputs"):
+        load_with({"model": {**good, "gate_generator.fc.weight": torch.zeros(30, 8)}})
+    with pytest.raises(nid.DataError, match=r"of another shape: gate_generator\.fc\.bias"):
+        load_with({"model": {**good, "gate_generator.fc.bias": torch.zeros(5)}})
+    with pytest.raises(nid.DataError, match="there is no gate_generator"):
+        load_with({"model": {k: v for k, v in good.items() if k.startswith("experts")}})
+    with pytest.raises(nid.DataError, match="no dictionary of tensors"):
+        load_with([1, 2])
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(nid.DataError, match=r"bad\.ckpt"):
+        nid.load_official_checkpoint(path)
+    path.write_bytes(pickle.dumps({"model": print}))
+    with pytest.raises(nid.DataError, match="tensors only"):
+        nid.load_official_checkpoint(path)
+    with pytest.raises(nid.DataError, match=r"huggingface\.co"):
+        nid.load_official_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(ValueError, match="independent atoms"):
+        nid.save_official_checkpoint(dictionary(atoms="independent"), path)
+
+
+def test_official_configuration_files(tmp_path) -> None:
+    path = tmp_path / "train.txt"
+    path.write_text(
+        "expname = faces\nnum_experts=4096  # atoms\n\nlr = 1e-4\ndownsampled_size = [128, 128]\nsiren = True\n"
+    )
+    assert nid.parse_official_config(path) == {
+        "expname": "faces",
+        "num_experts": 4096,
+        "lr": 1e-4,
+        "downsampled_size": [128, 128],
+        "siren": True,
+    }
+    path.write_text("nonsense\n")
+    with pytest.raises(nid.DataError, match=":1: expected"):
+        nid.parse_official_config(path)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"pos_emb": "Id", "act_type": "sine"}, {"pos_emb": "pe", "num_freqs": 3}], ids=str
+)
+def test_a_single_signal_needs_no_dictionary(fields: dict, tmp_path) -> None:
+    model = dictionary(**fields).double()
+    code = model.sparse_code(torch.rand(2, 8, 8, 3, dtype=torch.float64)).detach()
+    coords = torch.rand(31, 2, dtype=torch.float64)
+    network = nid.single_signal(model, code[1])
+    assert torch.allclose(network(coords), model.render(code, coords)[1], rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="27 numbers, got 26"):
+        nid.single_signal(model, code[1, 1:])
+    with pytest.raises(ValueError, match="shared trunk"):
+        nid.single_signal(dictionary(atoms="independent"), code[1])
+
+
+def test_onnx_gives_the_same_numbers(tmp_path) -> None:
+    pytest.importorskip("onnxscript", reason="ONNX export needs the extra tenfold-nid[onnx]")
+    runtime = pytest.importorskip("onnxruntime", reason="comparing ONNX needs onnxruntime")
+    model = dictionary()
+    network = nid.single_signal(model, model.sparse_code(torch.rand(1, 8, 8, 3))[0])
+    nid.save_onnx(network, tmp_path / "signal.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "signal.onnx"), providers=["CPUExecutionProvider"])
+    for count in (5, 64):
+        coords = torch.rand(count, 2)
+        (values,) = session.run(None, {"coords": coords.numpy()})
+        np.testing.assert_allclose(values, network(coords).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_codes_are_small_and_close() -> None:
+    model = dictionary(num_experts=600, num_topk=20)
+    code = model.sparse_code(torch.rand(5, 8, 8, 3)).detach()
+    packed = nid.pack_codes(code, 600, 20)
+    back = nid.unpack_codes(packed)
+    assert packed.num_bytes < 5 * (20 * 3 + 3 + 8 + 1)
+    step = code[:, :600].abs().amax(dim=1, keepdim=True) / 127
+    assert bool(((back - code)[:, :600].abs() <= 0.51 * step).all())
+    assert torch.equal(back[:, :600] != 0, (code[:, :600].abs() > 0.5 * step))
+    with pytest.raises(ValueError, match="can be kept"):
+        nid.pack_codes(code, 600, 601)
+
+
+def write_image(path, size=(178, 218), seed=0, mode="RGB") -> None:
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    pixels = np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+    Image.fromarray(pixels).save(path, format="PNG")
+
+
+def test_celeba_layout(tmp_path) -> None:
+    (tmp_path / "img_align_celeba").mkdir()
+    (tmp_path / "list_eval_partition.txt").write_text("".join(f"{i:06d}.jpg {i % 3}\n" for i in range(6)))
+    for i in range(6):
+        write_image(tmp_path / "img_align_celeba" / f"{i:06d}.jpg", seed=i)
+    images = data.celeba(tmp_path, "test", subset=1, size=(32, 32))
+    assert images.shape == (1, 32, 32, 3)
+    assert data.celeba_names(tmp_path, "test") == ["000002.jpg", "000005.jpg"]
+    (tmp_path / "img_align_celeba" / "000002.jpg").write_bytes(b"\x89PNG broken")
+    with pytest.raises(nid.DataError, match=r"000002\.jpg is no image, or damaged"):
+        data.celeba(tmp_path, "test", subset=1)
+    (tmp_path / "list_eval_partition.txt").write_text("a.jpg 7\n")
+    with pytest.raises(nid.DataError, match=":1: expected"):
+        data.celeba_names(tmp_path, "train")
+    with pytest.raises(nid.DataError, match=r"mmlab\.ie\.cuhk\.edu\.hk"):
+        data.celeba(tmp_path / "nowhere")
+
+
+def test_frames_faces_and_slices(tmp_path) -> None:
+    for i in range(9):
+        write_image(tmp_path / f"{i:03d}.png", (12, 10), seed=i)
+        write_image(tmp_path / f"subject{i:02d}.happy", (12, 10), seed=i, mode="L")
+    assert data.frames(tmp_path).shape == (9, 10, 12, 3)
+    assert data.yale(tmp_path, "train").shape == (8, 10, 12, 1)
+    assert data.yale(tmp_path, "test").shape == (1, 10, 12, 1)
+    write_image(tmp_path / "999.png", (13, 10))
+    with pytest.raises(nid.DataError, match="all must be alike"):
+        data.frames(tmp_path)
+    with pytest.raises(nid.DataError, match="holds no images"):
+        data.frames(tmp_path / "none")
+    np.save(tmp_path / "images.npy", np.zeros((3, 8, 9)))
+    assert data.ct_images(tmp_path / "images.npy").shape == (3, 8, 9, 1)
+    np.save(tmp_path / "flat.npy", np.zeros((3, 8)))
+    with pytest.raises(nid.DataError, match=r"\[N, H, W\]"):
+        data.ct_images(tmp_path / "flat.npy")
+    np.save(tmp_path / "code.npy", np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(nid.DataError, match="no array of numbers"):
+        data.ct_images(tmp_path / "code.npy")
+
+
+def test_shapes_on_disk(tmp_path) -> None:
+    np.save(tmp_path / "abc.sdf.npy", np.zeros((4, 4, 4), np.float32))
+    ((name, volume),) = data.sdf_volumes(tmp_path)
+    assert name == "abc"
+    assert volume.shape == (4, 4, 4, 1)
+    with pytest.raises(nid.DataError, match=r"missing\.sdf\.npy is missing"):
+        list(data.sdf_volumes(tmp_path, ["missing"]))
+    splits = tmp_path / "pix2mesh_splits_val05.json"
+    splits.write_text(json.dumps({"train": {"03001627": ["b", "a"]}}))
+    assert data.shapenet_ids(splits, "train") == ["a", "b"]
+    with pytest.raises(nid.DataError, match="no entry"):
+        data.shapenet_ids(splits, "test")
+    with pytest.raises(nid.DataError, match="unknown category"):
+        data.shapenet_ids(splits, "train", "1")
+    (tmp_path / "points.xyz").write_text("0 0 1 0 0 2\n1 0 0 3 0 0\n")
+    points, normals = data.point_cloud(tmp_path / "points.xyz")
+    assert points.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert normals.tolist() == [[0, 0, 1], [1, 0, 0]]
+    (tmp_path / "points.xyz").write_text("0 0 1\n")
+    with pytest.raises(nid.DataError, match="rows of 3 numbers"):
+        data.point_cloud(tmp_path / "points.xyz")
+
+
+def test_fetched_data_sets_are_named_when_missing(tmp_path) -> None:
+    with pytest.raises(UserError, match="cifar"):
+        data.cifar10(tmp_path)
+    with pytest.raises(nid.DataError, match="Olivetti faces are missing"):
+        data.olivetti(tmp_path)
+    assert data.every_eighth(20, "test") == [1, 9, 17]
+    assert data.spread(10, 4) == [0, 3, 6, 9]

@@ -1,0 +1,142 @@
+"""Runs: phases, exact resume, failure and interruption, the tracker."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tenfold_shared.errors import Interrupted, RunFailure, UserError
+from tenfold_shared.run import Run, RunOptions, derived_seed
+
+sys.path.insert(0, str(Path(__file__).parent / "toy"))
+
+from tenfold_toy.processes import batch_norm_of_half
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A recipe."""
+
+    width: int = 3
+
+
+def options(folder: Path, **changes: object) -> RunOptions:
+    settings = {"name": "x", "device": "cpu", "quiet": True, "checkpoint_every": 1, **changes}
+    return RunOptions(output=folder, **settings)
+
+
+def fit(run: Run, steps: int, stop_at: int = -1, bad_at: int = -1) -> nn.Module:
+    """A noisy descent with dropout, so that random numbers matter."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimiser = torch.optim.Adam(model.parameters(), 0.1)
+    model, optimiser = run.prepare(model, optimiser)
+    for step in run.steps("train", steps, model=model, optimiser=optimiser):
+        loss = model(torch.randn(4, 3)).square().mean() * (float("inf") if step == bad_at else 1.0)
+        optimiser.zero_grad()
+        run.backward(loss)
+        optimiser.step()
+        run.log(loss=loss)
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+    run.complete("train", model, note="done")
+    return model
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    with Run("demo", Recipe(), options(tmp_path / "a")) as run:
+        whole = fit(run, 12).state_dict()
+    with pytest.raises(Interrupted), Run("demo", Recipe(), options(tmp_path / "b")) as run:
+        fit(run, 12, stop_at=4)
+    with Run("demo", Recipe(), options(tmp_path / "b", resume=True)) as run:
+        resumed = fit(run, 12).state_dict()
+        assert len(run.logged("train", "loss")) == 12
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_closed_phase_is_not_done_again(tmp_path: Path) -> None:
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        model = fit(run, 3)
+    with Run("demo", Recipe(), options(tmp_path, resume=True)) as run:
+        again = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        assert list(run.steps("train", 3, model=again)) == []
+        assert run.complete("train", again) == {"note": "done"}
+    assert torch.equal(again[0].weight, model[0].weight)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunFailure, match="loss became inf at step 5 of phase train"),
+        Run("demo", Recipe(), options(tmp_path)) as run,
+    ):
+        fit(run, 12, bad_at=5)
+    state = torch.load(tmp_path / "demo" / "x" / "checkpoints" / "state.pt", weights_only=True)
+    assert state["step"] == 5
+    assert all(torch.isfinite(tensor).all() for tensor in state["tracked"]["model"].values())
+
+
+def test_the_folder_is_refused_when_it_is_another_runs(tmp_path: Path) -> None:
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        fit(run, 2)
+        with pytest.raises(UserError, match="in use"), Run("demo", Recipe(), options(tmp_path, resume=True)):
+            pass
+    with pytest.raises(UserError, match="--resume"), Run("demo", Recipe(), options(tmp_path)):
+        pass
+    with pytest.raises(UserError, match="differs"), Run("demo", Recipe(width=4), options(tmp_path, resume=True)):
+        pass
+
+
+@pytest.mark.parametrize("changes", [{"name": "a/b"}, {"checkpoint_every": -1}])
+def test_options_are_checked(tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(UserError, match="--"):
+        options(tmp_path, **changes)
+
+
+def test_values_logged_in_one_step_are_one_line(tmp_path: Path) -> None:
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        for step in run.steps("count", 3):
+            run.log(a=step)
+            run.log(b=2 * step)
+    lines = [json.loads(line) for line in (tmp_path / "demo" / "x" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["a"], line["b"]) for line in lines] == [(0, 0, 0), (1, 1, 2), (2, 2, 4)]
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is an optional extra")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with Run("demo", Recipe(), options(tmp_path, tracker="wandb")) as run:
+        fit(run, 3)
+    assert list((tmp_path / "demo" / "x" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_precision_bf16_runs(tmp_path: Path) -> None:
+    with Run("demo", Recipe(), options(tmp_path, precision="bf16")) as run:
+        assert fit(run, 2)[0].weight.dtype == torch.float32
+
+
+def test_derived_seeds_are_fixed_and_apart() -> None:
+    seeds = {derived_seed(seed, phase, step) for seed in range(3) for phase in "ab" for step in range(50)}
+    assert len(seeds) == 300
+    assert derived_seed(0, "a", 1) == derived_seed(0, "a", 1) < 2**63
+    assert derived_seed(1, 11) != derived_seed(11, 1)
+
+
+def test_batch_norm_over_processes_is_that_of_one(tmp_path: Path) -> None:
+    """Outputs, gradients and running statistics, with shares of 2 and 4 samples."""
+    torch.multiprocessing.spawn(batch_norm_of_half, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3).double()
+    inputs = torch.randn(6, 3, 4, 4, dtype=torch.float64).requires_grad_()
+    outputs = layer(inputs)
+    (outputs * torch.arange(6.0, dtype=torch.float64)[:, None, None, None]).sum().backward()
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([share[0] for share in shares]), outputs.detach())
+    torch.testing.assert_close(torch.cat([share[1] for share in shares]), inputs.grad)
+    for share in shares:
+        torch.testing.assert_close(share[2], layer.running_mean)
+        torch.testing.assert_close(share[3], layer.running_var)

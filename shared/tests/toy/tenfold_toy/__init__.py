@@ -1,0 +1,1 @@
+"""A package in the tenfold pattern, small enough to prove the conformance suite with."""

@@ -1,0 +1,18 @@
+"""What tests start in processes of their own; importable, so that a new process finds it."""
+
+import torch
+from torch import nn
+
+from tenfold_shared.run import synchronise_batch_norm
+
+
+def batch_norm_of_half(rank: int, folder: str) -> None:
+    """Outputs, gradients and statistics of a batch norm that sees 2 or 4 of 6 samples."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layer = synchronise_batch_norm(nn.BatchNorm2d(3).double(), 2, torch.device("cpu"))
+    inputs = torch.randn(6, 3, 4, 4, dtype=torch.float64)[2 * rank : 2 + 4 * rank].requires_grad_()
+    outputs = layer(inputs)
+    (outputs * torch.arange(6.0, dtype=torch.float64)[2 * rank : 2 + 4 * rank, None, None, None]).sum().backward()
+    torch.save([outputs.detach(), inputs.grad, layer.running_mean, layer.running_var], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
