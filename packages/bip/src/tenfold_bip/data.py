@@ -51,7 +51,7 @@ class DataConfig:
             raise UserError(f"--data.validation is a fraction of the training images in [0, 1), got {self.validation}")
 
 
-EVALUATION_BATCH = 1000  # images at a time: no gradients are kept, so it may be large
+EVALUATION_BATCH = 1000  # images at a time in each process: no gradients are kept, so it may be large
 
 
 class Data(NamedTuple):
@@ -100,7 +100,7 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
         return Batches(
             chosen.images,
             chosen.labels,
-            min(batch_size if training else EVALUATION_BATCH, len(chosen)),
+            min(batch_size, len(chosen)) if training else EVALUATION_BATCH * run.world,
             seed=derived_seed(seed, purpose),
             shuffle=training,
             augment=augment if training else (),
