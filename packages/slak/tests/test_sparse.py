@@ -2,7 +2,7 @@
 
 import copy
 import math
-from datetime import timedelta
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,17 +29,9 @@ from tenfold_slak.models.slak import SLaK
 from tenfold_slak.optim import cosine_schedule, parameter_groups, stage_id
 from tenfold_slak.sparse import CosinePruneRate, DynamicSparseTraining, grow_by_score, grow_random, prune
 
+sys.path.insert(0, str(Path(__file__).parent))
 
-def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 12), nn.ReLU(),
-        nn.Linear(12, 3),
-    )  # fmt: skip
-
-
-def batch(seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, 2, 4, 4, generator=generator), torch.randint(3, (size,), generator=generator)
+from slak_processes import batch, network, train_as_rank
 
 
 def training(
@@ -295,28 +287,9 @@ def test_resume_is_exact(growth: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def _rank(rank: int, folder: str) -> None:
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(network())
-    # Each rank draws its own masks and its own growth: rank 0's must win both times.
-    masks = initial_masks(model, 0.5, "uniform", seed=rank)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    sparse = DynamicSparseTraining(model, masks, optimizer, CosinePruneRate(0.4, 40), 1, "random", seed=rank)
-    for step in range(3):
-        x, y = batch(10 * step + rank)
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        sparse.step()
-        optimizer.zero_grad()
-    torch.save({"masks": sparse.masks, "model": model.module.state_dict()}, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_share_rank_zeros_masks(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    mp.spawn(train_as_rank, (str(tmp_path),), nprocs=2)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert one["masks"].keys() == two["masks"].keys()
     assert all("module" not in name for name in one["masks"])
