@@ -154,7 +154,7 @@ def score_targets(
             picture = render_target(model, views, samples, importance, inverse=inverse, stride=stride)
         found = score_picture(picture, target, views, stride, with_lpips=with_lpips)
         for column, name in enumerate(names):
-            table[number, column] = found[name] if name in found else math.nan
+            table[number, column] = found.get(name, math.nan)
     return [Scores(**dict(zip(names, row, strict=True))) for row in run.reduce(table).tolist()]
 
 
@@ -186,11 +186,11 @@ def score_picture(
         "ssim": ssim(rgb, truth),
         "nearest_psnr": psnr(nearest_view(views.camera, views.images, views.cameras)[::stride, ::stride], truth),
     }
-    alpha = target.scene.alpha(target.index)
+    alpha = target.scene.alpha(target.view)
     if alpha is not None:
         row["foreground_psnr"] = psnr(rgb, truth, torch.from_numpy(alpha[::stride, ::stride] > 0).to(truth))
     if target.scene.depth is not None:
-        true_depth = torch.from_numpy(target.scene.depth[target.index][::stride, ::stride]).to(truth)
+        true_depth = torch.from_numpy(target.scene.depth[target.view][::stride, ::stride]).to(truth)
         row["depth_error"], row["depth_correlation"] = depth_scores(depth, true_depth)
         row["constant_depth_error"] = constant_depth_error(true_depth)
     if with_lpips:

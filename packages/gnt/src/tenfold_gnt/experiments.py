@@ -93,7 +93,7 @@ class Target(NamedTuple):
     """A view to be judged on: where it is, and the scene whose views it may be rendered from."""
 
     scene: Scene
-    index: int
+    view: int
     pool: Scene | None
     method: Distance
 
@@ -104,7 +104,7 @@ class Target(NamedTuple):
             UserError: the pool has fewer views.
 
         """
-        return evaluation_views(self.scene, self.index, sources, self.method, self.pool)
+        return evaluation_views(self.scene, self.view, sources, self.method, self.pool)
 
 
 def training_set(config: DataConfig) -> TrainingViews | Mixture:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurem
     recipe = load_recipe("tenfold_gnt", str(arm.recipe), Recipe, **arm.options)
     with Run("gnt", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
         model, result = run_recipe(run, recipe)
-        scores = {key: value for key, value in dataclasses.asdict(result.scores).items() if value == value}  # no NaN
+        scores = {key: value for key, value in dataclasses.asdict(result.scores).items() if not math.isnan(value)}
         about = {
             "scores": scores,
             "history": result.history,
@@ -132,10 +133,12 @@ def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
         for cell, picture in zip(row, shown, strict=False):
             cell.imshow(np.clip(picture.numpy(), 0, 1))
         depths = [p.depth.numpy() for p in found.values()]
-        truth = None if target.scene.depth is None else target.scene.depth[target.index]
+        truth = None if target.scene.depth is None else target.scene.depth[target.view]
         for cell, depth in zip(row[len(shown) :], [truth, *depths], strict=True):
             if depth is not None:
-                cell.imshow(np.where(np.isfinite(depth), depth, np.nan), cmap="viridis_r", vmin=views.near, vmax=views.far)
+                cell.imshow(
+                    np.where(np.isfinite(depth), depth, np.nan), cmap="viridis_r", vmin=views.near, vmax=views.far
+                )
         for cell in row:
             cell.set_xticks([])
             cell.set_yticks([])

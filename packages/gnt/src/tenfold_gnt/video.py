@@ -20,7 +20,7 @@ from tenfold_gnt.evaluate import load_model
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.features import FeatureMaps
 from tenfold_gnt.projection import source_views
-from tenfold_gnt.render import Model, Picture, Sampling, Views, render_pixels, surface_points
+from tenfold_gnt.render import Model, Sampling, Views, render_pixels, surface_points
 from tenfold_gnt.views import nearest_views
 from tenfold_shared.checkpoint import atomic_write, write_json
 from tenfold_shared.errors import UserError
@@ -186,16 +186,17 @@ def path_frames(config: RenderConfig) -> list[Frame]:
         path = read_poses(config.poses)
     matrix = torch.from_numpy(cameras.intrinsics[:1]).float().expand(len(path), 3, 3)
     packed = pack_cameras(matrix, torch.from_numpy(path).float(), cameras.height, cameras.width)
-    return [Frame(_resized(camera, config), *map(float, bounds), pool, targets[0].method, None) for camera in packed]
+    near, far = map(float, bounds)
+    return [Frame(_resized(camera, config), near, far, pool, targets[0].method, None) for camera in packed]
 
 
 def _judged_frame(target: Target, config: RenderConfig) -> Frame:
     cameras = target.scene.cameras
     assert cameras.near is not None
     assert cameras.far is not None
-    near, far = float(cameras.near[target.index]), float(cameras.far[target.index])
-    camera = _resized(packed_cameras(target.scene)[target.index], config)
-    own = target.index if target.pool is None else None
+    near, far = float(cameras.near[target.view]), float(cameras.far[target.view])
+    camera = _resized(packed_cameras(target.scene)[target.view], config)
+    own = target.view if target.pool is None else None
     return Frame(camera, near, far, target.pool or target.scene, target.method, own)
 
 
@@ -237,7 +238,7 @@ def render_frame(
     for pixels, tile in zip(_tiles(height, width, config.tile_rows), tiles, strict=True):
         if tile.exists():
             continue
-        parts = render_pixels(
+        rgb, depth, confidence, labels = render_pixels(
             model,
             views,
             camera,
@@ -246,15 +247,16 @@ def render_frame(
             occlusion=True,
             memory=config.memory_mb * 2**20 or None,
         )
-        rgb, depth, confidence, labels = (x.float().cpu().numpy() if x is not None else None for x in parts)
         # The label is an index into the frame's sources; what is kept names the view of the scene.
-        seen = np.full(len(depth), -1) if labels is None else chosen[labels.astype(int)]
+        seen = np.full(len(depth), -1) if labels is None else chosen[labels.cpu().numpy()]
+        kept = {"depth": depth.float().cpu().numpy(), "confidence": confidence.float().cpu().numpy()}
         with atomic_write(tile) as file:
-            np.savez(file, rgb=to_uint8(rgb), depth=depth, confidence=confidence, occlusion=seen)
+            np.savez(file, rgb=to_uint8(rgb.float().cpu().numpy()), occlusion=seen, **kept)  # type: ignore[arg-type]
     loaded = [np.load(tile, allow_pickle=False) for tile in tiles]
     whole = {key: np.concatenate([tile[key] for tile in loaded]) for key in loaded[0].files}
     with atomic_write(done) as file:
-        np.savez(file, **{key: value.reshape(height, width, *value.shape[1:]) for key, value in whole.items()})
+        shaped = {key: value.reshape(height, width, *value.shape[1:]) for key, value in whole.items()}
+        np.savez(file, **shaped)  # type: ignore[arg-type]
     for tile in tiles:
         tile.unlink()
 
@@ -280,8 +282,7 @@ def assemble(folder: Path, frames: list[Frame], config: RenderConfig) -> str:
         write_image(folder / "occlusion" / f"{number:04d}.png", labels(found["occlusion"] % 20)[..., :3])
         pictures.append(rgb)
         sure = confidence.ravel() >= config.confident
-        picture = Picture(*(torch.from_numpy(found[key]) for key in ("rgb", "depth", "confidence")), None)
-        points.append(surface_points(picture, frame.camera).numpy()[sure])
+        points.append(surface_points(torch.from_numpy(depth), frame.camera).numpy()[sure])
         colours.append(rgb.reshape(-1, 3)[sure])
     written = ""
     if config.points:
