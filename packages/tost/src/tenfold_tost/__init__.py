@@ -1,0 +1,1 @@
+"""ToST: train a sparse network better, whatever its mask, on any torch module."""
