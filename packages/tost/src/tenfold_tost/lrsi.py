@@ -238,7 +238,7 @@ def _iteration(
         if g is not None
     }
     norm = gradient_norm(list(moving.values()), settings.target)
-    size = float(norm)
+    size = float(norm.detach())
     if size > settings.gamma:
         return _derivative(norm, alpha), True, size
     ahead = dict(p)

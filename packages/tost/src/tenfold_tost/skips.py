@@ -33,6 +33,7 @@ class GhostSkip(nn.Module):
     Args:
         conv: the convolution it bypasses.
         kind: "conv", or "identity" without parameters: average pooling by the stride, channels cut or filled with zeros.
+        end: name of the module in the model whose output the path is added to.
 
     Attributes:
         alpha: strength, a buffer outside of the state dict; the schedule gives it.
@@ -41,8 +42,9 @@ class GhostSkip(nn.Module):
 
     alpha: Tensor
 
-    def __init__(self, conv: nn.Conv2d, kind: SkipKind = "conv") -> None:
+    def __init__(self, conv: nn.Conv2d, kind: SkipKind = "conv", end: str = "") -> None:
         super().__init__()
+        self.end = end
         place = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         self.stride, self.outputs = conv.stride, conv.out_channels
         self.jump: nn.Module | None = None
@@ -56,9 +58,24 @@ class GhostSkip(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs out_h out_w"]:
         """What is added to the unit's output."""
-        if self.jump is not None and self.norm is not None:
-            return self.alpha * self.norm(self.jump(x))
-        return self.alpha * identity_path(x, self.stride, self.outputs)
+        if self.jump is None or self.norm is None:
+            return self.alpha * identity_path(x, self.stride, self.outputs)
+        z = self.jump(x)
+        if type(self.norm) is not nn.BatchNorm2d:  # one whose statistics run over several processes
+            return self.alpha * self.norm(z)
+        return scaled_batch_norm(z, self.norm, self.alpha)
+
+
+def scaled_batch_norm(
+    z: Float[Tensor, "batch channels height width"], norm: nn.BatchNorm2d, alpha: Float[Tensor, ""]
+) -> Float[Tensor, "batch channels height width"]:
+    """alpha BN(z), with alpha folded into the gain and the shift, which saves two passes over the map."""
+    keeps = norm.track_running_stats
+    if norm.training and keeps and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    mean, variance = (norm.running_mean, norm.running_var) if keeps or not norm.training else (None, None)
+    gain, shift = norm.weight * alpha, norm.bias * alpha
+    return functional.batch_norm(z, mean, variance, gain, shift, norm.training, norm.momentum or 0.0, norm.eps)
 
 
 def identity_path(
@@ -164,15 +181,33 @@ def attach_skips(
     model: nn.Module, example: Float[Tensor, "batch channels height width"], kind: SkipKind = "conv"
 ) -> list[GhostSkip]:
     """Give every unit its ghost skip, in place. Raises ValueError like `skip_units`."""
+    names = {module: name for name, module in model.named_modules()}
     skips = []
     for unit in skip_units(model, example):
-        skip = GhostSkip(unit.conv, kind)
+        skip = GhostSkip(unit.conv, kind, names[unit.end])
         skip.train(unit.conv.training)
         unit.conv.add_module(NAME, skip)
-        unit.conv.register_forward_pre_hook(_Hold(skip))
-        unit.end.register_forward_hook(_Add(skip))
         skips.append(skip)
+    hook_skips(model)
     return skips
+
+
+def hook_skips(model: nn.Module) -> None:
+    """Put the hooks of all ghost skips in place, anew: converting batch norms for several processes makes new modules,
+    which have none.
+    """
+    _remove_hooks(model)
+    for name, skip in ghost_skips(model).items():
+        model.get_submodule(name).register_forward_pre_hook(_Hold(skip))
+        model.get_submodule(skip.end).register_forward_hook(_Add(skip))
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        hooks: dict[int, Any]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # type: ignore[assignment]
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hold | _Add)]:
+                del hooks[key]
 
 
 def ghost_skips(model: nn.Module) -> dict[str, GhostSkip]:
@@ -184,11 +219,7 @@ def ghost_skips(model: nn.Module) -> dict[str, GhostSkip]:
 
 def detach_skips(model: nn.Module) -> None:
     """Take every ghost skip away, hooks included; the modules are then as they were."""
-    for module in model.modules():
-        hooks: dict[int, Any]
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # type: ignore[assignment]
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hold | _Add)]:
-                del hooks[key]
+    _remove_hooks(model)
     for module in list(model.modules()):
         if isinstance(getattr(module, NAME, None), GhostSkip):
             delattr(module, NAME)
