@@ -254,9 +254,7 @@ def check_masked_steps(case: Fixture) -> None:
     for keeps_the_mask in (True, False):
         model = small_net(case, entries(case, "state/"))
         keeper = MaskKeeper(model, masks_from_zeros(model)) if keeps_the_mask else None
-        optimiser = torch.optim.SGD(
-            model.parameters(), meta["lr"], meta["momentum"], weight_decay=meta["weight_decay"]
-        )
+        optimiser = torch.optim.SGD(model.parameters(), meta["lr"], meta["momentum"], weight_decay=meta["weight_decay"])
         for i, (x, y) in enumerate(batches(case)[: meta["steps"]]):
             loss = smoothed_cross_entropy(model(x), y, meta["label_smoothing"])
             close(loss, tensor(case, f"out/loss_{i}"))
@@ -315,9 +313,7 @@ def check_mask_scores(case: Fixture) -> None:
             close(scores[name] / expected.abs().max(), expected / expected.abs().max(), 1e-8)
         for scope, ours in (("global", "global"), ("local", "layer")):
             if method == "synflow":
-                masks = synflow_masks(
-                    model, meta["density"], shape, scope=ours, iterations=meta["synflow_iterations"]
-                )
+                masks = synflow_masks(model, meta["density"], shape, scope=ours, iterations=meta["synflow_iterations"])
             else:
                 masks = keep_above(scores, meta["density"], ours)
             for name, expected in entries(case, f"out/mask/{method}/{scope}/").items():

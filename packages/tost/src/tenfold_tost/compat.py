@@ -182,7 +182,9 @@ def _refuse(arch: str, misfits: list[str]) -> CheckpointError:
 def _classes(state: Mapping[str, Tensor]) -> int:
     heads = [tensor.shape[0] for name, tensor in state.items() if name.endswith("weight") and tensor.dim() == 2]
     if not heads or heads[-1] < 2:
-        raise CheckpointError("The checkpoint has no linear layer of two or more classes, so it is of no known network.")
+        raise CheckpointError(
+            "The checkpoint has no linear layer of two or more classes, so it is of no known network."
+        )
     return heads[-1]
 
 

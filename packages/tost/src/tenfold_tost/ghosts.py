@@ -1,11 +1,11 @@
 """The recipe around any network (sections 2.7, 2.8): ghosts attached, faded, and gone.
 
-    recipe = SparseRecipe()
-    ghosts = Ghosts(model, recipe, example)      # masked already; soft neurons and ghost skips are in now
-    for step in range(total):
-        ghosts.advance(step / total)             # fades them; takes them out when their time is over
-        loss = recipe.loss(model(x), y, step / total)
-    ghosts.finalize(masks)                       # proves that the plain sparse network is left
+recipe = SparseRecipe()
+ghosts = Ghosts(model, recipe, example)      # masked already; soft neurons and ghost skips are in now
+for step in range(total):
+    ghosts.advance(step / total)             # fades them; takes them out when their time is over
+    loss = recipe.loss(model(x), y, step / total)
+ghosts.finalize(masks)                       # proves that the plain sparse network is left
 """
 
 import dataclasses
@@ -93,8 +93,9 @@ class SparseRecipe:
         if not 0.0 < self.ghost_fraction <= 1.0:
             raise ValueError(
                 f"The ghosts fade within training: ghost_fraction lies in (0, 1], got {self.ghost_fraction}, "
-                "which is longer than training." if self.ghost_fraction > 1.0 else
-                f"The ghosts need some time to fade: ghost_fraction lies in (0, 1], got {self.ghost_fraction}."
+                "which is longer than training."
+                if self.ghost_fraction > 1.0
+                else f"The ghosts need some time to fade: ghost_fraction lies in (0, 1], got {self.ghost_fraction}."
             )
 
     @property
@@ -193,8 +194,8 @@ class Ghosts:
         if skips is not None:
             set_strength(self.model, 1.0 if skips.constant else skip_strength(u, skips.curve))
         if soft is not None:
-            moved = (soft.beta0, 0.0) if soft.constant else soft_state(
-                u, soft.kind, soft.beta0, soft.beta_max, soft.curve
+            moved = (
+                (soft.beta0, 0.0) if soft.constant else soft_state(u, soft.kind, soft.beta0, soft.beta_max, soft.curve)
             )
             for neuron in self._soft:
                 neuron.set(*moved)

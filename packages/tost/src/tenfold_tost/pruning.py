@@ -123,7 +123,9 @@ def _warn_of_ties(masks: Masks, wanted: float) -> None:
     total = sum(mask.numel() for mask in masks.values())
     kept = sum(int(mask.sum()) for mask in masks.values())
     if kept < 0.99 * wanted * total - 1:
-        warnings.warn(f"Scores tie at the threshold: {kept} weights remain of the {wanted * total:.0f} asked for.", stacklevel=3)
+        warnings.warn(
+            f"Scores tie at the threshold: {kept} weights remain of the {wanted * total:.0f} asked for.", stacklevel=3
+        )
 
 
 def _masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -167,9 +169,7 @@ def snip_scores(
     """
     model = copy.deepcopy(model)
     weights = {name: weight.detach() for name, weight in prunable_weights(model, linear).items()}
-    ones = {
-        name: (masks[name].to(w) if masks else torch.ones_like(w)).requires_grad_() for name, w in weights.items()
-    }
+    ones = {name: (masks[name].to(w) if masks else torch.ones_like(w)).requires_grad_() for name, w in weights.items()}
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for inputs, labels in batches:
         logits = functional_call(model, {name: ones[name] * w for name, w in weights.items()}, (inputs,))
@@ -223,7 +223,9 @@ def grasp_scores(
         torch._foreach_add_(flow, list(gradients(batch, create_graph=False)))
     product = [torch.zeros_like(weight) for weight in weights.values()]
     for batch in held:
-        value = torch.stack([(f * g).sum() for f, g in zip(flow, gradients(batch, create_graph=True), strict=True)]).sum()
+        value = torch.stack(
+            [(f * g).sum() for f, g in zip(flow, gradients(batch, create_graph=True), strict=True)]
+        ).sum()
         torch._foreach_add_(product, list(torch.autograd.grad(value, list(weights.values()))))
     scores = [(h * w).detach() for h, w in zip(product, weights.values(), strict=True)]
     norm = torch.stack([score.sum() for score in scores]).sum().abs() + 1e-10

@@ -107,7 +107,9 @@ def _compare(
     """Run a recipe with each set of changes, print and keep the table."""
     folder = options.output / "tost" / f"{verb}-{options.name or 'recipe'}"
     write_text(folder / "recipe.yaml", to_yaml(recipe))
-    arms = {f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)}
+    arms = {
+        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
+    }
     claim = Claim(
         id=verb,
         table="",
@@ -153,7 +155,9 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
     with figure_style():
         figure, axes = plt.subplots(figsize=(max(6.4, 2.4 * len(outcomes)), 4.0), layout="constrained")
         _bars(axes, outcomes)
-        caption = f"{where}: bars are means over the seeds, dots the seeds themselves. All arms of a seed share the mask."
+        caption = (
+            f"{where}: bars are means over the seeds, dots the seeds themselves. All arms of a seed share the mask."
+        )
         drawn.append(
             ReportFigure(
                 figure,

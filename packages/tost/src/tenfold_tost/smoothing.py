@@ -24,7 +24,9 @@ def smoothed_cross_entropy(
     return cross_entropy(logits, labels, label_smoothing=min(1.0, a * classes / (classes - 1)))
 
 
-def smoothing_at(progress: float, a: float, until: float = 1.0, curve: Literal["constant", "linear"] = "constant") -> float:
+def smoothing_at(
+    progress: float, a: float, until: float = 1.0, curve: Literal["constant", "linear"] = "constant"
+) -> float:
     """The smoothing a(t) at a fraction of training: constant or falling linearly up to `until`, 0 from there on."""
     if progress >= until:
         return 0.0

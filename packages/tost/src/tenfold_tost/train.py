@@ -233,7 +233,9 @@ def train(recipe: Recipe, options: RunOptions) -> None:
     with Run("tost", recipe, options) as run:
         _, result = run_recipe(run, recipe)
         if run.is_main:
-            best = "" if result.best_dev_accuracy is None else f" ({result.best_dev_accuracy:.2f} % at the best dev epoch)"
+            best = (
+                "" if result.best_dev_accuracy is None else f" ({result.best_dev_accuracy:.2f} % at the best dev epoch)"
+            )
             print(
                 f"{recipe.techniques} {recipe.arch} on {recipe.data.name}, {recipe.mask.method} mask: "
                 f"{result.accuracy:.2f} %{best}, {100 * result.density:.2f} % of the masked weights remain, "
@@ -280,9 +282,7 @@ def masks_at_initialisation(session: Session, model: nn.Module) -> Masks:
     if settings.method == "erk":
         return erk_masks(model, settings.density, settings.linear, draws)
     if settings.method == "synflow":
-        return synflow_masks(
-            model.eval(), settings.density, data.shape, scope=settings.scope, linear=settings.linear
-        )
+        return synflow_masks(model.eval(), settings.density, data.shape, scope=settings.scope, linear=settings.linear)
     if settings.method == "random":
         scores = random_scores(model, settings.linear, draws)
     elif settings.method == "magnitude":
@@ -307,7 +307,11 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
     masks: Masks = {}
     for number, percent in enumerate(rounds, 1):
         weights = {name: weight.detach() for name, weight in prunable_weights(model, settings.linear).items()}
-        masks = layerwise_cut(weights, percent) if settings.method == "lth-layerwise" else magnitude_cut(weights, percent)[0]
+        masks = (
+            layerwise_cut(weights, percent)
+            if settings.method == "lth-layerwise"
+            else magnitude_cut(weights, percent)[0]
+        )
         check_masks(model, masks)
         if number < len(rounds):
             model = rewound(session, model)

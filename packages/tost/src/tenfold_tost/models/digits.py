@@ -22,13 +22,14 @@ class DigitsNet(nn.Sequential):
         layers: list[nn.Module] = []
         inputs = 1
         for width, stride in zip(WIDTHS, STRIDES, strict=True):
-            layers += [nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), make_activation(activation)]
+            layers += [
+                nn.Conv2d(inputs, width, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(width),
+                make_activation(activation),
+            ]
             inputs = width
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
 
     def forward(self, input: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:
         """Logits."""
         return super().forward(input)
-
-
-

@@ -29,9 +29,7 @@ class ThinBlock(nn.Module):
         self.bottleneck = bottleneck
         self.downsample: nn.Module | None = None
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         self.act = make_activation(activation)
 
     def forward(self, x: Float[Tensor, "batch inputs height width"]) -> Float[Tensor, "batch outputs out_h out_w"]:
@@ -74,7 +72,9 @@ class ThinResNet(nn.Module):
         self.act = make_activation(activation)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (math.prod(module.kernel_size) * module.out_channels)))
+                nn.init.normal_(
+                    module.weight, 0.0, math.sqrt(2.0 / (math.prod(module.kernel_size) * module.out_channels))
+                )
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Logits."""
