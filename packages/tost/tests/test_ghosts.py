@@ -132,7 +132,12 @@ def test_smoothing_schedule() -> None:
 
 # -- ghosts in a network ----------------------------------------------------------------------------------------------------
 
-NETWORKS = [("digits_net", (1, 8, 8)), ("oresnet20", (3, 16, 16)), ("mobilenet", (3, 32, 32)), ("vgg16_bn", (3, 32, 32))]
+NETWORKS = [
+    ("digits_net", (1, 8, 8)),
+    ("oresnet20", (3, 16, 16)),
+    ("mobilenet", (3, 32, 32)),
+    ("vgg16_bn", (3, 32, 32)),
+]
 
 
 @pytest.mark.parametrize(("arch", "shape"), NETWORKS)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tenfold_tost import create_model, model_names
-from tenfold_tost.models import normalizes_inside
+from tenfold_tost.models import ThinResNet, normalizes_inside
 
 
 def convolution_weights(model: nn.Module) -> int:
@@ -63,6 +63,4 @@ def test_unknown_architectures_are_named() -> None:
     with pytest.raises(ValueError, match="2 classes"):
         create_model("resnet18", 1)
     with pytest.raises(ValueError, match="6 n"):
-        from tenfold_tost.models import ThinResNet  # noqa: PLC0415
-
         ThinResNet(21)

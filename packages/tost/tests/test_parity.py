@@ -102,8 +102,9 @@ def released_skips(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "conv_jump" in key:
             number, _, name = rest.partition(".")
             part = "norm" if number.endswith("_bn") else "jump"
-            key = f"{block}conv{number.removesuffix('_bn')}.ghost_skip.{part}.{name}"
-        renamed[key] = value
+            renamed[f"{block}conv{number.removesuffix('_bn')}.ghost_skip.{part}.{name}"] = value
+        else:
+            renamed[key] = value
     return renamed
 
 

@@ -87,7 +87,9 @@ def test_every_mask_trains(settings: dict, tmp_path: Path) -> None:
     assert about["accuracy"] == result.accuracy
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
-    trainings = {"lth": 3, "lth-layerwise": 3, "omp": 2}.get(settings["method"], 1)  # dense, a round of 60 %, the ticket
+    trainings = {"lth": 3, "lth-layerwise": 3, "omp": 2}.get(
+        settings["method"], 1
+    )  # dense, a round of 60 %, the ticket
     assert result.steps == trainings * 4
 
 
@@ -119,7 +121,7 @@ def test_momentum_outlives_the_ghosts(tmp_path: Path) -> None:
 
 def test_ghosts_that_stay_are_kept_in_the_checkpoint(tmp_path: Path) -> None:
     recipe = short(techniques="soft+skip", soft=Soft(kind="mish", constant=True), skip=Skips(constant=True))
-    model, result = run(recipe, tmp_path)
+    model, _ = run(recipe, tmp_path)
     loaded, about = load_model(tmp_path / "tost" / "x")
     assert about["soft"] == "mish"
     x = torch.randn(3, 1, 8, 8)

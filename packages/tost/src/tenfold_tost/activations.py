@@ -16,7 +16,7 @@ RELEASED_BETA = 2.0  # the released code's constant slope of parametric Swish
 
 
 def swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x sigmoid(x), also called SiLU."""
+    """X sigmoid(x), also called SiLU."""
     return functional.silu(x)
 
 
@@ -46,7 +46,7 @@ class ParametricSwish(torch.autograd.Function):
 
 
 def pswish(x: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""] = RELEASED_BETA) -> Float[Tensor, "*shape"]:
-    """x sigmoid(beta x), beta > 0: half of x as beta goes to 0, ReLU as it grows. beta is no parameter."""
+    """X sigmoid(beta x), beta > 0: half of x as beta goes to 0, ReLU as it grows. beta is no parameter."""
     if not isinstance(beta, Tensor):
         beta = x.new_tensor(beta)
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula
@@ -55,22 +55,22 @@ def pswish(x: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""] = RELEASE
 
 
 def mish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x tanh(softplus(x))."""
+    """X tanh(softplus(x))."""
     return functional.mish(x)
 
 
 def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x Phi(x), with the exact normal distribution function."""
+    """X Phi(x), with the exact normal distribution function."""
     return functional.gelu(x)
 
 
 def lisht(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x tanh(x)."""
+    """X tanh(x)."""
     return x * x.tanh()
 
 
 def bent_identity(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x + (sqrt(x^2 + 1) - 1) / 2."""
+    """X + (sqrt(x^2 + 1) - 1) / 2."""
     return x + ((x.square() + 1).sqrt() - 1) / 2
 
 

@@ -256,7 +256,7 @@ def _iteration(
 
 
 def _derivative(value: Tensor, alpha: Float[Tensor, " tensors"]) -> Float[Tensor, " tensors"]:
-    """d value / d alpha."""
+    """D value / d alpha."""
     (gradient,) = torch.autograd.grad(value, [alpha], allow_unused=True, materialize_grads=True)
     return gradient
 

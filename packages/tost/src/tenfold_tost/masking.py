@@ -65,7 +65,7 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """w <- w * M, in place. Raises ValueError like `check_masks`."""
+    """W <- w * M, in place. Raises ValueError like `check_masks`."""
     check_masks(model, masks)
     weights = prunable_weights(model, linear=True)
     for name, mask in masks.items():
@@ -92,13 +92,13 @@ class MaskKeeper:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """g <- g * M."""
+        """G <- g * M."""
         gradients = [weight.grad for weight in self.weights]
         torch._foreach_mul_([g for g in gradients if g is not None], self.masks)
 
     @torch.no_grad()
     def mask_weights(self) -> None:
-        """w <- w * M."""
+        """W <- w * M."""
         torch._foreach_mul_(self.weights, self.masks)
 
 

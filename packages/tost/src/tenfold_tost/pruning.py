@@ -207,7 +207,7 @@ def grasp_scores(
     temperature: float = 200.0,
     loss_fn: LossFn = cross_entropy,
 ) -> Scores:
-    """theta (H g) divided by its absolute sum; the largest are kept. g is the gradient summed over all batches, with the
+    """Theta (H g) divided by its absolute sum; the largest are kept. g is the gradient summed over all batches, with the
     logits divided by the temperature. Arguments as of `snip_scores`.
     """
     model = copy.deepcopy(model)

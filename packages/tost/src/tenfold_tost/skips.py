@@ -69,7 +69,7 @@ class GhostSkip(nn.Module):
 def scaled_batch_norm(
     z: Float[Tensor, "batch channels height width"], norm: nn.BatchNorm2d, alpha: Float[Tensor, ""]
 ) -> Float[Tensor, "batch channels height width"]:
-    """alpha BN(z), with alpha folded into the gain and the shift, which saves two passes over the map."""
+    """Alpha BN(z), with alpha folded into the gain and the shift, which saves two passes over the map."""
     keeps = norm.track_running_stats
     if norm.training and keeps and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
