@@ -130,6 +130,15 @@ def test_ghosts_that_stay_are_kept_in_the_checkpoint(tmp_path: Path) -> None:
         finalize(tmp_path / "tost" / "x", tmp_path / "plain.safetensors")
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    """The forward and backward pass in bfloat16; the mask holds all the same."""
+    recipe = short(techniques="soft+skip+ls", epochs=1, milestones=[])
+    with Run("tost", recipe, options(tmp_path, precision="bf16")) as running:
+        model, result = run_recipe(running, recipe)
+    assert result.density == pytest.approx(0.2, abs=1e-3)
+    assert next(model.parameters()).dtype == torch.float32
+
+
 def test_arms_of_a_seed_share_mask_and_start(tmp_path: Path) -> None:
     masks, batches = [], []
     for techniques in ("vanilla", "tost"):
