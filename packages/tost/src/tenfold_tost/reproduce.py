@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,14 @@ from tenfold_tost.train import Recipe, run_recipe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-QUICK = ("mini-erk-95", "mini-snip-95")
-"""The claims that `reproduce` measures when it is told nothing: a few minutes; the others are named or asked by --seeds."""
+QUICK = tuple(f"mini-{mask}-95-{name}" for mask in ("erk", "snip") for name in ("tost", "soft", "skip", "ls", "lrsi"))
+"""The claims that `reproduce` measures when it is told nothing, in two minutes; --seeds or names ask for others."""
 VANILLA = "vanilla"
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the 95 % claims of the miniature on digits, the whole of it with
-    --seeds 5.
+    """Measure claims of the paper; without arguments those of the miniature on digits at 95 % sparsity, with two seeds,
+    and with --seeds 5 the whole miniature.
     """
     if not claims and request.scale == "mini" and not request.seeds:
         claims = QUICK
@@ -144,50 +145,54 @@ def _compare(
 
 # -- figures ----------------------------------------------------------------------------------------------------------------
 
+Arms = dict[str, ArmResult]
+
 
 def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
     """Accuracy of every arm under every mask; the training loss with the ghosts' window; zeros by layer."""
     import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
-    where = f"{claims[0].model} on {claims[0].data}"
-    shown = outcomes[0]
+    where, groups = f"{claims[0].model} on {claims[0].data}", by_mask(outcomes)
+    shown, arms = next(iter(groups.items()))
+    pages = (
+        (
+            partial(_bars, groups=groups),
+            "What each technique brings under each mask",
+            f"{where}: bars are means over the seeds, dots the seeds. All arms of a seed share mask, start and batches.",
+            "Grouped bars of test accuracy by mask and technique with a dot for every seed",
+        ),
+        (
+            partial(_losses, arms=arms),
+            "Training loss while the ghosts fade",
+            f"{shown}: mean over the seeds; grey, the window in which soft neurons and skips fade. Smoothed labels put a "
+            "floor above zero under the loss.",
+            "Training loss by epoch for every arm",
+        ),
+        (
+            partial(_zeros, arms=arms),
+            "Zero activations in the deployed network",
+            f"{shown}: fraction of zeros behind each ReLU on the test images, mean over the seeds.",
+            "Fraction of zero activations by layer for every arm",
+        ),
+    )
     drawn = []
     with figure_style():
-        figure, axes = plt.subplots(figsize=(max(6.4, 2.4 * len(outcomes)), 4.0), layout="constrained")
-        _bars(axes, outcomes)
-        caption = (
-            f"{where}: bars are means over the seeds, dots the seeds themselves. All arms of a seed share the mask."
-        )
-        drawn.append(
-            ReportFigure(
-                figure,
-                title="What each technique brings under each mask",
-                caption=caption,
-                alt="Grouped bars of test accuracy by mask and technique with a dot for every seed",
-            )
-        )
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-        _losses(axes, shown)
-        drawn.append(
-            ReportFigure(
-                figure,
-                title="Training loss while the ghosts fade",
-                caption=f"{shown.claim}: mean over the seeds; grey, the window in which soft neurons and skips fade. "
-                "The loss of arms with smoothed labels has a floor above zero.",
-                alt="Training loss by epoch for every arm",
-            )
-        )
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-        _zeros(axes, shown)
-        drawn.append(
-            ReportFigure(
-                figure,
-                title="Zero activations in the deployed network",
-                caption=f"{shown.claim}: fraction of zeros behind each ReLU on the test images, mean over the seeds.",
-                alt="Fraction of zero activations by layer for every arm",
-            )
-        )
+        for number, (draw, title, caption, alt) in enumerate(pages):
+            width = max(6.4, 2.6 * len(groups)) if number == 0 else 6.4
+            figure, axes = plt.subplots(figsize=(width, 3.9), layout="constrained")
+            draw(axes)
+            drawn.append(ReportFigure(figure, title=title, caption=caption, alt=alt))
     return drawn
+
+
+def by_mask(outcomes: Sequence[Outcome]) -> dict[str, Arms]:
+    """The arms of all claims that differ in their method alone, vanilla first: "mini-erk-95-soft" is of "mini-erk-95"."""
+    groups: dict[str, Arms] = {}
+    for outcome in outcomes:
+        group = groups.setdefault(outcome.claim.removesuffix(f"-{outcome.method}"), {})
+        for name, arm in outcome.arms.items():
+            group.setdefault(name, arm)
+    return {key: dict(sorted(arms.items(), key=lambda item: item[0] != VANILLA)) for key, arms in groups.items()}
 
 
 def _extras(arm: ArmResult) -> list[Mapping[str, Any]]:
@@ -195,46 +200,45 @@ def _extras(arm: ArmResult) -> list[Mapping[str, Any]]:
     return [extras for value, extras in zip(arm.values, arm.extras, strict=True) if value is not None]
 
 
-def _colours(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    arms = dict.fromkeys(name for outcome in outcomes for name in outcome.arms)
-    return dict(zip(sorted(arms, key=lambda name: name != VANILLA), itertools.cycle(COLOURS)))
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS)))
 
 
-def _bars(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
-    colours = _colours(outcomes)
+def _bars(axes: "Axes", groups: Mapping[str, Arms]) -> None:
+    colours = _colours(name for arms in groups.values() for name in arms)
     width = 0.8 / len(colours)
     lowest = 100.0
     for j, (name, colour) in enumerate(colours.items()):
-        found = [(i, o.arms[name]) for i, o in enumerate(outcomes) if name in o.arms and o.arms[name].mean is not None]
+        found = [(i, arms[name]) for i, arms in enumerate(groups.values()) if name in arms and arms[name].n]
         places = [i + (j - (len(colours) - 1) / 2) * width for i, _ in found]
         axes.bar(places, [arm.mean or 0.0 for _, arm in found], 0.9 * width, color=colour, label=name, alpha=0.75)
         for place, (_, arm) in zip(places, found, strict=True):
             values = [value for value in arm.values if value is not None]
             lowest = min(lowest, *values)
             axes.plot([place] * len(values), values, "o", color="black", markersize=2.5)
-    axes.set_ylim(max(0.0, lowest - 3.0), 100.0)
-    axes.set_xticks(range(len(outcomes)), [outcome.claim for outcome in outcomes])
+    axes.set_ylim(max(0.0, lowest - 4.0), 100.0)
+    axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("test accuracy, %")
-    axes.legend(ncols=3, fontsize=8, loc="lower left")
+    axes.legend(ncols=6, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12))
 
 
-def _losses(axes: "Axes", outcome: Outcome) -> None:
+def _losses(axes: "Axes", arms: Arms) -> None:
     window = 0.0
-    for name, colour in _colours([outcome]).items():
-        curves = [extras["losses"] for extras in _extras(outcome.arms[name])]
+    for name, colour in _colours(arms).items():
+        curves = [extras["losses"] for extras in _extras(arms[name])]
         if curves:
             mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
             axes.plot(range(1, len(mean) + 1), mean, color=colour, label=name)
-            window = max(window, *(e["ghost_fraction"] * len(mean) for e in _extras(outcome.arms[name])))
+            window = max(window, *(extras["ghost_fraction"] * len(mean) for extras in _extras(arms[name])))
     axes.axvspan(0.5, 0.5 + window, color="0.9", zorder=0)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     axes.legend()
 
 
-def _zeros(axes: "Axes", outcome: Outcome) -> None:
-    for name, colour in _colours([outcome]).items():
-        found = [list(extras["zero_rates"].values()) for extras in _extras(outcome.arms[name])]
+def _zeros(axes: "Axes", arms: Arms) -> None:
+    for name, colour in _colours(arms).items():
+        found = [list(extras["zero_rates"].values()) for extras in _extras(arms[name])]
         if found:
             mean = [100 * sum(values) / len(values) for values in zip(*found, strict=True)]
             axes.plot(range(1, len(mean) + 1), mean, "o-", color=colour, label=name)
