@@ -279,8 +279,8 @@ def test_finalize_notices_a_weight_that_woke_up() -> None:
     ghosts = Ghosts(model, GHOSTS, x)
     ghosts.detach()
     with torch.no_grad():
-        model[0].weight[~masks["0.weight"]] = 0.1
-    with pytest.raises(GhostsRemainError, match=r"0\.weight"):
+        model[9].weight[~masks["9.weight"]] = 0.1
+    with pytest.raises(GhostsRemainError, match=r"9\.weight"):
         ghosts.finalize(masks)
 
 
