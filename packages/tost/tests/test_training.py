@@ -16,7 +16,7 @@ from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
 from tenfold_tost.data import DataConfig, load_data
 from tenfold_tost.evaluate import load_model, operations, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
-from tenfold_tost.tools import analyse, export, finalize, make_mask
+from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
 from tenfold_tost.train import MaskConfig, Recipe, make_optimiser, run_recipe
 
 SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
@@ -229,7 +229,7 @@ def test_the_verbs_around_training(tmp_path: Path, capsys: pytest.CaptureFixture
     saved = json.loads(capsys.readouterr().out)
     assert saved["bytes_compact"] < saved["bytes_checkpoint"]
     assert saved["largest_difference"] < 1e-3
-    analyse(str(folder), str(tmp_path / "plain.pth.tar"), data=DataConfig(), options=options(tmp_path), batch=50)
+    analyse(str(folder), str(tmp_path / "plain.pth.tar"), config=AnalyseConfig(batch=50), options=options(tmp_path))
     first, second, distance = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["zero_rates"].keys() == second["zero_rates"].keys()
     assert distance["hamming_distance"] == 0.0

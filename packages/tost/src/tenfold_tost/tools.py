@@ -1,5 +1,6 @@
 """The verbs around training: masks to files, analyses, the plain network, the compact one."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -20,16 +21,32 @@ from tenfold_tost.export import save_compact, sparsify
 from tenfold_tost.ghosts import has_ghosts
 from tenfold_tost.maskfiles import mask_report, save_masks
 from tenfold_tost.masking import check_masks, density, hamming_distance, masks_from_zeros
-from tenfold_tost.models import normalizes_inside
+from tenfold_tost.models import create_model, normalizes_inside
 from tenfold_tost.train import TICKETS, Recipe, Session, masks_at_initialisation, ticket
 
 
+@dataclasses.dataclass
+class AnalyseConfig:
+    """On what to analyse networks."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The images."""
+    batch: int = 200
+    """How many of them, from the training images."""
+
+
 def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safetensors")) -> None:
-    """Make the recipe's mask, print its layers and write it for ``train --mask.method file --mask.file FILE``."""
+    """Make the recipe's mask, print its layers and write it for ``train --mask.method file --mask.file FILE``.
+
+    Its run has a folder of its own, the name followed by "-mask", in which a ticket's training is kept.
+    """
     if recipe.mask.method in ("dense", "file"):
         raise UserError(f"--mask.method {recipe.mask.method} makes no mask: choose another method")
-    with Run("tost", recipe, options) as run:
-        session = Session(run, recipe, load_data(recipe.data, recipe.batch_size, run))
+    named = dataclasses.replace(options, name=f"{options.name or f'run-seed{options.seed}'}-mask")
+    with Run("tost", recipe, named) as run:
+        with torch.device("meta"):
+            raw = normalizes_inside(create_model(recipe.arch))
+        session = Session(run, recipe, load_data(recipe.data, recipe.batch_size, run, raw))
         model = session.fresh()
         check_fit(model, session.data, recipe.data.name)
         if recipe.mask.method in TICKETS:
@@ -46,7 +63,7 @@ def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safet
             print(f"{100 * density(masks):.2f} % of the weights remain; written to {file}")
 
 
-def analyse(*checkpoints: str, data: DataConfig, options: RunOptions, batch: int = 200) -> None:
+def analyse(*checkpoints: str, config: AnalyseConfig, options: RunOptions) -> None:
     """Print one JSON line a checkpoint: zeros by layer, zero filters, the gradient's norm, the Hessian's top eigenvalue
     and the loss along its eigenvector, on a batch of training images; then the Hamming distances of the masks.
     """
@@ -56,8 +73,8 @@ def analyse(*checkpoints: str, data: DataConfig, options: RunOptions, batch: int
     with Run.evaluation("tost", options) as run:
         for name in checkpoints:
             model, _ = load_model(Path(name))
-            loaded = load_data(data, batch, run, normalizes_inside(model))
-            check_fit(model, loaded, data.name)
+            loaded = load_data(config.data, config.batch, run, normalizes_inside(model))
+            check_fit(model, loaded, config.data.name)
             model = model.to(run.device)
             images, labels = next(iter(loaded.scoring.epoch(0)))
             value, vector = top_eigenvalue(model, images, labels)
