@@ -136,6 +136,23 @@ def _leaves(model: nn.Module, linear: bool) -> dict[str, Tensor]:
     return {name: w.detach().clone().requires_grad_() for name, w in prunable_weights(model, linear).items()}
 
 
+def _summed_gradients(
+    model: nn.Module,
+    leaves: Mapping[str, Tensor],
+    factors: Mapping[str, Tensor] | None,
+    batches: Iterable[Batch],
+    loss_fn: LossFn,
+) -> dict[str, Tensor]:
+    """Gradients with respect to the leaves of the loss at the weights leaf * factor, summed over the batches."""
+    model = copy.deepcopy(model)  # a forward pass in training mode moves the running statistics
+    total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    for inputs, labels in batches:
+        loss = loss_fn(functional_call(model, _masked(leaves, factors), (inputs,)), labels)
+        for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            total[name] += gradient
+    return total
+
+
 def magnitude_scores(model: nn.Module, linear: bool = True) -> Scores:
     """|w|."""
     return {name: weight.detach().abs() for name, weight in prunable_weights(model, linear).items()}
@@ -167,14 +184,11 @@ def snip_scores(
         loss_fn: (logits, labels) -> mean loss.
 
     """
-    model = copy.deepcopy(model)
     weights = {name: weight.detach() for name, weight in prunable_weights(model, linear).items()}
-    ones = {name: (masks[name].to(w) if masks else torch.ones_like(w)).requires_grad_() for name, w in weights.items()}
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for inputs, labels in batches:
-        logits = functional_call(model, {name: ones[name] * w for name, w in weights.items()}, (inputs,))
-        for name, g in zip(ones, torch.autograd.grad(loss_fn(logits, labels), list(ones.values())), strict=True):
-            total[name] += g
+    leaves = {
+        name: (masks[name].to(w) if masks else torch.ones_like(w)).requires_grad_() for name, w in weights.items()
+    }
+    total = _summed_gradients(model, leaves, weights, batches, loss_fn)
     everything = torch.stack([score.abs().sum() for score in total.values()]).sum()
     return {name: score.abs() / everything for name, score in total.items()}
 
@@ -188,13 +202,8 @@ def taylor_scores(
     loss_fn: LossFn = cross_entropy,
 ) -> Scores:
     """|dL/dw w|, the gradient summed over the batches. Arguments as of `snip_scores`."""
-    model = copy.deepcopy(model)
     weights = _leaves(model, linear)
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for inputs, labels in batches:
-        logits = functional_call(model, _masked(weights, masks), (inputs,))
-        for name, g in zip(weights, torch.autograd.grad(loss_fn(logits, labels), list(weights.values())), strict=True):
-            total[name] += g
+    total = _summed_gradients(model, weights, masks, batches, loss_fn)
     return {name: (total[name] * weight).abs().detach() for name, weight in weights.items()}
 
 
