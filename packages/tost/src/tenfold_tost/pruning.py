@@ -186,7 +186,8 @@ def snip_scores(
     """
     weights = {name: weight.detach() for name, weight in prunable_weights(model, linear).items()}
     leaves = {
-        name: (masks[name].to(w) if masks else torch.ones_like(w)).requires_grad_() for name, w in weights.items()
+        name: (masks[name].to(w, copy=True) if masks else torch.ones_like(w)).requires_grad_()
+        for name, w in weights.items()
     }
     total = _summed_gradients(model, leaves, weights, batches, loss_fn)
     everything = torch.stack([score.abs().sum() for score in total.values()]).sum()
