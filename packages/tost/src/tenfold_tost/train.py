@@ -300,7 +300,7 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
 
     `omp` cuts once. Every training here is vanilla; the techniques come in when the ticket itself is trained.
     """
-    settings, run = session.recipe.mask, session.run
+    settings = session.recipe.mask
     model = fit(session, session.fresh(), {}, "dense", VANILLA, snapshot=settings.rewind == "late")
     one_shot = settings.method == "omp"
     rounds = [1.0 - settings.density] if one_shot else ticket_rounds(settings.density, settings.percent)
@@ -317,7 +317,6 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
             model = rewound(session, model)
             apply_masks(model, masks)
             model = fit(session, model, masks, f"round-{number}", VANILLA)
-    run.log(ticket_density=density(masks))
     return rewound(session, model), masks
 
 
