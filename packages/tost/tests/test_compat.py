@@ -38,7 +38,8 @@ def test_round_trip(arch: str, tmp_path: Path) -> None:
     assert type(read) is type(model)
     for name, value in model.state_dict().items():
         assert torch.equal(read.state_dict()[name], value)
-    assert all(torch.equal(mask, masks[name]) for name, mask in masks_from_zeros(read).items())
+    for name, mask in masks_from_zeros(read).items():  # a weight may be drawn as exactly zero
+        assert torch.equal(mask, masks[name] & (model.get_parameter(name) != 0))
 
 
 def test_ghost_skips_have_their_released_names_and_places() -> None:

@@ -54,7 +54,7 @@ def test_every_recipe_is_built_and_stepped(name: str) -> None:
     keeper.mask_gradients()
     optimiser.step()
     assert torch.isfinite(loss)
-    assert all(torch.equal(m, masks[n]) for n, m in masks_from_zeros(model).items())
+    assert not any(bool((alive & ~masks[name]).any()) for name, alive in masks_from_zeros(model).items())
     if plan.fades:
         ghosts.advance(plan.ghost_fraction)
         ghosts.finalize(masks)
@@ -248,7 +248,7 @@ def test_curvature_against_the_full_hessian() -> None:
     hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
     value, vector = top_eigenvalue(model, x, y, iterations=200)
     assert value == pytest.approx(float(torch.linalg.eigvalsh(hessian).max()), rel=1e-4)
-    assert loss_gradient_norm(model, x, y) == pytest.approx(float(gradient.norm()))
+    assert loss_gradient_norm(model, x, y) == pytest.approx(float(gradient.detach().norm()))
     down, here, up = loss_slice(model, x, y, vector, [-1e-3, 0.0, 1e-3])
     assert here == pytest.approx(float(loss))
     assert (down - 2 * here + up) / 1e-6 == pytest.approx(value, rel=1e-2)
