@@ -10,8 +10,8 @@ class TestConformance(Conformance):
     """The whole recipe on digits: few steps at a small rate, since rounding grows with the steps."""
 
     package = "tenfold_tost"
-    train = ["--config", "digits-net", "--epochs", "3", "--lr", "0.02", "--lrsi.iters", "2", "--mask.density", "0.3"]
-    reproduce = ["mini-erk-95-ls", "--seeds", "2"]
+    train = ["--config", "digits-net", "--epochs", "2", "--lr", "0.002", "--lrsi.iters", "2", "--mask.density", "0.3"]
+    reproduce = ["mini-erk-95-ls", "--arms", "ls", "--seeds", "1"]
     needs_data = ["--config", "cifar10-resnet18"]
 
     def test_help_of_every_verb(self, tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def sparsify(model: nn.Module, below: float = WORTH_IT) -> nn.Module:
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            fits = isinstance(child, nn.Conv2d) and child.groups == 1 and child.padding_mode == "zeros"
-            if fits and int(child.weight.count_nonzero()) < below * child.weight.numel():
+            if not isinstance(child, nn.Conv2d) or child.groups != 1 or child.padding_mode != "zeros":
+                continue
+            if int(child.weight.count_nonzero()) < below * child.weight.numel():
                 setattr(parent, name, SparseConv2d(child))
     return model

@@ -10,7 +10,7 @@ ghosts.finalize(masks)                       # proves that the plain sparse netw
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -259,4 +259,4 @@ def parse_techniques(text: str) -> frozenset[str]:
         raise ValueError(
             f"There is no technique {unknown[0]!r}: take vanilla, tost, or any of {', '.join(TECHNIQUES)} joined by '+'."
         )
-    return frozenset(cast(list[str], names))
+    return frozenset(names)

@@ -231,12 +231,10 @@ def _iteration(
     def loss_at(point: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return loss_fn(functional_call(model, dict(point), (batch[0],)), batch[1])
 
-    gradients = torch.autograd.grad(loss_at(p, _joined(a0, a1)), list(p.values()), create_graph=True, allow_unused=True)
-    moving = {
-        name: g * masks[name].to(g) if name in masks else g
-        for name, g in zip(p, gradients, strict=True)
-        if g is not None
-    }
+    gradients = torch.autograd.grad(
+        loss_at(p, _joined(a0, a1)), list(p.values()), create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    moving = {name: g * masks[name].to(g) if name in masks else g for name, g in zip(p, gradients, strict=True)}
     norm = gradient_norm(list(moving.values()), settings.target)
     size = float(norm.detach())
     if size > settings.gamma:

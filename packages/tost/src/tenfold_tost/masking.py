@@ -25,7 +25,7 @@ def prunable_weights(model: nn.Module, linear: bool = False) -> dict[str, nn.Par
     kinds = (*CONVOLUTIONS, nn.Linear) if linear else CONVOLUTIONS
     ghosts = {id(m) for skip in model.modules() if isinstance(skip, GhostSkip) for m in skip.modules()}
     found = {
-        f"{name}.weight" if name else "weight": module.weight
+        f"{name}.weight" if name else "weight": module.get_parameter("weight")
         for name, module in model.named_modules()
         if isinstance(module, kinds) and id(module) not in ghosts
     }

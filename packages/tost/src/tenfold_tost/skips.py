@@ -45,12 +45,13 @@ class GhostSkip(nn.Module):
     def __init__(self, conv: nn.Conv2d, kind: SkipKind = "conv", end: str = "") -> None:
         super().__init__()
         self.end = end
-        place = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        self.stride, self.outputs = conv.stride, conv.out_channels
+        place: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        stride: Any = conv.stride
+        self.stride, self.outputs = stride, conv.out_channels
         self.jump: nn.Module | None = None
-        self.norm: nn.Module | None = None
+        self.norm: nn.BatchNorm2d | None = None
         if kind == "conv":
-            self.jump = nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False, **place)
+            self.jump = nn.Conv2d(conv.in_channels, conv.out_channels, 1, stride, bias=False, **place)
             nn.init.constant_(self.jump.weight, JUMP_INIT)
             self.norm = nn.BatchNorm2d(conv.out_channels, **place)
         self.register_buffer("alpha", torch.ones((), **place), persistent=False)
@@ -204,8 +205,8 @@ def hook_skips(model: nn.Module) -> None:
 
 def _remove_hooks(model: nn.Module) -> None:
     for module in model.modules():
-        hooks: dict[int, Any]
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # type: ignore[assignment]
+        both: list[Any] = [module._forward_pre_hooks, module._forward_hooks]
+        for hooks in both:
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hold | _Add)]:
                 del hooks[key]
 

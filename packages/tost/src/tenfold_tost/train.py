@@ -8,7 +8,7 @@ a resumed run goes on in the middle of any of them.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_masks, de
 from tenfold_tost.models import create_model, normalizes_inside
 from tenfold_tost.pruning import (
     Scope,
+    Scores,
     check_density,
     erk_masks,
     grasp_scores,
@@ -290,8 +291,12 @@ def masks_at_initialisation(session: Session, model: nn.Module) -> Masks:
     else:
         source = session.stream()
         batches = [next(source) for _ in range(settings.batches)]
-        score = {"snip": snip_scores, "grasp": grasp_scores, "taylor": taylor_scores}[settings.method]
-        scores = score(model.train(), batches, linear=settings.linear)
+        scorers: dict[str, Callable[..., Scores]] = {
+            "snip": snip_scores,
+            "grasp": grasp_scores,
+            "taylor": taylor_scores,
+        }
+        scores = scorers[settings.method](model.train(), batches, linear=settings.linear)
     return keep_above(scores, settings.density, settings.scope)
 
 
@@ -351,7 +356,7 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
     masks = carried.masks
     if masks:
         check_masks(model, masks)
-    session.steps += len(scales) and int(scales["iterations"])
+    session.steps += int(scales.get("iterations", 0))
     session.losses = []
     model = fit(session, model, masks, "train", plan, ghosts=ghosts)
     if not plan.stays:
