@@ -75,7 +75,7 @@ def step_of(model: nn.Module, recipe: SparseRecipe, x: Tensor, y: Tensor, keeper
 
 
 def plain_skip(skip: Any) -> Callable[[Tensor], Tensor]:
-    """alpha BN(jump(x)), term by term."""
+    """Alpha BN(jump(x)), term by term."""
     return lambda x: skip.alpha * skip.norm(skip.jump(x))
 
 

@@ -1,6 +1,7 @@
 """The networks of the release's mask folder (section 3): pixels in [0, 1] come in and are normalised inside."""
 
 from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
