@@ -139,7 +139,7 @@ def main() -> None:
         "both": SparseRecipe(Soft(), Skips(), None, None),
         "both, faded": SparseRecipe(Soft(), Skips(), None, None),
     }
-    arms: dict[str, Callable[[], None]] = {}
+    arms: dict[str, Callable[[], object]] = {}
     floor = 1.0
     for name, recipe in recipes.items():
         model = create_model(args.arch).to(device())

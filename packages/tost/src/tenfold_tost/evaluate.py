@@ -140,7 +140,7 @@ def zero_rates(model: nn.Module, images: Tensor) -> dict[str, float]:
     counts both.
     """
     seen: dict[str, list[Tensor]] = {}
-    names = {m: n for n, m in model.named_modules() if isinstance(m, nn.ReLU | GhostActivation)}
+    names: dict[nn.Module, str] = {m: n for n, m in model.named_modules() if isinstance(m, nn.ReLU | GhostActivation)}
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         seen.setdefault(names[module], []).append((output == 0).double().mean())

@@ -87,7 +87,7 @@ class MaskKeeper:
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         check_masks(model, masks)
         weights = prunable_weights(model, linear=True)
-        self.weights = [weights[name] for name in masks]
+        self.weights: list[Tensor] = [weights[name] for name in masks]
         self.masks = [mask.to(w.device, w.dtype) for mask, w in zip(masks.values(), self.weights, strict=True)]
 
     @torch.no_grad()
