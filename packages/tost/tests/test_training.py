@@ -16,8 +16,9 @@ from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
 from tenfold_tost.data import DataConfig, load_data
 from tenfold_tost.evaluate import load_model, operations, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
+from tenfold_tost.maskmaking import MaskConfig
 from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
-from tenfold_tost.train import MaskConfig, Recipe, make_optimiser, run_recipe
+from tenfold_tost.train import Recipe, make_optimiser, run_recipe
 
 SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
 SHAPES |= {"tiny-imagenet": (3, 64, 64, 200)}

@@ -21,8 +21,9 @@ from tenfold_tost.export import save_compact, sparsify
 from tenfold_tost.ghosts import has_ghosts
 from tenfold_tost.maskfiles import mask_report, save_masks
 from tenfold_tost.masking import check_masks, density, hamming_distance, masks_from_zeros
+from tenfold_tost.maskmaking import TICKETS
 from tenfold_tost.models import create_model, normalizes_inside
-from tenfold_tost.train import TICKETS, Recipe, Session, masks_at_initialisation, ticket
+from tenfold_tost.train import Recipe, Session, ticket
 
 
 @dataclasses.dataclass
@@ -52,7 +53,7 @@ def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safet
         if recipe.mask.method in TICKETS:
             model, masks = ticket(session)
         else:
-            masks = masks_at_initialisation(session, model)
+            masks = session.mask(model)
         try:
             check_masks(model, masks)
         except ValueError as error:

@@ -8,9 +8,8 @@ a resumed run goes on in the middle of any of them.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,66 +23,12 @@ from tenfold_tost.data import Data, DataConfig, load_data
 from tenfold_tost.evaluate import accuracy, check_fit, operations, weight_counts, zero_rates
 from tenfold_tost.ghosts import Ghosts, Skips, Smoothing, Soft, SparseRecipe, parse_techniques
 from tenfold_tost.lrsi import Batch, Lrsi, learn_scales
-from tenfold_tost.maskfiles import load_masks
 from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_masks, density, prunable_weights
+from tenfold_tost.maskmaking import TICKETS, MaskConfig, masks_at_initialisation
 from tenfold_tost.models import create_model, normalizes_inside
-from tenfold_tost.pruning import (
-    Scope,
-    Scores,
-    check_density,
-    erk_masks,
-    grasp_scores,
-    keep_above,
-    layerwise_cut,
-    magnitude_cut,
-    magnitude_scores,
-    random_scores,
-    snip_scores,
-    synflow_masks,
-    taylor_scores,
-    ticket_rounds,
-)
+from tenfold_tost.pruning import layerwise_cut, magnitude_cut, ticket_rounds
 from tenfold_tost.schedules import learning_rate
 from tenfold_tost.skips import GhostSkip, hook_skips
-
-MaskMethod = Literal[
-    "dense", "lth", "lth-layerwise", "omp", "magnitude", "snip", "grasp", "synflow", "taylor", "random", "erk", "file"
-]
-TICKETS = ("lth", "lth-layerwise", "omp")  # the methods that train before they cut
-
-
-@dataclasses.dataclass
-class MaskConfig:
-    """Which weights remain."""
-
-    method: MaskMethod = "erk"
-    """How the mask is made: by tickets (`lth`, `lth-layerwise`, `omp`), a score at initialisation, at random, or read
-    from a file; `dense` masks nothing."""
-    density: float = 0.1
-    """Fraction of the prunable weights that remains: 1 - sparsity."""
-    scope: Scope = "global"
-    """Rank the scores over all layers together, or layer by layer."""
-    linear: bool = False
-    """Prune linear layers too."""
-    batches: int = 1
-    """Batches on which SNIP, GraSP and Taylor are scored."""
-    percent: float = 0.2
-    """Fraction of the survivors that one round of a lottery ticket removes."""
-    rewind: Literal["init", "late", "none", "random"] = "init"
-    """Weights a ticket is trained from: the initial ones, those of `rewind_epoch`, the trained ones (learning-rate
-    rewinding), or newly drawn ones."""
-    rewind_epoch: int = 2
-    """The epoch of dense training to which `late` goes back."""
-    file: Path | None = None
-    """The mask of the method `file`."""
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no mask."""
-        check_density(self.density)
-        if (self.method == "file") != (self.file is not None):
-            raise UserError("--mask.file belongs to --mask.method file, and that method needs it")
-        if self.batches < 1:
-            raise UserError(f"--mask.batches takes 1 or more, got {self.batches}")
 
 
 @dataclasses.dataclass
@@ -220,6 +165,11 @@ class Session:
         seed_everything(self.run.options.seed, draw)
         return create_model(self.recipe.arch, self.data.classes).to(self.run.device)
 
+    def mask(self, model: nn.Module) -> Masks:
+        """The recipe's mask, of a method that does not train first."""
+        seed = derived_seed(self.run.options.seed, "random masks")
+        return masks_at_initialisation(self.recipe.mask, model, self.data.shape, seed, self.stream())
+
     def stream(self) -> Iterator[Batch]:
         """Training batches without end, whole in every process."""
         source = Stream(self.data.scoring)
@@ -262,7 +212,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         if recipe.mask.method in TICKETS:
             model, masks = ticket(session)
         elif recipe.mask.method != "dense" and not run.completed("start"):
-            masks = masks_at_initialisation(session, model)
+            masks = session.mask(model)
         return sparse_training(session, model, masks)
     except UserError:
         raise
@@ -271,33 +221,6 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 
 
 # -- masks ----------------------------------------------------------------------------------------------------------------
-
-
-def masks_at_initialisation(session: Session, model: nn.Module) -> Masks:
-    """The mask of every method that does not train: random, by a score, or from a file."""
-    settings, data = session.recipe.mask, session.data
-    draws = torch.Generator().manual_seed(derived_seed(session.run.options.seed, "random masks"))
-    if settings.method == "file":
-        assert settings.file is not None
-        return load_masks(settings.file, model, settings.density, settings.linear)
-    if settings.method == "erk":
-        return erk_masks(model, settings.density, settings.linear, draws)
-    if settings.method == "synflow":
-        return synflow_masks(model.eval(), settings.density, data.shape, scope=settings.scope, linear=settings.linear)
-    if settings.method == "random":
-        scores = random_scores(model, settings.linear, draws)
-    elif settings.method == "magnitude":
-        scores = magnitude_scores(model, settings.linear)
-    else:
-        source = session.stream()
-        batches = [next(source) for _ in range(settings.batches)]
-        scorers: dict[str, Callable[..., Scores]] = {
-            "snip": snip_scores,
-            "grasp": grasp_scores,
-            "taylor": taylor_scores,
-        }
-        scores = scorers[settings.method](model.train(), batches, linear=settings.linear)
-    return keep_above(scores, settings.density, settings.scope)
 
 
 def ticket(session: Session) -> tuple[nn.Module, Masks]:
