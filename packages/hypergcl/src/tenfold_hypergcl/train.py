@@ -16,8 +16,10 @@ from tenfold_hypergcl.propagate import Features
 from tenfold_hypergcl.protocol import Split
 from tenfold_hypergcl.setgnn import INPUT_DROPOUT, EncoderConfig, SetGNN
 from tenfold_hypergcl.steps import (
+    Core,
     ReceptiveField,
     contrastive_loss,
+    core,
     generate_view,
     generated_view,
     generator_step,
@@ -91,6 +93,7 @@ def generative_epoch(
     generator_optimizer: torch.optim.Optimizer,
     h: Hypergraph,
     x: Features,
+    part: Core,
     training: ReceptiveField,
     labels: Int[Tensor, "train"],
     ratio: float,
@@ -109,7 +112,7 @@ def generative_epoch(
     optimizer.zero_grad(set_to_none=True)
     supervised = supervised_loss(model, training, labels)
     supervised.backward()
-    keep = generate_view(generator, h, x)
+    keep = generate_view(generator, h, part)
     if model.config.aggregate == "sum" or model.config.attention:
         second, weights = generated_view(h, x, keep), None
     else:
@@ -140,6 +143,7 @@ def fit(config: FitConfig, data: Dataset, split: Split, seed: int) -> dict[str, 
     model = SetGNN(x.shape[1], data.num_classes, config.encoder, config.projection).to(y.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     generator = VHGAE(x.shape[1], config.encoder).to(y.device) if config.method == "A6" else None
+    generated = core(h, x)
     generator_optimizer = (
         None if generator is None else torch.optim.Adam(generator.parameters(), lr=config.generator_lr, fused=True)
     )
@@ -154,6 +158,7 @@ def fit(config: FitConfig, data: Dataset, split: Split, seed: int) -> dict[str, 
                 generator_optimizer,
                 h,
                 x,
+                generated,
                 parts[0],
                 targets[0],
                 config.ratio,
