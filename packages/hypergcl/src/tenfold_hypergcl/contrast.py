@@ -58,15 +58,16 @@ class _LogDenominators(torch.autograd.Function):
         # d loss / d similarity(i, j) = (c_i + c_j) exp(s_ij): each pair is a term of both its rows.
         c = grad_outputs[0] / sums
         grad = torch.zeros_like(z)
-        for rows, columns in _blocks(z.shape[0], ctx.block):
-            if columns.stop <= ctx.constant:
-                continue
-            e = next(kept, None)
-            weight = (c[rows, None] + c[None, columns]).mul_(_exp_block(z, rows, columns) if e is None else e)
-            if rows.stop > ctx.constant:
-                grad[rows].addmm_(weight, z[columns])
-            if rows != columns:
-                grad[columns].addmm_(weight.T, z[rows])
+        with torch.autocast(z.device.type, enabled=False):
+            for rows, columns in _blocks(z.shape[0], ctx.block):
+                if columns.stop <= ctx.constant:
+                    continue
+                e = next(kept, None)
+                weight = (c[rows, None] + c[None, columns]).mul_(_exp_block(z, rows, columns) if e is None else e)
+                if rows.stop > ctx.constant:
+                    grad[rows].addmm_(weight, z[columns])
+                if rows != columns:
+                    grad[columns].addmm_(weight.T, z[rows])
         return grad, None, None, None
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tenfold_hypergcl.augment import View, common_nodes, take_rows
+from tenfold_hypergcl.baselines import Graph
 from tenfold_hypergcl.contrast import info_nce, jsd, triplet_margin
 from tenfold_hypergcl.generative import (
     TARGET_DROP_RATIO,
@@ -24,6 +25,7 @@ from tenfold_hypergcl.generative import (
     vhgae_loss,
 )
 from tenfold_hypergcl.hypergraph import Hypergraph, Incidence, disjoint_union
+from tenfold_hypergcl.models import node_logits
 from tenfold_hypergcl.propagate import Features, stack_views
 from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
 
@@ -32,7 +34,7 @@ from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
 class ReceptiveField:
     """All that the outputs of some nodes depend on: a part of a hypergraph, its features, and the rows of the nodes in it."""
 
-    incidence: Incidence
+    incidence: Incidence | Graph
     x: Features
     rows: Int[Tensor, "targets"]
 
@@ -57,9 +59,9 @@ def receptive_field(h: Incidence, x: Features, targets: Int[Tensor, "targets"], 
     return ReceptiveField(Incidence(incidence, nodes.numel(), kept_edges.numel()), take_rows(x, nodes), new_node[targets])
 
 
-def supervised_loss(model: SetGNN, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:
+def supervised_loss(model: nn.Module, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the training nodes on the clean hypergraph, in a forward pass of its own."""
-    return F.cross_entropy(model(field.x, field.incidence, field.rows), labels)
+    return F.cross_entropy(node_logits(model, field.x, field.incidence, field.rows), labels)
 
 
 def contrastive_loss(
