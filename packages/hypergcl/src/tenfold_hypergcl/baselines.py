@@ -141,6 +141,7 @@ class HypergraphConvNet(nn.Module):
 
     def forward(self, x: Features, incidence: Incidence) -> Float[Tensor, "nodes classes"]:
         """Class logits."""
+        out: Tensor
         for i, conv in enumerate(self.convs):
             out = conv.product(dropout(F.elu(out), self.p, self.training) if i else x)
             degree = _inverse(incidence.node_degrees, out.dtype, 0.5 if self.symmetric else 1.0)
@@ -209,6 +210,7 @@ class HNHN(nn.Module):
         """Class logits; ``weights`` saves computing :meth:`HNHNWeights.of` anew."""
         by_node, by_edge = incidence.by_node, incidence.by_hyperedge
         w = weights or HNHNWeights.of(incidence, self.convs[0].weight_v2e.weight.dtype, self.alpha, self.beta)
+        out: Tensor
         for i, conv in enumerate(self.convs):
             read = dropout(F.relu(out), self.p, self.training) if i else x
             sent = linear(read, conv.weight_v2e.weight, conv.weight_v2e.bias)
@@ -361,6 +363,7 @@ class HyperGCN(nn.Module):
 
     def forward(self, x: Features, graph: Graph) -> Float[Tensor, "nodes classes"]:
         """Class logits (not negative). ``wide`` at construction is the width rule of citeseer."""
+        out: Tensor
         for i, layer in enumerate(self.layers):
             out = F.relu(graph.propagate(layer.product(out if i else x)) + layer.bias)
             if i < len(self.layers) - 1:

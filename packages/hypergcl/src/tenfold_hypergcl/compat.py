@@ -89,7 +89,11 @@ def recognise(state: Mapping[str, Tensor]) -> SetGNN:
         mlp_layers=sum(name.startswith(f"{mlp}lins.") and name.endswith("weight") for name in state),
         attention=heads_of is not None,
         heads=1 if heads_of is None else heads_of.shape[1],
-        norm="bn" if f"{mlp}normalizations.0.running_mean" in state else "ln" if normed or heads_of is not None else None,
+        norm="bn"
+        if f"{mlp}normalizations.0.running_mean" in state
+        else "ln"
+        if normed or heads_of is not None
+        else None,
         input_norm=f"{mlp}normalizations.0.weight" in state,
         gpr="GPRweights.weight" in state,
     )

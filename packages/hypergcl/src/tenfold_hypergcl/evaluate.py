@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ class EvalConfig:
     """The data set; default: the one that the checkpoint was trained on, or digits."""
     root: Path | None = None
     """Folder that holds the data sets; default: $TENFOLD_DATA or the platform's cache."""
-    attack: str = ""
-    """Evaluate on poisoned structure: minmax, net, remove or degree; default: as in training."""
+    attack: Literal["none", "minmax", "net", "remove", "degree"] | None = None
+    """Evaluate on poisoned structure, or on clean one; default: as in training."""
 
 
 @torch.inference_mode()
@@ -64,9 +64,7 @@ def evaluate_nodes(
     return found
 
 
-def fairness(
-    model: nn.Module, field: ReceptiveField, data: Dataset, nodes: Tensor, labels: Tensor
-) -> dict[str, float]:
+def fairness(model: nn.Module, field: ReceptiveField, data: Dataset, nodes: Tensor, labels: Tensor) -> dict[str, float]:
     """The gaps of statistical parity and equal opportunity, and the share of predictions that follow the sensitive attribute."""
     assert data.sensitive_column is not None
     x = data.x.to_dense() if isinstance(data.x, SparseFeatures) else data.x
@@ -84,7 +82,9 @@ def fairness(
     }
 
 
-def evaluate_links(model: nn.Module, x: Features, h: Hypergraph, positive: Tensor, negative: Tensor) -> dict[str, float]:
+def evaluate_links(
+    model: nn.Module, x: Features, h: Hypergraph, positive: Tensor, negative: Tensor
+) -> dict[str, float]:
     """ROC-AUC of true memberships against pairs that are none."""
     assert isinstance(model, SetGNN)
     return {"auc": membership_auc(model, x, h, positive, negative)}
@@ -128,12 +128,11 @@ def _load(config: EvalConfig) -> tuple[nn.Module | None, Recipe, dict[str, Any]]
         model = load_official_checkpoint(path)
         assert isinstance(model, SetGNN)  # Nothing else is recognised.
         recipe = Recipe(method="supervised", encoder=model.config)
-    changes = {key: value for key, value in (("name", config.data), ("attack", config.attack)) if value}
-    if changes.get("attack", "none") not in {"none", "minmax", "net", "remove", "degree"}:
-        raise UserError(f"--attack is minmax, net, remove or degree, got {config.attack}")
-    root = recipe.data.root if config.root is None else config.root
-    root = None if root is None else Path(root)
-    return model, dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=root, **changes)), about
+    data = dataclasses.replace(recipe.data, name=config.data or recipe.data.name)
+    data = dataclasses.replace(data, root=config.root or (None if data.root is None else Path(data.root)))
+    if config.attack is not None:
+        data = dataclasses.replace(data, attack=config.attack)
+    return model, dataclasses.replace(recipe, data=data), about
 
 
 def _metrics(model: nn.Module, recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:

@@ -54,9 +54,7 @@ def create_model(
     if name == "unigcnii":
         return UniGCNII(in_features, hidden, classes, layers, p, heads)
     if name in {"ce-gcn", "ce-gat"}:
-        return CliqueNet(
-            in_features, hidden, classes, layers, p, encoder.norm, attention=name == "ce-gat", heads=heads
-        )
+        return CliqueNet(in_features, hidden, classes, layers, p, encoder.norm, attention=name == "ce-gat", heads=heads)
     raise ValueError(f"There is no model {name!r}; there are {', '.join(MODELS)}.")
 
 

@@ -56,7 +56,9 @@ def receptive_field(h: Incidence, x: Features, targets: Int[Tensor, "targets"], 
     mask = edges[h.incidence[1]]
     new_node = torch.cumsum(seen, 0) - 1
     incidence = torch.stack([new_node[h.incidence[0, mask]], (torch.cumsum(edges, 0) - 1)[h.incidence[1, mask]]])
-    return ReceptiveField(Incidence(incidence, nodes.numel(), kept_edges.numel()), take_rows(x, nodes), new_node[targets])
+    return ReceptiveField(
+        Incidence(incidence, nodes.numel(), kept_edges.numel()), take_rows(x, nodes), new_node[targets]
+    )
 
 
 def supervised_loss(model: nn.Module, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:

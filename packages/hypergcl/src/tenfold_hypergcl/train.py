@@ -121,7 +121,9 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 
     """
     if run.options.precision == "fp16" or run.options.compile:
-        raise UserError("this package trains in fp32 or bf16 and without torch.compile: change --precision or --compile")
+        raise UserError(
+            "this package trains in fp32 or bf16 and without torch.compile: change --precision or --compile"
+        )
     seed = run.options.seed
     seed_everything(seed, "data")
     data = load_data(recipe.data).to(run.device)
@@ -367,4 +369,3 @@ def _contrasted(session: Session) -> tuple[Hypergraph, Features]:
         return h, x
     batch = subsample(h, x, session.recipe.sub_size)
     return batch.hypergraph, batch.x
-
