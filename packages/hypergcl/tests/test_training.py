@@ -66,7 +66,7 @@ def generated(monkeypatch):
 
     def load(name, root, feature_noise=1.0):
         features, classes = SHAPES.get(name, (8, 3))
-        nodes = max(60, 4 * classes)
+        nodes = max(60, 4 * classes) if name in SHAPES else 150
         return clustered(features, classes, nodes, 0 if name in loaders.FAIR else None, name)
 
     monkeypatch.setattr(loaders, "load", load)
@@ -80,7 +80,7 @@ def run(recipe, folder, seed=0, **options):
 
 
 SMALL = Recipe(
-    encoder=EncoderConfig(hidden=16), projection=16, epochs=25, lr=1e-2, data=DataConfig(name="clusters")
+    encoder=EncoderConfig(hidden=16), projection=16, epochs=25, lr=1e-2, data=DataConfig(name="clusters", label_rate=0.2)
 )  # fmt: skip
 
 
@@ -88,9 +88,7 @@ SMALL = Recipe(
 def test_every_recipe_builds_and_steps(name, tmp_path, generated, monkeypatch):
     monkeypatch.setattr(Run, "save_weights", lambda *_, **__: None)
     recipe = load_recipe("tenfold_hypergcl", name, Recipe, epochs=1)
-    recipe = dataclasses.replace(
-        recipe, data=dataclasses.replace(recipe.data, label_rate=0.5)
-    )
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, label_rate=0.5))
     model, result = run(recipe, tmp_path)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert all(0 <= value <= 100 for key, value in result.test.items() if key != "nll")
@@ -101,7 +99,7 @@ def test_every_recipe_builds_and_steps(name, tmp_path, generated, monkeypatch):
 @pytest.mark.parametrize("method", ["supervised", "A0", "A1", "A2", "A3", "A4", "A6", "clique", "adapt"])
 def test_learning_beats_chance(method, tmp_path, generated):
     _, result = run(dataclasses.replace(SMALL, method=method), tmp_path)
-    assert result.test["accuracy"] > 60  # chance is 33
+    assert result.test["accuracy"] > 50  # chance is 33
     assert bool(result.drop_ratio) == (method == "A6")
 
 
@@ -137,7 +135,7 @@ def test_large_hypergraphs_are_contrasted_in_part(tmp_path, generated):
 def test_half_precision_follows_single(tmp_path, generated):
     recipe = dataclasses.replace(SMALL, method="A6")
     _, result = run(recipe, tmp_path, precision="bf16")
-    assert result.test["accuracy"] > 60
+    assert result.test["accuracy"] > 50
     with pytest.raises(UserError, match="bf16"):
         run(recipe, tmp_path / "other", precision="fp16")
 

@@ -13,10 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tenfold_hypergcl.products import multiply
+
 BLOCK = 512
 """Rows and columns of one block of similarities: it fits a core's cache."""
-KEPT_VALUES = 1 << 26
-"""Values of similarity blocks (256 MiB in single precision) that may wait for the backward pass; further blocks are computed again."""
+KEPT_VALUES = 1 << 27
+"""Values of similarity blocks (512 MiB in single precision) that may wait for the backward pass; further blocks are computed again."""
 MIN_TEMPERATURE = 0.002
 """Below it ``exp(1 / t)`` leaves double precision, and the loss is a maximum in all but name."""
 
@@ -72,7 +74,7 @@ class _LogDenominators(torch.autograd.Function):
 
 
 def _exp_block(z: Tensor, rows: slice, columns: slice) -> Tensor:
-    e = torch.mm(z[rows], z[columns].T).exp_()
+    e = multiply(z[rows], z[columns]).exp_()
     if rows == columns:
         e.fill_diagonal_(0)
     return e
