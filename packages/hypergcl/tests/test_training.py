@@ -66,7 +66,7 @@ def generated(monkeypatch):
 
     def load(name, root, feature_noise=1.0):
         features, classes = SHAPES.get(name, (8, 3))
-        nodes = max(60, 4 * classes) if name in SHAPES else 150
+        nodes = 150 if name in loaders.FAIR or name not in SHAPES else max(60, 4 * classes)
         return clustered(features, classes, nodes, 0 if name in loaders.FAIR else None, name)
 
     monkeypatch.setattr(loaders, "load", load)
