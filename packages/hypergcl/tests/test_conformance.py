@@ -7,7 +7,7 @@ class TestConformance(Conformance):
     """HyperGCL on digits."""
 
     package = "tenfold_hypergcl"
-    train = ["--config", "digits-setgnn", "--epochs", "12", "--method", "A4"]
-    reproduce = ["mini-contrast", "--arms", "supervised", "--seeds", "2"]
+    train = ["--config", "digits-setgnn", "--epochs", "20", "--method", "A4"]
+    reproduce = ["mini-structure", "--arms", "mlp", "--seeds", "2"]
     needs_data = ["--config", "cora-setgnn"]
     phase = "best"
