@@ -141,7 +141,7 @@ def test_half_precision_follows_single(tmp_path, generated):
 
 
 def test_checkpoints_evaluate_to_what_training_said(tmp_path, generated, capsys):
-    model, result = run(dataclasses.replace(SMALL, epochs=5), tmp_path, seed=2)
+    model, result = run(dataclasses.replace(SMALL, epochs=5, data=DataConfig("clusters")), tmp_path, seed=2)
     options = RunOptions(device="cpu", quiet=True)
     capsys.readouterr()
     evaluate(EvalConfig(tmp_path / "hypergcl" / "r2"), options)
