@@ -82,18 +82,15 @@ def recognise(state: Mapping[str, Tensor]) -> SetGNN:
     classes, hidden = state["linear.weight"].shape
     heads_of = state.get("V2EConvs.0.prop.att_r")
     mlp = "V2EConvs.0." + ("f_enc." if heads_of is None else "prop.rFF.")
-    normed = [name for name in state if name.startswith("V2EConvs.0.f_enc.normalizations.") and name.endswith("weight")]
+    norms = [name for name in state if name.startswith(f"{mlp}normalizations.")]
+    batch = any(name.endswith("running_mean") for name in norms)
     config = EncoderConfig(
         hidden=hidden,
         layers=layers,
         mlp_layers=sum(name.startswith(f"{mlp}lins.") and name.endswith("weight") for name in state),
         attention=heads_of is not None,
         heads=1 if heads_of is None else heads_of.shape[1],
-        norm="bn"
-        if f"{mlp}normalizations.0.running_mean" in state
-        else "ln"
-        if normed or heads_of is not None
-        else None,
+        norm="bn" if batch else "ln" if norms or heads_of is not None else None,
         input_norm=f"{mlp}normalizations.0.weight" in state,
         gpr="GPRweights.weight" in state,
     )

@@ -155,13 +155,15 @@ def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple
         session.part = core(data.hypergraph, data.x)
     if recipe.method == "clique":
         session.clique = CliqueNet(data.x.shape[1], recipe.encoder.hidden, recipe.projection).to(device)
-        optimiser.add_param_group({"params": list(session.clique.parameters())})
+        optimiser.add_param_group(
+            {"params": list(session.clique.parameters()), "lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        )
     epoch_of, best, began = _epoch_of(recipe, data), Best(), time.process_time()
     tracked = {"model": model, "optimiser": optimiser, "best": best, **session.tracked()}
     valid_labels = data.labels[split.valid]
     for epoch in run.steps("train", recipe.epochs, **tracked):
         seed_everything(seed, "train", epoch)  # The same in every process.
-        with run.accelerator.autocast():
+        with _autocast(run):
             losses = epoch_of(session)
             valid = evaluate_nodes(model, parts["valid"], valid_labels, recipe.select)
         value = 100 * valid[recipe.select]
@@ -181,6 +183,12 @@ def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple
     )  # fmt: skip
 
 
+def _autocast(run: Run) -> torch.autocast:
+    """The run's precision. Weights change within an epoch, and are read with and without gradients: nothing is cached."""
+    enabled = run.options.precision == "bf16"
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
 def _train_links(run: Run, recipe: Recipe, data: Dataset) -> tuple[nn.Module, Result]:
     """The paper's side study (section 6): the encoder and its decoder learn which pairs are memberships."""
     seed = run.options.seed
@@ -195,7 +203,7 @@ def _train_links(run: Run, recipe: Recipe, data: Dataset) -> tuple[nn.Module, Re
         seed_everything(seed, "train", epoch)
         model.train()
         optimiser.zero_grad(set_to_none=True)
-        with run.accelerator.autocast():
+        with _autocast(run):
             loss = membership_loss(model, data.x, data.hypergraph)
             loss.backward()
             if recipe.method != "supervised":
