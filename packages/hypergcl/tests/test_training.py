@@ -132,6 +132,11 @@ def test_large_hypergraphs_are_contrasted_in_part(tmp_path, generated):
     assert run(recipe, tmp_path)[1].test["accuracy"] >= 0
 
 
+def test_batches_of_sampled_neighbourhoods_learn(tmp_path, generated):
+    _, result = run(dataclasses.replace(SMALL, batch_size=64, epochs=12), tmp_path)
+    assert result.test["accuracy"] > 50  # chance is 33
+
+
 def test_half_precision_follows_single(tmp_path, generated):
     recipe = dataclasses.replace(SMALL, method="A6")
     _, result = run(recipe, tmp_path, precision="bf16")
@@ -198,6 +203,7 @@ def test_poisoned_structure_from_a_pair_list(tmp_path, generated):
         ({"epochs": 0}, "--epochs"),
         ({"ratio": 1.0}, "--ratio"),
         ({"model": "hgnn", "method": "A2"}, "--model hgnn"),
+        ({"batch_size": 64, "method": "A6"}, "--batch_size 64"),
         ({"task": "memberships", "method": "A6"}, "--task memberships"),
     ],
 )

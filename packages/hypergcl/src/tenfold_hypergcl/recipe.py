@@ -77,6 +77,8 @@ class Recipe:
     """The generator of A6."""
     sub_size: int = SUB_SIZE
     """Hypergraphs with more nodes are contrasted on this many random ones an epoch."""
+    batch_size: int = 0
+    """Nodes of a mini-batch with a sampled neighbourhood, for hypergraphs that do not fit; 0: the whole hypergraph at once."""
     select: Literal["accuracy", "auc", "nll"] = "accuracy"
     """What of the validation nodes chooses the epoch; auc and nll are for the fairness sets."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -91,6 +93,10 @@ class Recipe:
             raise UserError(f"--ratio is an augmentation ratio in [0, 1), got {self.ratio}")
         if self.model != "setgnn" and (self.method != "supervised" or self.task != "nodes"):
             raise UserError(f"--model {self.model} is a baseline: it is trained with --method supervised on nodes only")
+        if self.batch_size and (self.task != "nodes" or self.method in {"supervised", "A6", "clique"}):
+            raise UserError(
+                f"--batch_size {self.batch_size} is for nodes and fabricated augmentations: use --method A0 to A5"
+            )
         if self.task == "memberships" and self.method in {"A6", "clique", "A3", "A5"}:
             raise UserError(f"--method {self.method} is not for --task memberships: use supervised, A0, A1, A2 or A4")
 

@@ -19,7 +19,7 @@ from tenfold_hypergcl.evaluate import evaluate_links, evaluate_nodes
 from tenfold_hypergcl.generative import VHGAE
 from tenfold_hypergcl.hypergraph import Hypergraph
 from tenfold_hypergcl.linkpred import link_split, membership_loss
-from tenfold_hypergcl.minibatch import subsample
+from tenfold_hypergcl.minibatch import HypergraphSampler, subsample, train_on_batches
 from tenfold_hypergcl.models import parameter_groups
 from tenfold_hypergcl.propagate import Features
 from tenfold_hypergcl.protocol import Split
@@ -158,7 +158,7 @@ def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple
         optimiser.add_param_group(
             {"params": list(session.clique.parameters()), "lr": recipe.lr, "weight_decay": recipe.weight_decay}
         )
-    epoch_of, best, began = _epoch_of(recipe, data), Best(), time.process_time()
+    epoch_of, best, began = _epoch_of(recipe, data, split), Best(), time.process_time()
     tracked = {"model": model, "optimiser": optimiser, "best": best, **session.tracked()}
     valid_labels = data.labels[split.valid]
     for epoch in run.steps("train", recipe.epochs, **tracked):
@@ -247,7 +247,9 @@ def _close(
 # -- one epoch of each method -----------------------------------------------------------------------------------------
 
 
-def _epoch_of(recipe: Recipe, data: Dataset) -> Callable[[Session], dict[str, Tensor]]:
+def _epoch_of(recipe: Recipe, data: Dataset, split: Split) -> Callable[[Session], dict[str, Tensor]]:
+    if recipe.batch_size:
+        return SampledEpoch(data, split.train, recipe)
     if recipe.method == "supervised":
         return supervised_epoch
     if recipe.method == "A6":
@@ -370,6 +372,22 @@ class CliqueContrast:
         (recipe.contrast_weight * contrastive).backward()
         session.optimiser.step()
         return {"supervised": supervised.detach(), "contrastive": contrastive.detach()}
+
+
+class SampledEpoch:
+    """The supervised loss and the contrast of fabricated views, batch by batch of sampled neighbourhoods."""
+
+    def __init__(self, data: Dataset, train: Tensor, recipe: Recipe) -> None:
+        self.train = train
+        self.sampler = HypergraphSampler(data.hypergraph, data.x, recipe.batch_size, layers=recipe.encoder.layers)
+
+    def __call__(self, session: Session) -> dict[str, Tensor]:
+        """One epoch."""
+        recipe, model = session.recipe, _encoder(session)
+        weight, t = recipe.contrast_weight, recipe.temperature
+        labels, name = session.data.labels, recipe.method
+        train_on_batches(model, session.optimiser, self.sampler, labels, self.train, name, recipe.ratio, weight, t)
+        return {}
 
 
 def _encoder(session: Session) -> SetGNN:
