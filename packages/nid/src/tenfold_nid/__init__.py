@@ -34,7 +34,17 @@ from .robust import RobustFit, admm, irls
 from .shapes import Mesh, extract_mesh, marching_cubes, point_cloud_loss, save_mesh, sdf_from_mesh
 from .solvers import FitOptions, PatchModel, finetune_gate, fit_codes, inpaint
 from .sparse import fista, omp
-from .training import Losses, Objective, adam, coordinate_chunks, gate_parameters, is_dense, objective, training_step
+from .optimisation import (
+    Losses,
+    Objective,
+    Sampled,
+    adam,
+    coordinate_chunks,
+    gate_parameters,
+    is_dense,
+    objective,
+    training_step,
+)
 from .video import Separation, background_dictionary, separate
 
 __version__ = "0.1.0"
@@ -56,6 +66,7 @@ __all__ = [
     "PatchModel",
     "Posterior",
     "RobustFit",
+    "Sampled",
     "Separation",
     "SharedTrunkExperts",
     "System",

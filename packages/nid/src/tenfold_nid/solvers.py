@@ -15,7 +15,7 @@ from .gates import CodebookGate
 from .patches import blend_windows, extract_windows
 from .robust import admm, irls
 from .sparse import fista, omp
-from .training import Objective, adam, gate_parameters, training_step
+from .optimisation import Objective, adam, gate_parameters, training_step
 
 Solver = Literal["ridge", "map", "omp", "fista", "irls", "huber", "admm", "adam", "gate"]
 Support = Literal["gate", "all"]

@@ -1,20 +1,23 @@
 """Linear dictionaries on the sample grid: the control without any network (section 8)."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..fitting import System, system
 from ..sparse import omp
 
 
-class LinearDictionary(NamedTuple):
+class LinearDictionary(nn.Module):
     """Signals as ``mean + atoms @ code``; the solvers of the neural dictionary apply to it unchanged."""
 
-    mean: Float[Tensor, " rows"]
-    atoms: Float[Tensor, "rows components"]
+    mean: Tensor
+    atoms: Tensor
+
+    def __init__(self, mean: Float[Tensor, " rows"], atoms: Float[Tensor, "rows components"]) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("atoms", atoms)
 
     def system(
         self, targets: Float[Tensor, "batch points channels"], mask: Bool[Tensor, "batch points"] | None = None
