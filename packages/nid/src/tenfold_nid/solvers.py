@@ -12,10 +12,10 @@ from .coordinates import lattice
 from .dictionary import NeuralDictionary
 from .fitting import CodePrior, System, gate_code, gate_input, posterior, refine_codes, ridge, system
 from .gates import CodebookGate
+from .optimisation import Objective, adam, gate_parameters, training_step
 from .patches import blend_windows, extract_windows
 from .robust import admm, irls
 from .sparse import fista, omp
-from .optimisation import Objective, adam, gate_parameters, training_step
 
 Solver = Literal["ridge", "map", "omp", "fista", "irls", "huber", "admm", "adam", "gate"]
 Support = Literal["gate", "all"]

@@ -179,6 +179,7 @@ class AutoDecoder(nn.Module):
 
     def __init__(self, config: NetworkConfig, latent_dim: int, num_signals: int) -> None:
         super().__init__()
+        self.config = config
         self.map = embedding(config)
         embedded = NetworkConfig(
             in_dim=self.map.out_dim + latent_dim,  # type: ignore[arg-type, operator]
@@ -213,15 +214,17 @@ def fit_latents(
     targets: Float[Tensor, "batch points channels"],
     weights: Float[Tensor, "batch points"] | None = None,
     *,
-    steps: int = 100,
     lr: float = 1e-2,
     prior: float = 1e-4,
-) -> Float[Tensor, "batch latent"]:
-    """Latent vectors of new signals, the decoder frozen: Adam on error and ``prior · ‖z‖²``, from zero."""
+) -> Iterator[Float[Tensor, "batch latent"]]:
+    """Latent vectors of new signals, the decoder frozen: Adam on error and ``prior · ‖z‖²``, from zero.
+
+    Yields them before the first step and after each, for as long as it is asked.
+    """
     latent = torch.zeros(len(targets), decoder.latents.embedding_dim).to(targets).requires_grad_()
     optimizer = torch.optim.Adam([latent], lr=lr)
-    for _ in range(steps):
+    while True:
+        yield latent.detach().clone()
         loss = signal_losses(decoder.decode(latent, coords), targets, weights) + prior * latent.square().sum()
         (latent.grad,) = torch.autograd.grad(loss, [latent])
         optimizer.step()
-    return latent.detach()
