@@ -13,8 +13,10 @@ from .optimisation import Objective
 from .signals import DataConfig
 from .solvers import FitOptions
 
-Method = Literal["nid", "scratch", "maml", "reptile", "latent", "pca", "ksvd", "interpolation", "fbp", "tv"]
-UNTRAINED = ("interpolation", "fbp", "tv")
+Method = Literal[
+    "nid", "scratch", "maml", "reptile", "latent", "pca", "ksvd", "interpolation", "fbp", "tv", "rpca", "median"
+]
+UNTRAINED = ("interpolation", "fbp", "tv", "rpca", "median")
 """Methods that learn nothing before they see the signal."""
 
 
@@ -76,6 +78,8 @@ class Linear:
     """Atoms a signal of K-SVD."""
     iterations: int = 10
     """Alternations of K-SVD."""
+    signals: int = 2000
+    """Training signals, spread over all of them, that K-SVD learns from."""
 
 
 @dataclasses.dataclass
@@ -84,7 +88,7 @@ class Recipe:
 
     method: Method = "nid"
     """What represents the signals: the neural dictionary; a network a signal from scratch, or from a start learned by
-    MAML or Reptile; an auto-decoder; PCA, K-SVD; or interpolation, filtered back-projection, total variation."""
+    MAML or Reptile; an auto-decoder; PCA, K-SVD; or interpolation, filtered back-projection, total variation, robust PCA, the median over time."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The signals."""
     model: DictionaryConfig = dataclasses.field(default_factory=DictionaryConfig)

@@ -242,9 +242,9 @@ def learn_linear(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     if recipe.method == "pca":
         model: LinearDictionary = pca(rows, settings.components)
     else:
-        model = ksvd(
-            rows, settings.components, settings.sparsity, iterations=settings.iterations, seed=run.options.seed
-        )
+        chosen = rows[torch.linspace(0, len(rows) - 1, min(settings.signals, len(rows))).long()]
+        seed = run.options.seed
+        model = ksvd(chosen, settings.components, settings.sparsity, iterations=settings.iterations, seed=seed)
     run.complete("train", model, **about(recipe, model))
     return model
 

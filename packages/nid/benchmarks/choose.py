@@ -1,0 +1,101 @@
+"""Values of the miniature's recipes, chosen on patches of a training photograph that is held out; the test photographs
+are never looked at.
+
+    python benchmarks/choose.py STUDY [--folder runs/studies] [--seeds 1]
+
+Every point of a study's grid is measured; the outcome is written to results/studies/STUDY.json, best point first.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from tenfold_nid.recipe import Recipe
+from tenfold_nid.reproduce import coded
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.cli import load_recipe
+from tenfold_shared.run import RunOptions
+
+FEW = {"data.fraction": [0.1]}
+STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
+    "nid-train": (
+        "photographs-nid",
+        {"schedule.lr": [1e-3, 3e-3], "objective.loss_cv": [1e-4, 1e-3]},
+    ),
+    "nid-warm": ("photographs-nid", {"fit.lr": [0.003, 0.01, 0.03, 0.1]}),
+    "nid-cold": ("photographs-nid", {"fit.support": ["all"], "fit.lr": [0.01, 0.03, 0.1, 0.3]}),
+    "nid-ridge": ("photographs-nid", {"fit.solver": ["ridge"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "nid-omp": ("photographs-nid", {"fit.solver": ["omp"]}),
+    "siren": ("photographs-siren", {"fit.lr": [1e-4, 3e-4, 1e-3, 3e-3]}),
+    "ffm": ("photographs-ffm", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0]}),
+    "pe-mlp": ("photographs-pe-mlp", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.num_freqs": [2, 4]}),
+    "maml": (
+        "photographs-maml",
+        {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "schedule.lr": [1e-4, 3e-4], "fit.lr": [1e-3, 3e-3, 1e-2]},
+    ),
+    "reptile": (
+        "photographs-reptile",
+        {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "meta.rate": [0.3, 1.0], "fit.lr": [1e-3, 3e-3, 1e-2]},
+    ),
+    "latent": ("photographs-latent", {"schedule.lr": [1e-3, 3e-3], "fit.lr": [0.03, 0.1, 0.3]}),
+    "pca": ("photographs-pca", {"fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "ksvd": ("photographs-ksvd", {"linear.iterations": [3]}),
+    "few-nid-map": ("photographs-nid", {**FEW, "fit.solver": ["map"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
+    "few-nid-ridge": ("photographs-nid", {**FEW, "fit.solver": ["ridge"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
+    "few-siren": ("photographs-siren", {**FEW, "fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [10, 30, 100]}),
+    "few-ffm": (
+        "photographs-ffm",
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [30, 100, 300], "network.ffm_map_scale": [1.0, 2.0, 4.0]},
+    ),
+    "few-pe-mlp": (
+        "photographs-pe-mlp",
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [30, 100, 300], "network.num_freqs": [1, 2, 4]},
+    ),
+    "few-maml": ("photographs-maml", {**FEW, "fit.lr": [3e-4, 1e-3, 3e-3, 1e-2], "fit.steps": [3, 10, 30, 100]}),
+    "few-reptile": ("photographs-reptile", {**FEW, "fit.lr": [3e-4, 1e-3, 3e-3, 1e-2], "fit.steps": [3, 10, 30, 100]}),
+    "few-latent": ("photographs-latent", {**FEW, "fit.lr": [0.03, 0.1], "fit.steps": [10, 30, 100]}),
+    "few-pca": ("photographs-pca", {**FEW, "fit.penalty": [3e-4, 1e-4, 3e-5, 1e-5, 1e-6]}),
+}
+
+
+def main() -> None:
+    """Measure the points of a study."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "studies")
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    for name in STUDIES if "all" in arguments.studies else arguments.studies:
+        recipe_name, grid = STUDIES[name]
+        rows = []
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            recipe = load_recipe("tenfold_nid", recipe_name, Recipe, **{"data.validation": True, **point})
+            runs = []
+            for seed in range(arguments.seeds):
+                options = RunOptions(seed=seed, device="cpu", quiet=True, resume=True)
+                runs.append(coded(recipe, seed, options, arguments.folder))
+            psnr = sum(run["points"][-1][2] for run in runs) / len(runs)
+            rows.append({**point, "psnr": psnr, "points": [run["points"] for run in runs]})
+            print(
+                name,
+                json.dumps(point),
+                f"{psnr:.2f}",
+                " ".join(f"{p[0]}:{p[2]:.1f}" for p in runs[0]["points"]),
+                flush=True,
+            )
+        rows.sort(key=lambda row: -row["psnr"])
+        outcome = {
+            "recipe": recipe_name,
+            "metric": "PSNR after the last step, dB",
+            "seeds": arguments.seeds,
+            "points": rows,
+        }
+        write_json(arguments.results / f"{name}.json", outcome)
+
+
+if __name__ == "__main__":
+    main()
