@@ -20,43 +20,38 @@ from tenfold_shared.run import RunOptions
 
 FEW = {"data.fraction": [0.1]}
 STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
-    "nid-train": (
-        "photographs-nid",
-        {"schedule.lr": [1e-3, 3e-3], "objective.loss_cv": [1e-4, 1e-3]},
+    "siren": ("photographs-siren", {"fit.lr": [1e-4, 3e-4, 1e-3, 3e-3]}),
+    "ffm": ("photographs-ffm", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0]}),
+    "pe-mlp": ("photographs-pe-mlp", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.num_freqs": [2, 4]}),
+    "maml": ("photographs-maml", {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "fit.lr": [1e-3, 3e-3, 1e-2]}),
+    "maml-adam": (
+        "photographs-maml",
+        {"meta.inner_lr": [3e-3], "meta.test_optimiser": ["adam"], "fit.lr": [3e-4, 1e-3, 3e-3]},
     ),
+    "reptile": ("photographs-reptile", {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "fit.lr": [1e-3, 3e-3, 1e-2]}),
+    "latent": ("photographs-latent", {"schedule.lr": [1e-3, 3e-3], "fit.lr": [0.03, 0.1, 0.3]}),
+    "nid-train": ("photographs-nid", {"schedule.lr": [1e-3, 3e-3]}),
     "nid-warm": ("photographs-nid", {"fit.lr": [0.003, 0.01, 0.03, 0.1]}),
     "nid-cold": ("photographs-nid", {"fit.support": ["all"], "fit.lr": [0.01, 0.03, 0.1, 0.3]}),
     "nid-ridge": ("photographs-nid", {"fit.solver": ["ridge"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
     "nid-omp": ("photographs-nid", {"fit.solver": ["omp"]}),
-    "siren": ("photographs-siren", {"fit.lr": [1e-4, 3e-4, 1e-3, 3e-3]}),
-    "ffm": ("photographs-ffm", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0]}),
-    "pe-mlp": ("photographs-pe-mlp", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.num_freqs": [2, 4]}),
-    "maml": (
-        "photographs-maml",
-        {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "schedule.lr": [1e-4, 3e-4], "fit.lr": [1e-3, 3e-3, 1e-2]},
-    ),
-    "reptile": (
-        "photographs-reptile",
-        {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "meta.rate": [0.3, 1.0], "fit.lr": [1e-3, 3e-3, 1e-2]},
-    ),
-    "latent": ("photographs-latent", {"schedule.lr": [1e-3, 3e-3], "fit.lr": [0.03, 0.1, 0.3]}),
-    "pca": ("photographs-pca", {"fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "pca": ("photographs-pca", {"fit.penalty": [1e-4, 1e-6]}),
     "ksvd": ("photographs-ksvd", {"linear.iterations": [3]}),
     "few-nid-map": ("photographs-nid", {**FEW, "fit.solver": ["map"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
     "few-nid-ridge": ("photographs-nid", {**FEW, "fit.solver": ["ridge"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
+    "few-pca": ("photographs-pca", {**FEW, "fit.penalty": [3e-4, 1e-4, 3e-5, 1e-5, 1e-6]}),
     "few-siren": ("photographs-siren", {**FEW, "fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [10, 30, 100]}),
     "few-ffm": (
         "photographs-ffm",
-        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [30, 100, 300], "network.ffm_map_scale": [1.0, 2.0, 4.0]},
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [30, 100, 300], "network.ffm_map_scale": [1.0, 2.0]},
     ),
     "few-pe-mlp": (
         "photographs-pe-mlp",
-        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [30, 100, 300], "network.num_freqs": [1, 2, 4]},
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [30, 100, 300], "network.num_freqs": [1, 2]},
     ),
-    "few-maml": ("photographs-maml", {**FEW, "fit.lr": [3e-4, 1e-3, 3e-3, 1e-2], "fit.steps": [3, 10, 30, 100]}),
-    "few-reptile": ("photographs-reptile", {**FEW, "fit.lr": [3e-4, 1e-3, 3e-3, 1e-2], "fit.steps": [3, 10, 30, 100]}),
+    "few-maml": ("photographs-maml", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [3, 10, 30]}),
+    "few-reptile": ("photographs-reptile", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [3, 10, 30]}),
     "few-latent": ("photographs-latent", {**FEW, "fit.lr": [0.03, 0.1], "fit.steps": [10, 30, 100]}),
-    "few-pca": ("photographs-pca", {**FEW, "fit.penalty": [3e-4, 1e-4, 3e-5, 1e-5, 1e-6]}),
 }
 
 

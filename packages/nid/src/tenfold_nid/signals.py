@@ -15,12 +15,14 @@ from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
 
 from . import data, embedded
+from .coordinates import lattice
 from .corruptions import observe_fraction, occlude, shift_colours
 from .patches import resize, split_patches
+from .shapes import marching_cubes, primitive_sdf, sample_surface
 
 DataName = Literal[
     "photographs", "faces", "discs", "phantoms", "primitives",
-    "celeba", "cifar10", "olivetti", "yale", "video", "ct", "shapenet",
+    "celeba", "cifar10", "olivetti", "yale", "video", "ct", "shapenet", "pointcloud",
 ]  # fmt: skip
 EMBEDDED: tuple[DataName, ...] = get_args(DataName)[:5]
 """Sets that need no download."""
@@ -35,7 +37,7 @@ class DataConfig:
     """The data set. Without a download: patches of photographs, faces, a video of moving discs, ellipse phantoms,
     distances of primitives; the others are the paper's."""
     root: Path | None = None
-    """Folder of the data set; default: one of its name in the data root ($TENFOLD_DATA or the platform's cache)."""
+    """Folder of the data set (of pointcloud: the .xyz file); default: one of its name in the data root ($TENFOLD_DATA or the platform's cache)."""
     download: bool = False
     """Fetch the data set when it is not there and may be fetched."""
     size: int = 0
@@ -89,6 +91,8 @@ def load_signals(config: DataConfig) -> Signals:
             does not divide into patches.
 
     """
+    if config.name == "pointcloud":
+        raise UserError("a point cloud is one shape, no set of signals: train it with --method scratch")
     if config.name in EMBEDDED:
         train, test = _embedded(config)
     else:
@@ -161,6 +165,15 @@ def _published(config: DataConfig) -> tuple[Tensor, Tensor]:
         ids = data.shapenet_ids(splits, split, config.category)[:subset]
         chosen.append(torch.stack([volume for _, volume in data.sdf_volumes(root / config.category, ids)]))
     return chosen[0], chosen[1]
+
+
+def load_points(config: DataConfig) -> tuple[Float[Tensor, "points 3"], Float[Tensor, "points 3"]]:
+    """Oriented points of one surface: a file's, or 10,000 of a torus when none is named."""
+    if config.root is not None:
+        return data.point_cloud(config.root)
+    field = primitive_sdf("torus", lattice((32,) * 3)).view(32, 32, 32)
+    points, normals = sample_surface(marching_cubes(field), 10_000, generator(0))
+    return points.float(), normals.float()
 
 
 def _sized(signals: Tensor, size: int) -> Tensor:

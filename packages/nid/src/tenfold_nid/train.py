@@ -23,7 +23,8 @@ from .networks import NetworkConfig
 from .optimisation import Sampled, adam, gate_parameters, is_dense, training_step
 from .plan import Plan
 from .recipe import UNTRAINED, Recipe
-from .signals import Signals, load_signals, observation
+from .shapes import point_cloud_loss
+from .signals import Signals, load_points, load_signals, observation
 
 
 def train(recipe: Recipe, options: RunOptions) -> None:
@@ -49,6 +50,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Signals]:
         raise UserError(f"{recipe.method} learns nothing: reproduce compares with it, and so does the verb of its task")
     if recipe.method != "nid" and run.world > 1:
         raise UserError(f"{recipe.method} trains in one process: start it without torchrun")
+    if recipe.data.name == "pointcloud":
+        return learn_surface(run, recipe), Signals(*[torch.zeros(1)] * 3)
     signals = load_signals(recipe.data)
     signals = Signals(*(x.to(run.device) for x in signals[:3]), image=signals.image)
     seed_everything(run.options.seed, "init")
@@ -182,6 +185,29 @@ def learn_networks(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     return networks
 
 
+def learn_surface(run: Run, recipe: Recipe) -> nn.Module:
+    """One network whose level 0 passes through oriented points (section 6)."""
+    if recipe.method != "scratch":
+        raise UserError("a point cloud is one shape, fitted by one network: use --method scratch")
+    seed_everything(run.options.seed, "init")
+    surface, normals = (x.to(run.device) for x in load_points(recipe.data))
+    config = dataclasses.replace(recipe.network, in_dim=3, out_dim=1)
+    network = NetworkBatch(config, 1).to(run.device)
+    optimiser: Any = torch.optim.Adam(network.parameters(), lr=recipe.schedule.lr)
+    count = recipe.schedule.batch_size
+    for _ in run.steps("train", recipe.schedule.epochs, model=network, optimiser=optimiser):
+        chosen = torch.randint(len(surface), (count,), device=run.device)
+        off = torch.rand(count, 3, device=run.device) * 2 - 1
+        loss = point_cloud_loss(lambda x: network(x)[0], surface[chosen], normals[chosen], off)
+        optimiser.zero_grad(set_to_none=True)
+        loss.total.backward()
+        optimiser.step()
+        run.log(loss=loss.total)
+    run.complete("train", network, **about(recipe, network))
+    run.save_weights("last", network, **about(recipe, network))
+    return network
+
+
 def learn_start(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     """A start for all networks, by MAML or Reptile."""
     meta, schedule = recipe.meta, recipe.schedule
@@ -191,23 +217,23 @@ def learn_start(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     per_epoch = -(-len(targets) // schedule.batch_size)
     for step in run.steps("train", schedule.epochs * per_epoch, model=start, optimiser=optimiser):
         chosen = batch_of(run, step, per_epoch, len(targets), schedule.batch_size)
+        points = torch.randperm(len(coords), device=run.device)[: schedule.chunk_size]
+        places, batch = coords[points], targets[chosen[:, None], points]
         if recipe.method == "maml":
             for group in optimiser.param_groups:
                 group["lr"] = rate(recipe, step, schedule.epochs * per_epoch)
             loss = maml_step(
                 start,
                 optimiser,
-                coords,
-                targets[chosen],
+                places,
+                batch,
                 inner_steps=meta.inner_steps,
                 inner_lr=meta.inner_lr,
                 second_order=meta.second_order,
             )
             run.log(loss=loss)
         else:
-            reptile_step(
-                start, coords, targets[chosen], inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate
-            )
+            reptile_step(start, places, batch, inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate)
             run.log(done=float(step + 1))
     run.complete("train", start, **about(recipe, start))
     return start
