@@ -35,11 +35,11 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "nid-cold": ("photographs-nid", {"fit.support": ["all"], "fit.lr": [0.01, 0.03, 0.1, 0.3]}),
     "nid-ridge": ("photographs-nid", {"fit.solver": ["ridge"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
     "nid-omp": ("photographs-nid", {"fit.solver": ["omp"]}),
-    "pca": ("photographs-pca", {"fit.penalty": [1e-4, 1e-6]}),
+    "pca": ("photographs-pca", {"fit.penalty": [1e-5, 1e-6, 1e-7]}),
     "ksvd": ("photographs-ksvd", {"linear.iterations": [3]}),
     "few-nid-map": ("photographs-nid", {**FEW, "fit.solver": ["map"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
     "few-nid-ridge": ("photographs-nid", {**FEW, "fit.solver": ["ridge"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
-    "few-pca": ("photographs-pca", {**FEW, "fit.penalty": [3e-4, 1e-4, 3e-5, 1e-5, 1e-6]}),
+    "few-pca": ("photographs-pca", {**FEW, "fit.penalty": [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]}),
     "few-siren": ("photographs-siren", {**FEW, "fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [10, 30, 100]}),
     "few-ffm": (
         "photographs-ffm",

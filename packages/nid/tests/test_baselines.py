@@ -2,8 +2,6 @@
 
 import itertools
 
-import itertools
-
 import pytest
 import torch
 from torch import nn

@@ -266,7 +266,7 @@ def learn_linear(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     """PCA or K-SVD of the training signals."""
     settings, rows = recipe.linear, signals.train.flatten(1)
     if recipe.method == "pca":
-        model: LinearDictionary = pca(rows, settings.components)
+        model: LinearDictionary = pca(rows, settings.components, whiten=True)
     else:
         chosen = rows[torch.linspace(0, len(rows) - 1, min(settings.signals, len(rows))).long()]
         seed = run.options.seed

@@ -35,8 +35,10 @@ class LinearDictionary(nn.Module):
         return (self.mean + code @ self.atoms.T).unflatten(1, (-1, channels))
 
 
-def pca(signals: Float[Tensor, "signals rows"], components: int) -> LinearDictionary:
-    """Principal components, orthonormal, by singular value decomposition.
+def pca(signals: Float[Tensor, "signals rows"], components: int, *, whiten: bool = False) -> LinearDictionary:
+    """Principal components, orthonormal; ``whiten`` scales each to the deviation of the signals along it.
+
+    A ridge fit on whitened components is the most probable code under the signals' Gaussian distribution.
 
     Raises:
         ValueError: more components than the data can have.
@@ -49,8 +51,9 @@ def pca(signals: Float[Tensor, "signals rows"], components: int) -> LinearDictio
             f"got {components}"
         )
     mean = signals.mean(dim=0)
-    covariance = (signals - mean).T @ (signals - mean)
-    return LinearDictionary(mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :components].contiguous())
+    values, vectors = torch.linalg.eigh((signals - mean).T @ (signals - mean) / (len(signals) - 1))
+    atoms = vectors.flip(1)[:, :components].contiguous()
+    return LinearDictionary(mean, atoms * values.flip(0)[:components].clamp(min=0).sqrt() if whiten else atoms)
 
 
 def ksvd(
