@@ -207,12 +207,16 @@ def _by_networks(model: NetworkBatch, recipe: Recipe, observed: Observed, steps:
     coords = lattice(observed.spatial, device=observed.truth.device)
     start = time.process_time()
     targets = observed.targets()
-    networks = model.repeated(len(targets)) if recipe.method in {"maml", "reptile"} else model
-    weights = None if observed.mask is None else observed.mask.flatten(1).float()
-    where, fitted = (coords, networks) if observed.rays is None else (observed.rays, Projected(networks))
+    networks: nn.Module = model.repeated(len(targets)) if recipe.method in {"maml", "reptile"} else model
+    where, fitted = coords, networks
+    if observed.rays is not None:
+        where, fitted = observed.rays, Projected(networks)
+    elif observed.mask is not None:  # every signal shows the same number of samples, at places of its own
+        seen = observed.mask.flatten(1).nonzero()[:, 1].view(len(targets), -1)
+        where, targets = coords[seen], targets.gather(1, seen[..., None].expand(-1, -1, targets.shape[-1]))
     optimiser = recipe.meta.test_optimiser if recipe.method in {"maml", "reptile"} else "adam"
     away = 0.0
-    for step in fit_networks(fitted, where, targets, weights, lr=recipe.fit.lr, optimiser=optimiser):  # type: ignore[arg-type]
+    for step in fit_networks(fitted, where, targets, lr=recipe.fit.lr, optimiser=optimiser):
         if step in steps:
             now = time.process_time()
             with torch.no_grad():

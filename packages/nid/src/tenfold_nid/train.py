@@ -122,7 +122,8 @@ def learn_dictionary(run: Run, recipe: Recipe, signals: Signals) -> NeuralDictio
             balance=over_processes if run.world > 1 else None,
             backward=run.backward,
         )
-        run.log(loss=run.reduce(losses.total, "mean"), data=run.reduce(losses.data, "mean"), balance=losses.balance)
+        total, data = run.reduce(torch.stack([losses.total, losses.data]), "mean")
+        run.log(loss=total, data=data, balance=losses.balance)
     run.complete("train", model, **about(recipe, model))
     return model.eval()
 
@@ -137,8 +138,10 @@ def over_processes(mixture: Mixture) -> Mixture:
     """Importance and load of the batch that all processes share; their variation is no mean over signals."""
     from torch.distributed.nn.functional import all_reduce  # noqa: PLC0415
 
-    usage = None if mixture.load is None else all_reduce(mixture.load.float())
-    return mixture._replace(importance=all_reduce(mixture.importance), load=usage)
+    if mixture.load is None:
+        return mixture._replace(importance=all_reduce(mixture.importance))
+    both = all_reduce(torch.stack([mixture.importance, mixture.load.to(mixture.importance.dtype)]))
+    return mixture._replace(importance=both[0], load=both[1])
 
 
 def pretrained(recipe: Recipe, signals: Tensor) -> NeuralDictionary:

@@ -67,7 +67,7 @@ def signal_losses(
 
 
 def fit_networks(
-    networks: NetworkBatch,
+    networks: nn.Module,
     coords: Float[Tensor, "*points in_dim"],
     targets: Float[Tensor, "nets points channels"],
     weights: Float[Tensor, "nets points"] | None = None,
@@ -78,7 +78,7 @@ def fit_networks(
     """Train every network on its signal; yields the number of steps done, 0 first, for as long as it is asked.
 
     Args:
-        networks: trained in place.
+        networks: a ``NetworkBatch``, or a module that shows one otherwise; trained in place.
         coords: where the signals were sampled.
         targets: their samples.
         weights: 1 for an observed sample, 0 for one that is not.
