@@ -9,6 +9,7 @@ dense. The floor is the time a matrix product of the merged counts takes on the 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,26 +46,27 @@ def edges(experts: nid.SharedTrunkExperts, features: Tensor, gates: nid.Gates, b
 
 def routes(device: str, repeats: int) -> None:
     """Forward and backward of every route at 1024 experts, 128 active, 1024 coordinates and 16 signals."""
-    config = nid.DictionaryConfig(ffm_map_size=64, gate="codebook", num_signals=16)
-    experts = nid.NeuralDictionary(config).to(device).experts
+    experts = nid.SharedTrunkExperts(nid.NetworkConfig(ffm_map_size=64), 1024).to(device)
     features = torch.randn(1024, 256, device=device, requires_grad=True)
     code = torch.randn(16, 1024, device=device, requires_grad=True)
     bias = torch.zeros(16, 3, device=device)
 
     def evaluate(route: str) -> Tensor:
         gates = nid.top_k_gates(code, 128)
-        return edges(experts, features, gates, bias) if route == "edges" else experts.mix(features, gates, bias, route)
+        if route == "edges":
+            return edges(experts, features, gates, bias)
+        return experts.mix(features, gates, bias, route)  # type: ignore[arg-type]
+
+    def there_and_back(route: str) -> None:
+        evaluate(route).square().sum().backward()
 
     with torch.no_grad():
         reference = evaluate("dense")
         for route in ("merge", "bag", "edges"):
             error = float((evaluate(route) - reference).abs().max() / reference.abs().max())
             print(f"  {route:6s} differs from dense by {error:.1e} relative")
-        forward = {r: median_ms(lambda r=r: evaluate(r), repeats, device) for r in ("dense", "merge", "bag", "edges")}
-    both = {
-        r: median_ms(lambda r=r: evaluate(r).square().sum().backward(), repeats, device)
-        for r in ("dense", "merge", "bag", "edges")
-    }
+        forward = {r: median_ms(partial(evaluate, r), repeats, device) for r in ("dense", "merge", "bag", "edges")}
+    both = {r: median_ms(partial(there_and_back, r), repeats, device) for r in ("dense", "merge", "bag", "edges")}
     with torch.no_grad():
         left, right = torch.randn(16, 1024, device=device), torch.randn(1024, 768, device=device)
         tall, wide = torch.randn(1024, 256, device=device), torch.randn(256, 48, device=device)
@@ -82,6 +84,8 @@ def straightforward_step(
 ) -> None:
     """The same step with every atom evaluated, one message an edge, and one optimiser call a parameter."""
     gates, bias, importance, usage = model.gating(ids)
+    assert usage is not None
+    assert isinstance(model.experts, nid.SharedTrunkExperts)
     preds = edges(model.experts, model.experts.features(coords), gates, bias)
     loss = nn.functional.mse_loss(preds, targets) + 0.01 * (nid.cv_squared(usage) + nid.cv_squared(importance))
     optimizer.zero_grad()

@@ -194,7 +194,7 @@ def _by_linear(model: LinearDictionary, recipe: Recipe, observed: Observed) -> I
 class Projected(nn.Module):
     """Networks seen through the tomograph: means along rays."""
 
-    def __init__(self, networks: NetworkBatch) -> None:
+    def __init__(self, networks: nn.Module) -> None:
         super().__init__()
         self.networks = networks
 
@@ -292,8 +292,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print what a checkpoint is worth on new signals as one JSON line; the rate goes to standard error."""
     model, about = load_model(config.checkpoint)
     with Run.evaluation("nid", options) as run:
-        signals = load_signals(config.data)
-        signals = Signals(*(x.to(run.device) for x in signals[:3]), image=signals.image)
+        signals = load_signals(config.data).to(run.device)
         check_fit(model, signals, config.data.name)
         model = model.to(run.device)
         observed = observe(signals, config.data, options.seed)
@@ -347,10 +346,9 @@ def check_fit(model: nn.Module, signals: Signals, name: str) -> None:
                 f"the dictionary has atoms of {model.mean.numel()} numbers, a signal of {name} has {signals.test[0].numel()}"
             )
         return
+    assert isinstance(model, AutoDecoder | NetworkBatch | NeuralDictionary)
     config = model.config
-    if isinstance(model, AutoDecoder | NetworkBatch | NeuralDictionary) and (
-        config.in_dim != len(size) or config.out_dim != channels
-    ):
+    if config.in_dim != len(size) or config.out_dim != channels:
         raise UserError(
             f"the checkpoint represents {config.in_dim}-D signals of {config.out_dim} channels, {name} has {len(size)}-D "
             f"ones of {channels}: choose another --data.name or checkpoint"

@@ -34,7 +34,10 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
     import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
     by_id = {claim.id: claim for claim in claims}
-    stepped, coded, few, bars = {}, {}, {}, []
+    stepped: dict[str, Any] = {}
+    coded: dict[str, Any] = {}
+    few: dict[str, Any] = {}
+    bars: list[Outcome] = []
     for outcome in outcomes:
         claim = by_id[outcome.claim]
         found = {arm: (claim, [e for e in result.extras if e]) for arm, result in outcome.arms.items()}

@@ -107,6 +107,8 @@ class Recipe:
     """Settings of maml and reptile."""
     latent_dim: int = 64
     """Length of the auto-decoder's latent vectors."""
+    latent_lr: float = 1e-3
+    """Their step size in training; each is moved once an epoch only."""
     linear: Linear = dataclasses.field(default_factory=Linear)
     """Settings of pca and ksvd."""
     pretrained: Path | None = None

@@ -82,6 +82,10 @@ class Signals(NamedTuple):
     image: tuple[int, int] | None = None
     """size of the images whose complete patches, row by row, are the test signals"""
 
+    def to(self, device: torch.device) -> "Signals":
+        """The signals on a device."""
+        return Signals(self.train.to(device), self.test.to(device), self.seen.to(device), self.image)
+
 
 def load_signals(config: DataConfig) -> Signals:
     """The signals of a data set.
@@ -110,7 +114,7 @@ def load_signals(config: DataConfig) -> Signals:
         cut = [split_patches(x, side) for x in (train, test, seen)]
     except ValueError as error:
         raise UserError(f"--data.patch {config.patch}: {error}") from error
-    return Signals(*cut, image=(test.shape[1], test.shape[2]))
+    return Signals(cut[0], cut[1], cut[2], (test.shape[1], test.shape[2]))
 
 
 def _embedded(config: DataConfig) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from .fitting import CodePrior, fit_prior, posterior, system
 from .gates import CodebookGate
 from .metrics import psnr, surface_distance
 from .shapes import extract_mesh, marching_cubes, save_mesh, sdf_from_mesh
-from .signals import DataConfig, Signals, load_signals, observation
+from .signals import DataConfig, load_signals, observation
 from .solvers import FitOptions, PatchModel, inpaint, residual_outliers, solve
 from .video import background_dictionary, mask_scores, separate
 
@@ -259,8 +259,7 @@ def tomography(config: TomographyConfig, options: RunOptions) -> None:
     if config.data.name not in {"phantoms", "ct"}:
         raise UserError(f"--data.name {config.data.name}: tomography takes phantoms or ct")
     with Run.evaluation("nid", options) as run, refusals():
-        signals = load_signals(config.data)
-        signals = Signals(*(x.to(run.device) for x in signals[:3]))
+        signals = load_signals(config.data).to(run.device)
         check_fit(model, signals, config.data.name)
         model = model.to(run.device)
         observed = observe(signals, config.data, options.seed)
@@ -340,9 +339,8 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
             problem = system(model.design(coords[chosen].to(run.device)), targets)
             codes = solve(model, problem, config.fit, prior=prior)
         for (name, field), code in zip(named, codes, strict=True):
-            mesh = extract_mesh(
-                lambda x, code=code: model.render(code[None], x)[0], config.resolution, device=run.device
-            )  # type: ignore[misc]
+            network = single_signal(model, code)
+            mesh = extract_mesh(network, config.resolution, device=run.device)
             save_mesh(mesh, folder / f"{name}{config.suffix}")
             truth = marching_cubes(field[..., 0])
             distance = surface_distance(mesh.vertices, truth.vertices, mesh.normals, truth.normals)

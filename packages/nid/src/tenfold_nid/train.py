@@ -51,9 +51,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Signals]:
     if recipe.method != "nid" and run.world > 1:
         raise UserError(f"{recipe.method} trains in one process: start it without torchrun")
     if recipe.data.name == "pointcloud":
-        return learn_surface(run, recipe), Signals(*[torch.zeros(1)] * 3)
-    signals = load_signals(recipe.data)
-    signals = Signals(*(x.to(run.device) for x in signals[:3]), image=signals.image)
+        return learn_surface(run, recipe), Signals(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    signals = load_signals(recipe.data).to(run.device)
     seed_everything(run.options.seed, "init")
     try:
         model = LEARNERS[recipe.method](run, recipe, signals)
@@ -82,8 +81,10 @@ def about(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
 def create_dictionary(recipe: Recipe, signals: Tensor) -> NeuralDictionary:
     """The recipe's dictionary for signals of this size; a codebook gets a row a signal."""
     spatial = tuple(signals.shape[1:-1])
-    shape = {"in_dim": len(spatial), "out_dim": signals.shape[-1], "size": spatial, "num_signals": len(signals)}
-    config = dataclasses.replace(recipe.model, **shape)
+    channels = signals.shape[-1]
+    config = dataclasses.replace(
+        recipe.model, in_dim=len(spatial), out_dim=channels, size=spatial, num_signals=len(signals)
+    )
     return NeuralDictionary(config, load_mode=recipe.load_mode, importance_mode=recipe.importance_mode)
 
 
@@ -247,11 +248,13 @@ def learn_decoder(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     schedule = recipe.schedule
     coords, targets = lattice(signals.train.shape[1:-1], device=run.device), signals.train.flatten(1, -2)
     decoder = AutoDecoder(network_config(recipe, signals.train), recipe.latent_dim, len(targets)).to(run.device)
-    optimiser: Any = torch.optim.Adam(decoder.parameters(), lr=schedule.lr)
+    groups = [{"params": decoder.network.parameters()}, {"params": decoder.latents.parameters()}]
+    optimiser: Any = torch.optim.Adam(groups, lr=schedule.lr)
     per_epoch = -(-len(targets) // schedule.batch_size)
     for step in run.steps("train", schedule.epochs * per_epoch, model=decoder, optimiser=optimiser):
-        for group in optimiser.param_groups:
-            group["lr"] = rate(recipe, step, schedule.epochs * per_epoch)
+        pace = rate(recipe, step, schedule.epochs * per_epoch)
+        optimiser.param_groups[0]["lr"] = pace
+        optimiser.param_groups[1]["lr"] = pace * recipe.latent_lr / schedule.lr
         chosen = batch_of(run, step, per_epoch, len(targets), schedule.batch_size)
         points = torch.randint(len(coords), (min(schedule.chunk_size, len(coords)),), device=run.device)
         preds = decoder(chosen, coords[points])
