@@ -38,8 +38,14 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "few-nid-ridge": ("photographs-nid", {**FEW, "fit.solver": ["ridge"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
     "few-pca": ("photographs-pca", {**FEW, "fit.penalty": [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]}),
     "few-siren": ("photographs-siren", {**FEW, "fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [100]}),
-    "few-ffm": ("photographs-ffm", {**FEW, "fit.lr": [1e-3], "fit.steps": [100], "network.ffm_map_scale": [1.0, 2.0]}),
-    "few-pe-mlp": ("photographs-pe-mlp", {**FEW, "fit.lr": [1e-3], "fit.steps": [100], "network.num_freqs": [1, 2, 4]}),
+    "few-ffm": (
+        "photographs-ffm",
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [300], "network.ffm_map_scale": [1.0, 2.0]},
+    ),
+    "few-pe-mlp": (
+        "photographs-pe-mlp",
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [300], "network.num_freqs": [1, 2]},
+    ),
     "few-maml": ("photographs-maml", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [30]}),
     "few-reptile": ("photographs-reptile", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [30]}),
     "few-latent": ("photographs-latent", {**FEW, "fit.lr": [0.03, 0.1], "fit.steps": [60]}),
