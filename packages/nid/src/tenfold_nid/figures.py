@@ -42,11 +42,11 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
         claim = by_id[outcome.claim]
         found = {arm: (claim, [e for e in result.extras if e]) for arm, result in outcome.arms.items()}
         found = {arm: pair for arm, pair in found.items() if pair[1]}
-        if claim.metric.name == STEP_METRIC:
+        if claim.metric.name == STEP_METRIC or (claim.id.endswith("-controls") and "step" in claim.id):
             stepped |= found
         elif claim.metric.name == "processor time to 30 dB":
             coded |= {arm: pair for arm, pair in found.items() if len(pair[1][0]["points"]) == 1}
-        elif claim.metric.name == "PSNR" and claim.id.endswith("few-pixels"):
+        elif claim.metric.name == "PSNR" and "few-pixels" in claim.id:
             few |= found
         else:
             bars.append(outcome)
@@ -92,7 +92,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
             drawn.append(ReportFigure(figure, claim.id, claim.statement, f"{claim.metric.name} of every arm"))
         atlas = atom_atlas(plt, {**few, **stepped}, folder)
         if atlas is not None:
-            caption = "Every atom of the first seed's dictionary on the patch, scaled to its own range; framed by how many test patches use it."
+            caption = "Every atom of the first seed's dictionary on the patch, scaled to its own range; those that most test patches use come first."
             drawn.append(ReportFigure(atlas, "Atom atlas", caption, "Images of all atoms of the dictionary"))
     return drawn
 
