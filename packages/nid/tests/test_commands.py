@@ -113,6 +113,17 @@ def test_a_small_dictionary_learns_faces(tmp_path: Path) -> None:
     assert float(gain) > 1  # dB over the mean face, which knows nothing of the signal
 
 
+def test_training_in_mixed_precision(tmp_path: Path) -> None:
+    recipe: Recipe = load_recipe("tenfold_nid", "faces-nid", Recipe)
+    recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=2, warmup_epochs=1))
+    with Run("nid", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True, precision="bf16")) as run:
+        model, _ = train.run_recipe(run, recipe)
+        losses = run.logged("train", "loss")
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 # -- data -----------------------------------------------------------------------------------------------------------------
 
 
