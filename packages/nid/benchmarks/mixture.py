@@ -46,26 +46,27 @@ def edges(experts: nid.SharedTrunkExperts, features: Tensor, gates: nid.Gates, b
 
 def routes(device: str, repeats: int) -> None:
     """Forward and backward of every route at 1024 experts, 128 active, 1024 coordinates and 16 signals."""
-    config = nid.DictionaryConfig(ffm_map_size=64, gate="codebook", num_signals=16)
-    experts = nid.NeuralDictionary(config).to(device).experts
+    experts = nid.SharedTrunkExperts(nid.NetworkConfig(ffm_map_size=64), 1024).to(device)
     features = torch.randn(1024, 256, device=device, requires_grad=True)
     code = torch.randn(16, 1024, device=device, requires_grad=True)
     bias = torch.zeros(16, 3, device=device)
 
     def evaluate(route: str) -> Tensor:
         gates = nid.top_k_gates(code, 128)
-        return edges(experts, features, gates, bias) if route == "edges" else experts.mix(features, gates, bias, route)
+        if route == "edges":
+            return edges(experts, features, gates, bias)
+        return experts.mix(features, gates, bias, route)  # type: ignore[arg-type]
+
+    def there_and_back(route: str) -> None:
+        evaluate(route).square().sum().backward()
 
     with torch.no_grad():
         reference = evaluate("dense")
         for route in ("merge", "bag", "edges"):
             error = float((evaluate(route) - reference).abs().max() / reference.abs().max())
             print(f"  {route:6s} differs from dense by {error:.1e} relative")
-        forward = {r: median_ms(lambda r=r: evaluate(r), repeats, device) for r in ("dense", "merge", "bag", "edges")}
-    both = {
-        r: median_ms(lambda r=r: evaluate(r).square().sum().backward(), repeats, device)
-        for r in ("dense", "merge", "bag", "edges")
-    }
+        forward = {r: median_ms(partial(evaluate, r), repeats, device) for r in ("dense", "merge", "bag", "edges")}
+    both = {r: median_ms(partial(there_and_back, r), repeats, device) for r in ("dense", "merge", "bag", "edges")}
     with torch.no_grad():
         left, right = torch.randn(16, 1024, device=device), torch.randn(1024, 768, device=device)
         tall, wide = torch.randn(1024, 256, device=device), torch.randn(256, 48, device=device)
@@ -83,6 +84,8 @@ def straightforward_step(
 ) -> None:
     """The same step with every atom evaluated, one message an edge, and one optimiser call a parameter."""
     gates, bias, importance, usage = model.gating(ids)
+    assert usage is not None
+    assert isinstance(model.experts, nid.SharedTrunkExperts)
     preds = edges(model.experts, model.experts.features(coords), gates, bias)
     loss = nn.functional.mse_loss(preds, targets) + 0.01 * (nid.cv_squared(usage) + nid.cv_squared(importance))
     optimizer.zero_grad()
@@ -90,39 +93,28 @@ def straightforward_step(
     optimizer.step()
 
 
-def our_step(
-    model: nid.NeuralDictionary,
-    optimizer: torch.optim.Optimizer,
-    ids: Tensor,
-    coords: Tensor,
-    targets: Tensor,
-    embedded: Tensor,
-) -> None:
-    """A step of ours; the embedding of the lattice is kept, permuted once an epoch and cut into chunks without a
-    copy.
-    """
-    nid.training_step(model, optimizer, ids, coords, targets, nid.Objective(), embedded=embedded)
-
-
 def step(device: str, repeats: int) -> None:
-    """One training step at the sizes of the released scripts: 64-pixel images, 16 signals, 1024 coordinates."""
+    """One training step at the sizes of the released scripts: 64-pixel images, 16 signals, 1024 coordinates.
+
+    Ours keeps the embedding of half the lattice and takes each point together with its antipode.
+    """
     config = nid.DictionaryConfig(gate="codebook", num_signals=500)
-    times = {}
-    for name in ("edges", "merge"):
-        torch.manual_seed(0)
-        model = nid.NeuralDictionary(config).to(device)
-        ids, points = torch.arange(16, device=device), torch.randperm(4096)[:1024]
-        coords = nid.lattice((64, 64), device=device)[points]
-        targets = torch.rand(16, 1024, 3, device=device)
-        if name == "merge":
-            optimizer = nid.adam(list(model.parameters()))
-
-            work = partial(our_step, model, optimizer, ids, coords, targets, model.experts.map(coords))
-        else:
-            plain = torch.optim.Adam(model.parameters(), lr=1e-4, foreach=False, fused=False)
-
-            work = partial(straightforward_step, model, plain, ids, coords, targets)
-        times[name] = median_ms(work, repeats, device)
+    points = torch.cat([half := torch.randperm(2048)[:512], 4095 - half])
+    coords, ids = nid.lattice((64, 64), device=device)[points], torch.arange(16, device=device)
+    targets = torch.rand(16, 1024, 3, device=device)
+    torch.manual_seed(0)
+    plain = nid.NeuralDictionary(config).to(device)
+    one_by_one = torch.optim.Adam(plain.parameters(), lr=1e-4, foreach=False, fused=False)
+    model = nid.NeuralDictionary(config).to(device)
+    sampled, optimizer = nid.Sampled(model, "antipodal"), nid.adam(list(model.parameters()))
+    kept = model.experts.map(nid.lattice((64, 64), device=device)[:2048])
+    pick = points[:512].to(device)
+    times = {
+        "edges": median_ms(lambda: straightforward_step(plain, one_by_one, ids, coords, targets), repeats, device),
+        "merge": median_ms(
+            lambda: nid.training_step(sampled, optimizer, ids, kept[pick], targets, nid.Objective()), repeats, device
+        ),
+    }
     print(
         f"  training step: straightforward {times['edges']:.1f} ms, ours {times['merge']:.1f} ms, "
         f"{times['edges'] / times['merge']:.1f}x"

@@ -267,18 +267,30 @@ def test_every_gate_trains_with_every_kind_of_atoms(gate: str, atoms: str) -> No
     assert losses[-1] < losses[0]
 
 
-def test_a_kept_embedding_changes_nothing() -> None:
+@pytest.mark.parametrize("places", ["embedded", "antipodal"])
+def test_a_kept_embedding_changes_nothing(places: str) -> None:
+    coords = nid.lattice((6, 4), dtype=torch.float64)
+    coords = torch.cat([coords[:12], -coords[:12]])
     outcomes = []
-    for keep in (False, True):
+    for kind in ("points", places):
         torch.manual_seed(0)
-        model = nid.NeuralDictionary(small())
-        coords = nid.lattice((8, 8))
-        embedded = model.experts.map(coords) if keep else None
-        optimizer = nid.adam(list(model.parameters()))
-        ids, targets = torch.arange(6), torch.ones(6, 64, 3)
-        nid.training_step(model, optimizer, ids, coords, targets, nid.Objective(), embedded=embedded)
-        outcomes.append(model.state_dict())
-    assert all(torch.equal(outcomes[0][k], outcomes[1][k]) for k in outcomes[0])
+        model = nid.NeuralDictionary(small()).double()
+        where = {"points": coords, "embedded": model.experts.map(coords), "antipodal": model.experts.map(coords[:12])}
+        preds = nid.Sampled(model, kind)(torch.arange(6), where[kind]).preds
+        preds.pow(3).sum().backward()
+        outcomes.append([preds, *[p.grad for p in model.parameters()]])
+    for expected, found in zip(*outcomes, strict=True):
+        assert torch.allclose(expected, found, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("antipodal", [False, True])
+def test_chunks_visit_every_coordinate_once(antipodal: bool) -> None:
+    chunks = nid.coordinate_chunks(20, 6, torch.Generator().manual_seed(0), antipodal=antipodal)
+    assert torch.cat(chunks).sort().values.tolist() == list(range(20))
+    assert [len(c) for c in chunks] == [6, 6, 6, 2]
+    if antipodal:
+        coords = nid.lattice((5, 4))
+        assert all(torch.allclose(coords[c[: len(c) // 2]], -coords[c[len(c) // 2 :]], atol=1e-6) for c in chunks)
 
 
 def test_training_in_bfloat16_autocast_follows_float32() -> None:
@@ -303,7 +315,7 @@ def test_training_in_bfloat16_autocast_follows_float32() -> None:
 )
 def test_configurations_that_cannot_be_built_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        small(**fields)
+        nid.NeuralDictionary(small(**fields))
 
 
 def test_wrong_sizes_are_named() -> None:

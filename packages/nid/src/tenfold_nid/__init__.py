@@ -29,12 +29,22 @@ from .gating import Gates, cv_squared, dense_gates, importance, load, noisy_load
 from .losses import data_loss, l1_weights, sparsity_loss
 from .metrics import atom_usage, psnr, ssim, surface_distance
 from .networks import CoordinateNetwork, NetworkConfig, ffm, pe_mlp, siren
+from .optimisation import (
+    Losses,
+    Objective,
+    Sampled,
+    adam,
+    coordinate_chunks,
+    gate_parameters,
+    is_dense,
+    objective,
+    training_step,
+)
 from .patches import blend_windows, extract_windows, merge_patches, split_patches
 from .robust import RobustFit, admm, irls
 from .shapes import Mesh, extract_mesh, marching_cubes, point_cloud_loss, save_mesh, sdf_from_mesh
 from .solvers import FitOptions, PatchModel, finetune_gate, fit_codes, inpaint
 from .sparse import fista, omp
-from .training import Losses, Objective, adam, coordinate_chunks, gate_parameters, is_dense, objective, training_step
 from .video import Separation, background_dictionary, separate
 
 __version__ = "0.1.0"
@@ -56,6 +66,7 @@ __all__ = [
     "PatchModel",
     "Posterior",
     "RobustFit",
+    "Sampled",
     "Separation",
     "SharedTrunkExperts",
     "System",

@@ -160,6 +160,19 @@ def _stack(files: Sequence[Path], mode: str | None) -> np.ndarray:
     return np.stack(images)
 
 
+def read_images(files: Sequence[Path], channels: int) -> Float[Tensor, "images height width channels"]:
+    """Image files of one size, grey or in colour.
+
+    Raises:
+        DataError: a file is missing or damaged, the sizes differ, or images have neither 1 nor 3 channels.
+
+    """
+    if channels not in {1, 3}:
+        raise DataError(f"image files have 1 or 3 channels, not {channels}")
+    images = _to_float(_stack(files, "L" if channels == 1 else "RGB"))
+    return images[..., None] if channels == 1 else images
+
+
 def frames(folder: str | Path) -> Float[Tensor, "frames height width 3"]:
     """A video as a folder of images, in the order of their names."""
     path = Path(folder)

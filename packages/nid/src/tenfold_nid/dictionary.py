@@ -55,8 +55,6 @@ class DictionaryConfig(NetworkConfig):
         super().__post_init__()
         if not 1 <= self.num_topk <= self.num_experts:
             raise ValueError(f"num_topk must lie in 1..num_experts = {self.num_experts}, got {self.num_topk}")
-        if self.gate == "codebook" and self.num_signals < 1:
-            raise ValueError("the codebook gate needs num_signals, the number of training signals")
         if self.gate == "resnet" and (len(self.size) != 2 or self.size[0] != self.size[1]):
             raise ValueError(f"the resnet gate takes square images, got size {self.size}")
         if self.gate in {"conv", "strided"} and self.in_dim != 2:
@@ -260,6 +258,8 @@ def design_from_atoms(atoms: Float[Tensor, "points experts channels"]) -> Float[
 
 def _gate(config: DictionaryConfig, width: int) -> nn.Module:
     if config.gate == "codebook":
+        if config.num_signals < 1:
+            raise ValueError("the codebook gate needs num_signals, the number of training signals")
         return CodebookGate(config.num_signals, width)
     if config.gate == "linear":
         return LinearGate(math.prod(config.size) * config.out_dim, width)

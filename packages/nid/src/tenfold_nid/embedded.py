@@ -3,7 +3,7 @@
 These are not the paper's data sets, and a result on them is never one of the paper's.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,16 +46,23 @@ def photograph(name: str, side: int = SIDE) -> Float[Tensor, "side side 3"]:
     return torch.from_numpy(small.astype(np.float32))
 
 
-def photograph_patches(split: str = "train") -> Float[Tensor, "patches 16 16 3"]:
+def photograph_patches(
+    split: Literal["train", "test", "fit", "validation"] = "train",
+) -> Float[Tensor, "patches 16 16 3"]:
     """16-pixel patches of photographs.
 
     ``train``: four photographs at stride 4 (5,476 patches). ``test``: 64 patches, drawn once, of two others at stride
-    16.
+    16. For choosing values, ``fit``: three of the training photographs, and ``validation``: 64 patches of the fourth.
     """
-    if split == "train":
-        pictures = torch.stack([photograph(name) for name in TRAIN_PHOTOGRAPHS])
+    names = {
+        "train": TRAIN_PHOTOGRAPHS,
+        "fit": TRAIN_PHOTOGRAPHS[:-1],
+        "validation": TRAIN_PHOTOGRAPHS[-1:],
+        "test": TEST_PHOTOGRAPHS,
+    }[split]
+    pictures = torch.stack([photograph(name) for name in names])
+    if split in {"train", "fit"}:
         return extract_windows(pictures, (PATCH, PATCH), 4)
-    pictures = torch.stack([photograph(name) for name in TEST_PHOTOGRAPHS])
     patches = extract_windows(pictures, (PATCH, PATCH), PATCH)
     return patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(1))[:64]]
 

@@ -171,6 +171,20 @@ class CoordinateNetwork(nn.Module):
         """Trunk output from embedded coordinates, which a training loop on a fixed lattice computes once."""
         return self.net.trunk(embedded)
 
+    def antipodal_trunk(self, embedded: Float[Tensor, "pairs width"]) -> Float[Tensor, "points hidden"]:
+        """Trunk output at x and then, in the same order, at -x, from the Fourier features of x alone.
+
+        Sines are odd and cosines even: the two halves of the first layer, by far the widest, serve both points.
+        """
+        first, act = self.net.net[0][0], activation(self.config.act_type)  # type: ignore[index]
+        odd_weight, even_weight = first.weight.unflatten(1, (2, -1)).unbind(1)
+        sines, cosines = embedded.chunk(2, dim=-1)
+        odd, even = sines @ odd_weight.T, torch.addmm(first.bias, cosines, even_weight.T)
+        x = act(torch.cat([even + odd, even - odd]))
+        for layer in list(self.net.net)[1:-1]:
+            x = layer(x)
+        return x
+
     def forward(self, coords: Float[Tensor, "*points in_dim"]) -> Float[Tensor, "*points out_dim"]:
         """Value of the signal at each coordinate."""
         return self.net(self.map(coords))

@@ -12,10 +12,10 @@ from .coordinates import lattice
 from .dictionary import NeuralDictionary
 from .fitting import CodePrior, System, gate_code, gate_input, posterior, refine_codes, ridge, system
 from .gates import CodebookGate
+from .optimisation import Objective, adam, gate_parameters, training_step
 from .patches import blend_windows, extract_windows
 from .robust import admm, irls
 from .sparse import fista, omp
-from .training import Objective, adam, gate_parameters, training_step
 
 Solver = Literal["ridge", "map", "omp", "fista", "irls", "huber", "admm", "adam", "gate"]
 Support = Literal["gate", "all"]
@@ -203,15 +203,31 @@ class PatchModel:
             ValueError: an image is smaller than a patch, or a patch has no observed pixel.
 
         """
+        codes = self.codes(images, mask, options, prior=prior)
+        return self.render(codes, (images.shape[1], images.shape[2]), scale)
+
+    def codes(
+        self,
+        images: Float[Tensor, "batch height width channels"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+        options: FitOptions | None = None,
+        *,
+        prior: CodePrior | None = None,
+    ) -> Float[Tensor, "patches code"]:
+        """Codes of the patches, row by row, images one after the other."""
         patches = extract_windows(images, self.patch, self.stride)
         seen = None if mask is None else extract_windows(mask[..., None], self.patch, self.stride).squeeze(-1)
-        code = fit_codes(self.model, patches, seen, options, prior=prior)
+        return fit_codes(self.model, patches, seen, options, prior=prior)
+
+    def render(
+        self, codes: Float[Tensor, "patches code"], size: tuple[int, int], scale: int = 1
+    ) -> Float[Tensor, "batch rows cols channels"]:
+        """Images of a size, at ``scale`` times the resolution, from the codes of their patches."""
         fine = (self.patch[0] * scale, self.patch[1] * scale)
-        coords = lattice(fine, device=images.device, dtype=images.dtype)
+        coords = lattice(fine, device=codes.device, dtype=codes.dtype)
         with torch.no_grad():
-            rendered = self.model.render(code, coords).view(-1, *fine, images.shape[-1])
-        size = (images.shape[1] * scale, images.shape[2] * scale)
-        return blend_windows(rendered, size, self.stride * scale)
+            rendered = self.model.render(codes, coords).unflatten(1, fine)
+        return blend_windows(rendered, (size[0] * scale, size[1] * scale), self.stride * scale)
 
 
 def inpaint(

@@ -12,8 +12,8 @@ def omp(
 ) -> tuple[Float[Tensor, "batch code"], Int[Tensor, "batch active"]]:
     """Orthogonal matching pursuit: k times, take the atom that correlates best with the residual and refit.
 
-    The biases are always fitted. All signals advance together; each keeps an orthonormal basis of its chosen columns,
-    so step j costs ``O(j · rows)`` a signal.
+    The biases are always fitted. All signals advance together through a pivoted Cholesky factor of the atoms' inner
+    products (Batch-OMP, Rubinstein et al. 2008): once these are there, step j costs ``O(j · E)`` a signal.
 
     Args:
         problem: what was observed.
@@ -36,33 +36,32 @@ def omp(
             f"{k} atoms and {width - experts} biases are more unknowns "
             f"than the {int(problem.counts.min())} observed numbers"
         )
-    root = None if problem.weights is None else problem.weights.sqrt()
-    design = problem.design if root is None else problem.design * root[..., None]
-    targets = problem.targets if root is None else problem.targets * root
-    shared = design.ndim == 2
-    norms = design[..., :experts].square().sum(dim=-2).sqrt().clamp(min=1e-12)
-    # An orthonormal basis of the chosen columns, grown by twice-iterated Gram-Schmidt; first the biases.
-    biases = design[..., experts:].expand(batch, -1, -1)
-    basis = torch.linalg.qr(biases).Q
-    residual = targets - (basis @ (basis.mT @ targets[..., None])).squeeze(-1)
-    room = basis.new_zeros(batch, basis.shape[1], k)
-    basis = torch.cat([basis, room], dim=2)
-    start = width - experts
+    design, targets = problem.design.double(), problem.targets.double()
+    if problem.weights is not None:
+        root = problem.weights.double().sqrt()
+        design, targets = design * root[..., None], targets * root
+    norms = design[..., :experts].norm(dim=-2).clamp(min=1e-12)
+    biases = torch.linalg.qr(design[..., experts:]).Q
+    atoms = design[..., :experts] - biases @ (biases.mT @ design[..., :experts])  # the biases are fitted first
+    shared = atoms.ndim == 2
+    match = targets @ atoms if shared else torch.bmm(targets[:, None], atoms).squeeze(1)
+    gram = atoms.T @ atoms if shared else None
+    energy = atoms.square().sum(dim=-2).expand(batch, -1).clone()
+    directions = match.new_zeros(batch, k, experts)
     chosen = torch.empty(batch, k, dtype=torch.long, device=design.device)
     free = torch.ones(batch, experts, dtype=torch.bool, device=design.device)
     every = torch.arange(batch, device=design.device)
     for step in range(k):
-        found = residual @ design[:, :experts] if shared else torch.bmm(residual[:, None], design)[:, 0, :experts]
-        atom = torch.where(free, found.abs() / norms, -1.0).argmax(dim=1)
+        atom = torch.where(free, match.abs() / norms, -1.0).argmax(dim=1)
         chosen[:, step], free[every, atom] = atom, False
-        column = design[:, atom].T if shared else design[every, :, atom]
-        column = column / column.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        done = basis[:, :, : start + step]
-        for _ in range(2):
-            column = column - (done @ (done.mT @ column[..., None])).squeeze(-1)
-        column = column / column.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        basis[:, :, start + step] = column
-        residual = residual - (column * residual).sum(dim=1, keepdim=True) * column
+        row = torch.bmm(atoms[every, :, atom][:, None], atoms).squeeze(1) if gram is None else gram[atom]
+        done = directions[:, :step]
+        row = row - torch.bmm(done[every, :, atom][:, None], done).squeeze(1)
+        length = energy[every, atom].clamp(min=1e-24).sqrt()[:, None]
+        direction = row / length
+        match = match - match[every, atom][:, None] / length * direction
+        energy = energy - direction.square()
+        directions[:, step] = direction
     return ridge(problem, chosen, penalty=penalty), chosen
 
 

@@ -10,9 +10,9 @@ from .coordinates import lattice
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .fitting import system
 from .losses import l1_weights
+from .optimisation import Objective, adam, coordinate_chunks, training_step
 from .robust import irls
 from .solvers import residual_outliers
-from .training import Objective, adam, coordinate_chunks, training_step
 
 ROBUST_OBJECTIVE = Objective(loss_type="l1", l1_exp=0.5, loss_l1=0.01, loss_cv=0.0)
 """Absolute error and an L1 penalty that doubles from atom to atom, in the place of balancing (section 6)."""

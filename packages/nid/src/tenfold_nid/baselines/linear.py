@@ -1,20 +1,23 @@
 """Linear dictionaries on the sample grid: the control without any network (section 8)."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..fitting import System, system
 from ..sparse import omp
 
 
-class LinearDictionary(NamedTuple):
+class LinearDictionary(nn.Module):
     """Signals as ``mean + atoms @ code``; the solvers of the neural dictionary apply to it unchanged."""
 
-    mean: Float[Tensor, " rows"]
-    atoms: Float[Tensor, "rows components"]
+    mean: Tensor
+    atoms: Tensor
+
+    def __init__(self, mean: Float[Tensor, " rows"], atoms: Float[Tensor, "rows components"]) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("atoms", atoms)
 
     def system(
         self, targets: Float[Tensor, "batch points channels"], mask: Bool[Tensor, "batch points"] | None = None
@@ -32,8 +35,10 @@ class LinearDictionary(NamedTuple):
         return (self.mean + code @ self.atoms.T).unflatten(1, (-1, channels))
 
 
-def pca(signals: Float[Tensor, "signals rows"], components: int) -> LinearDictionary:
-    """Principal components, orthonormal, by singular value decomposition.
+def pca(signals: Float[Tensor, "signals rows"], components: int, *, whiten: bool = False) -> LinearDictionary:
+    """Principal components, orthonormal; ``whiten`` scales each to the deviation of the signals along it.
+
+    A ridge fit on whitened components is the most probable code under the signals' Gaussian distribution.
 
     Raises:
         ValueError: more components than the data can have.
@@ -46,8 +51,9 @@ def pca(signals: Float[Tensor, "signals rows"], components: int) -> LinearDictio
             f"got {components}"
         )
     mean = signals.mean(dim=0)
-    covariance = (signals - mean).T @ (signals - mean)
-    return LinearDictionary(mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :components].contiguous())
+    values, vectors = torch.linalg.eigh((signals - mean).T @ (signals - mean) / (len(signals) - 1))
+    atoms = vectors.flip(1)[:, :components].contiguous()
+    return LinearDictionary(mean, atoms * values.flip(0)[:components].clamp(min=0).sqrt() if whiten else atoms)
 
 
 def ksvd(

@@ -67,7 +67,7 @@ def signal_losses(
 
 
 def fit_networks(
-    networks: NetworkBatch,
+    networks: nn.Module,
     coords: Float[Tensor, "*points in_dim"],
     targets: Float[Tensor, "nets points channels"],
     weights: Float[Tensor, "nets points"] | None = None,
@@ -78,7 +78,7 @@ def fit_networks(
     """Train every network on its signal; yields the number of steps done, 0 first, for as long as it is asked.
 
     Args:
-        networks: trained in place.
+        networks: a ``NetworkBatch``, or a module that shows one otherwise; trained in place.
         coords: where the signals were sampled.
         targets: their samples.
         weights: 1 for an observed sample, 0 for one that is not.
@@ -179,6 +179,7 @@ class AutoDecoder(nn.Module):
 
     def __init__(self, config: NetworkConfig, latent_dim: int, num_signals: int) -> None:
         super().__init__()
+        self.config = config
         self.map = embedding(config)
         embedded = NetworkConfig(
             in_dim=self.map.out_dim + latent_dim,  # type: ignore[arg-type, operator]
@@ -213,15 +214,17 @@ def fit_latents(
     targets: Float[Tensor, "batch points channels"],
     weights: Float[Tensor, "batch points"] | None = None,
     *,
-    steps: int = 100,
     lr: float = 1e-2,
     prior: float = 1e-4,
-) -> Float[Tensor, "batch latent"]:
-    """Latent vectors of new signals, the decoder frozen: Adam on error and ``prior · ‖z‖²``, from zero."""
+) -> Iterator[Float[Tensor, "batch latent"]]:
+    """Latent vectors of new signals, the decoder frozen: Adam on error and ``prior · ‖z‖²``, from zero.
+
+    Yields them before the first step and after each, for as long as it is asked.
+    """
     latent = torch.zeros(len(targets), decoder.latents.embedding_dim).to(targets).requires_grad_()
     optimizer = torch.optim.Adam([latent], lr=lr)
-    for _ in range(steps):
+    while True:
+        yield latent.detach().clone()
         loss = signal_losses(decoder.decode(latent, coords), targets, weights) + prior * latent.square().sum()
         (latent.grad,) = torch.autograd.grad(loss, [latent])
         optimizer.step()
-    return latent.detach()

@@ -1,15 +1,20 @@
 """One step of dictionary learning, and of the released fine-tuning (sections 2.3 to 2.5)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .ct import project
 from .dictionary import Mixture, NeuralDictionary
+from .experts import SharedTrunkExperts
 from .gating import cv_squared
 from .losses import WEIGHT_CAP, DataTerm, data_loss, l1_weights, sparsity_loss
+
+Places = Literal["points", "embedded", "antipodal", "rays"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,7 @@ def objective(
     targets: Float[Tensor, "batch points channels"],
     settings: Objective,
     weights: Float[Tensor, " experts"] | None = None,
+    share: float = 1.0,
 ) -> Losses:
     """The loss of the sparse phase, or of the dense one when the mixture has no load (section 2.3).
 
@@ -58,9 +64,10 @@ def objective(
         targets: the signals at the same coordinates.
         settings: weights of the terms.
         weights: ω, to save their computation in a loop; None computes them.
+        share: weight of the terms that are means over the signals.
 
     """
-    data = data_loss(mixture.preds, targets, settings.loss_type)
+    data = share * data_loss(mixture.preds, targets, settings.loss_type)
     balance = cv_squared(mixture.importance)
     if mixture.load is not None:
         balance = balance + cv_squared(mixture.load)
@@ -70,41 +77,76 @@ def objective(
         weights = l1_weights(
             gates.shape[-1], settings.l1_exp, cap=settings.l1_cap, device=gates.device, dtype=gates.dtype
         )
-    sparsity = sparsity_loss(mixture.gates, weights)
+    sparsity = share * sparsity_loss(mixture.gates, weights)
     return Losses(data + settings.loss_l1 * sparsity + settings.loss_cv * balance, data, balance, sparsity)
 
 
+class Sampled(nn.Module):
+    """A dictionary with the kind of places it is sampled at: one module for processes and precisions to wrap.
+
+    Args:
+        model: the dictionary.
+        places: ``points``: coordinates. ``embedded``: their embedding, which a loop over a fixed lattice keeps.
+            ``antipodal``: the Fourier features of the points x, which stand for these and then for all -x.
+            ``rays``: samples of every ray, of which the mean is wanted.
+
+    """
+
+    def __init__(self, model: NeuralDictionary, places: Places) -> None:
+        super().__init__()
+        self.model, self.places = model, places
+
+    def forward(self, signal: Tensor, where: Tensor, *, dense: bool = False) -> Mixture:
+        """Values of the signals there."""
+        experts = self.model.experts
+        if self.places == "rays":
+            return project(self.model, signal, where, dense=dense)
+        if self.places == "points":
+            features = experts.features(where)
+        elif self.places == "embedded":
+            features = experts.trunk(where)
+        else:
+            assert isinstance(experts, SharedTrunkExperts)
+            features = experts.antipodal_trunk(where)
+        return self.model.mixture(signal, features, dense=dense)
+
+
 def training_step(
-    model: NeuralDictionary,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     signal: Tensor,
-    coords: Float[Tensor, "*points in_dim"],
+    where: Tensor,
     targets: Float[Tensor, "batch points channels"],
     settings: Objective,
     *,
     dense: bool = False,
     weights: Float[Tensor, " experts"] | None = None,
-    embedded: Float[Tensor, "*points width"] | None = None,
+    share: float = 1.0,
+    balance: Callable[[Mixture], Mixture] | None = None,
+    backward: Callable[[Tensor], None] = torch.Tensor.backward,
 ) -> Losses:
     """One optimiser step on everything the optimiser holds (section 2.4); the losses come back detached, on the device.
 
     Args:
-        model: the dictionary.
+        model: the dictionary, or ``Sampled`` around it.
         optimizer: over all parameters, or over ``gate_parameters(model)`` for fine-tuning.
         signal: images, or ids for the codebook gate.
-        coords: [points, m] shared by the batch, or [batch, points, m].
+        where: coordinates [points, m] shared by the batch, or [batch, points, m]; or what ``Sampled`` takes.
         targets: the signals there.
         settings: weights of the loss.
         dense: all atoms on (warm-up).
         weights: ω of the L1 penalty, precomputed.
-        embedded: ``model.experts.map(coords)``, when the caller keeps it from step to step; not for the radial basis,
-            whose centres learn.
+        share: weight of this process's data term, where its part of the batch is larger or smaller than the others'.
+        balance: makes importance and load those of the whole batch, where processes share it.
+        backward: what differentiates; Accelerate's where precision is mixed.
 
     """
-    features = model.experts.features(coords) if embedded is None else model.experts.trunk(embedded)
-    losses = objective(model.mixture(signal, features, dense=dense), targets, settings, weights)
+    mixture = model(signal, where, dense=dense)
+    if balance is not None:
+        mixture = balance(mixture)
+    losses = objective(mixture, targets, settings, weights, share)
     optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()
+    backward(losses.total)
     optimizer.step()
     detached = None if losses.sparsity is None else losses.sparsity.detach()
     return Losses(losses.total.detach(), losses.data.detach(), losses.balance.detach(), detached)
@@ -122,6 +164,15 @@ def gate_parameters(model: NeuralDictionary) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if not name.startswith("experts.")]
 
 
-def coordinate_chunks(points: int, chunk_size: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
-    """A shuffled lattice cut into chunks, every coordinate once (section 2.4); indices on the CPU."""
-    return list(torch.randperm(points, generator=generator).split(chunk_size))
+def coordinate_chunks(
+    points: int, chunk_size: int, generator: torch.Generator | None = None, *, antipodal: bool = False
+) -> list[Int[Tensor, " chunk"]]:
+    """A shuffled lattice cut into chunks, every coordinate once (section 2.4); indices on the CPU.
+
+    ``antipodal`` keeps x and -x, which are point i and point n-1-i, in the same chunk: half of them, then their
+    partners.
+    """
+    if not antipodal:
+        return list(torch.randperm(points, generator=generator).split(chunk_size))
+    halves = torch.randperm(points // 2, generator=generator).split(max(1, chunk_size // 2))
+    return [torch.cat([half, points - 1 - half]) for half in halves]

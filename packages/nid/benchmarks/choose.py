@@ -1,0 +1,96 @@
+"""Values of the miniature's recipes, chosen on patches of a training photograph that is held out; the test photographs
+are never looked at.
+
+    python benchmarks/choose.py STUDY [--folder runs/studies] [--seeds 1]
+
+Every point of a study's grid is measured; the outcome is written to results/studies/STUDY.json, best point first. The
+number of steps is read off the curve, whose maximum is noted, rather than made part of the grid.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from tenfold_nid.recipe import Recipe
+from tenfold_nid.reproduce import coded
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.cli import load_recipe
+from tenfold_shared.run import RunOptions
+
+FEW = {"data.fraction": [0.1]}
+STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
+    "siren": ("photographs-siren", {"fit.lr": [1e-4, 3e-4, 1e-3, 3e-3]}),
+    "ffm": ("photographs-ffm", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0]}),
+    "pe-mlp": ("photographs-pe-mlp", {"fit.lr": [1e-3, 3e-3, 1e-2]}),
+    "maml": ("photographs-maml", {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "fit.lr": [1e-3, 3e-3, 1e-2]}),
+    "reptile": ("photographs-reptile", {"meta.inner_lr": [3e-3, 1e-2], "fit.lr": [3e-3, 1e-2]}),
+    "latent": ("photographs-latent", {"fit.lr": [0.01, 0.03, 0.1]}),
+    "nid-train": ("photographs-nid", {"schedule.lr": [1e-3, 3e-3]}),
+    "nid-warm": ("photographs-nid", {"fit.lr": [0.003, 0.01, 0.03, 0.1]}),
+    "nid-cold": ("photographs-nid", {"fit.support": ["all"], "fit.lr": [0.01, 0.03, 0.1, 0.3]}),
+    "nid-ridge": ("photographs-nid", {"fit.solver": ["ridge"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "nid-omp": ("photographs-nid", {"fit.solver": ["omp"]}),
+    "pca": ("photographs-pca", {"fit.penalty": [1e-5, 1e-6, 1e-7]}),
+    "ksvd": ("photographs-ksvd", {"linear.iterations": [3]}),
+    "few-nid-map": ("photographs-nid", {**FEW, "fit.solver": ["map"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
+    "few-nid-ridge": ("photographs-nid", {**FEW, "fit.solver": ["ridge"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
+    "few-pca": ("photographs-pca", {**FEW, "fit.penalty": [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]}),
+    "few-siren": ("photographs-siren", {**FEW, "fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [100]}),
+    "few-ffm": (
+        "photographs-ffm",
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [300], "network.ffm_map_scale": [1.0, 2.0]},
+    ),
+    "few-pe-mlp": (
+        "photographs-pe-mlp",
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [300], "network.num_freqs": [1, 2]},
+    ),
+    "few-maml": ("photographs-maml", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [30]}),
+    "few-reptile": ("photographs-reptile", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [30]}),
+    "few-latent": ("photographs-latent", {**FEW, "fit.lr": [0.03, 0.1], "fit.steps": [60]}),
+}
+
+
+def main() -> None:
+    """Measure the points of a study."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("studies", nargs="+", choices=[*STUDIES, "all"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "studies")
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    for name in STUDIES if "all" in arguments.studies else arguments.studies:
+        recipe_name, grid = STUDIES[name]
+        rows = []
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            recipe = load_recipe("tenfold_nid", recipe_name, Recipe, **{"data.validation": True, **point})
+            runs = []
+            for seed in range(arguments.seeds):
+                options = RunOptions(seed=seed, device="cpu", quiet=True, resume=True)
+                runs.append(coded(recipe, seed, options, arguments.folder))
+            curve = [
+                sum(step) / len(runs) for step in zip(*([p[2] for p in run["points"]] for run in runs), strict=True)
+            ]
+            psnr, best = curve[-1], runs[0]["points"][curve.index(max(curve))][0]
+            rows.append({**point, "psnr": psnr, "best_psnr": max(curve), "best_step": best, "curves": curve})
+            print(
+                name,
+                json.dumps(point),
+                f"{psnr:.2f}",
+                " ".join(f"{p[0]}:{p[2]:.1f}" for p in runs[0]["points"]),
+                flush=True,
+            )
+        rows.sort(key=lambda row: -row["best_psnr"])
+        outcome = {
+            "recipe": recipe_name,
+            "metric": "PSNR, dB",
+            "seeds": arguments.seeds,
+            "points": rows,
+        }
+        write_json(arguments.results / f"{name}.json", outcome)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The paper's claims: which arms are run and which numbers are compared."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor, nn
+
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.claims import Arm, Claim, Measurement
+from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.errors import UserError
+from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.run import Run, RunOptions, seed_everything
+
+from .baselines.classical import median_background, rpca
+from .checkpoints import load_model
+from .dictionary import NeuralDictionary
+from .embedded import moving_discs
+from .evaluate import Point, code_prior, observe, trajectory
+from .figures import figures
+from .metrics import surface_distance
+from .recipe import UNTRAINED, Recipe
+from .shapes import marching_cubes
+from .signals import Signals, load_signals
+from .solvers import FitOptions, residual_outliers
+from .train import run_recipe
+from .video import mask_scores, separate
+
+STEPS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300)
+"""Optimiser steps on a new signal at which it is looked at."""
+TARGET = 30.0
+"""dB whose time is compared."""
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments the miniature."""
+    reproduce_claims("nid", claims, request, options, measure, figures)
+
+
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """What one arm gives with one seed; an arm that several claims share is run once."""
+    file = folder / "measured" / f"{arm.name}-{arm.key}-seed{seed}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **arm.options)
+            write_json(file, coded(recipe, seed, options, folder))
+        extras = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        value = VALUES[claim.metric.name](extras)
+    except KeyError:
+        return Measurement(None, extras=extras, error=f"{arm.name} gives no {claim.metric.name}")
+    return Measurement(value, seconds=extras["seconds"], extras=extras)
+
+
+def at_step(step: int) -> Callable[[dict[str, Any]], float]:
+    """PSNR after a number of steps; what takes none has it from the start."""
+
+    def value(extras: dict[str, Any]) -> float:
+        return max((p for p in map(Point._make, extras["points"]) if p.step <= step), key=lambda p: p.step).psnr
+
+    return value
+
+
+def time_to_target(extras: dict[str, Any]) -> float:
+    """Processor seconds until the target is reached. KeyError when it is not."""
+    for point in map(Point._make, extras["points"]):
+        if point.psnr >= TARGET:
+            return point.seconds
+    raise KeyError(TARGET)
+
+
+VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "PSNR at step 0": at_step(0),
+    "PSNR at step 1": at_step(1),
+    "PSNR at step 3": at_step(3),
+    "PSNR": lambda extras: extras["points"][-1][2],
+    "processor time to 30 dB": time_to_target,
+    "Chamfer distance": lambda extras: extras["chamfer"],
+    "F1 of the foreground": lambda extras: extras["f1"],
+}
+"""Name of a claim's metric -> what of a measurement it is."""
+
+
+def coded(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> dict[str, Any]:
+    """Learn what the recipe learns, or take it from the arm that has, then code the new signals."""
+    if recipe.data.name in {"discs", "video"}:
+        return separated(recipe, seed, options, folder)
+    model, signals, name = learned(recipe, seed, options, folder)
+    observed = observe(signals, recipe.data, seed)
+    seed_everything(seed, "coding")
+    prior = None
+    if recipe.fit.solver == "map" and isinstance(model, NeuralDictionary):
+        prior = code_prior(model, signals)
+    steps = [step for step in STEPS if step <= recipe.fit.steps]
+    points, last = trajectory(model, recipe, observed, steps, prior=prior)
+    extras: dict[str, Any] = {"points": points, "seconds": points[-1].seconds, "run": name}
+    if len(observed.spatial) == 3:
+        extras["chamfer"] = chamfer(last, observed.truth)
+    return extras
+
+
+def learned(
+    recipe: Recipe, seed: int, options: RunOptions, folder: Path
+) -> tuple[nn.Module | None, Signals, str | None]:
+    """The trained model of a recipe, trained by whoever comes first; the signals; the name of its run."""
+    signals = load_signals(recipe.data)
+    if recipe.method == "scratch" or recipe.method in UNTRAINED:
+        return None, signals, None
+    data = dataclasses.replace(recipe.data, fraction=1.0, test_views=0)
+    training = dataclasses.replace(
+        recipe, data=data, fit=FitOptions(), meta=dataclasses.replace(recipe.meta, test_optimiser="sgd")
+    )
+    name = f"{recipe.method}-{hashlib.sha256(to_yaml(training).encode()).hexdigest()[:8]}-seed{seed}"
+    directory = folder / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / f".{name}.lock"):
+        if not (directory / "checkpoints" / "last.safetensors").exists():
+            with Run("nid", training, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+                run_recipe(run, training)
+    model, _ = load_model(directory)
+    return model, signals, name
+
+
+def chamfer(preds: Tensor, truth: Tensor) -> float:
+    """Mean Chamfer distance of the surfaces; a field without one counts as if its surface were the centre."""
+    distances = []
+    for found, field in zip(preds[..., 0], truth[..., 0], strict=True):
+        surface = marching_cubes(field)
+        try:
+            points = marching_cubes(found).vertices
+        except ValueError:
+            points = torch.zeros(1, 3, dtype=torch.float64)
+        distances.append(float(surface_distance(points, surface.vertices).chamfer))
+    return sum(distances) / len(distances)
+
+
+def separated(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> dict[str, Any]:
+    """A video with moving discs, of which the truth is known, taken apart."""
+    if recipe.data.name != "discs":
+        raise UserError("only the video of discs has a known foreground: the verb separate takes any other")
+    video = moving_discs(side=recipe.data.size or 64)
+    frames = video.frames
+    name = None
+    if recipe.method == "nid":
+        model, _, name = learned(recipe, seed, options, folder)
+        assert isinstance(model, NeuralDictionary)
+        found = separate(model, frames, background_atoms=recipe.fit.atoms, penalty=recipe.fit.penalty).mask
+    elif recipe.method == "rpca":
+        low = rpca(frames.flatten(1)).low_rank.view_as(frames)
+        found = residual_outliers(frames, low)
+    elif recipe.method == "median":
+        found = residual_outliers(frames, median_background(frames).expand_as(frames))
+    else:
+        raise UserError(f"a video is taken apart by nid, rpca or median, not by {recipe.method}")
+    precision, recall, f1 = mask_scores(found, video.mask)
+    return {"precision": precision, "recall": recall, "f1": f1, "seconds": None, "run": name}

@@ -1,0 +1,318 @@
+"""The verbs of the tasks, the recipes, and one small run that learns."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tenfold_nid as nid
+from tenfold_nid import cli, embedded, train
+from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
+from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
+from tenfold_shared.checkpoint import save_weights
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+
+
+def call(folder: Path, *arguments: str) -> tuple[int, list[dict], str]:
+    """Exit code, the JSON lines of the output, and the errors of a command."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["tenfold-nid", *arguments])
+        patch.setenv("TENFOLD_DATA", str(folder / "data"))
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+    return (
+        int(leaving.value.code or 0),
+        [json.loads(x) for x in out.getvalue().splitlines() if x[:1] == "{"],
+        err.getvalue(),
+    )
+
+
+def keep(folder: Path, **shape: object) -> Path:
+    """The checkpoint of a dictionary that has learned nothing."""
+    torch.manual_seed(0)
+    base = {
+        "num_experts": 24,
+        "num_topk": 8,
+        "hidden_dim": 32,
+        "num_layers": 3,
+        "ffm_map_size": 32,
+        "ffm_map_scale": 3.0,
+    }
+    base |= {"gate": "strided", "gate_hidden": 8, "size": (16, 16), **shape}
+    model = nid.NeuralDictionary(nid.DictionaryConfig(**base))  # type: ignore[arg-type]
+    path = folder / "dictionary.safetensors"
+    save_weights(path, model.state_dict(), train.about(Recipe(), model))
+    return path
+
+
+# -- recipes --------------------------------------------------------------------------------------------------------------
+
+
+def generated(config: DataConfig) -> Signals:
+    """Signals of a data set's shape, few and small where nothing bakes the size in."""
+    side = config.patch or min(config.size or 25, 32)
+    channels = 1 if config.name in {"faces", "olivetti", "yale", "phantoms", "ct", "primitives", "shapenet"} else 3
+    spatial = (8,) * 3 if config.name in {"primitives", "shapenet"} else (side, side)
+    if config.name == "photographs":
+        spatial = (16, 16)
+    train, test = torch.rand(3, *spatial, channels), torch.rand(2, *spatial, channels)
+    return Signals(train, test, test)
+
+
+@pytest.mark.parametrize("name", recipes("tenfold_nid"))
+def test_every_recipe_is_built_at_full_size_and_stepped(name: str, tmp_path: Path, monkeypatch) -> None:
+    recipe: Recipe = load_recipe("tenfold_nid", name, Recipe)
+    monkeypatch.setattr(train, "load_signals", generated)
+    monkeypatch.setattr(train.Plan, "steps", property(lambda self: 1, lambda self, value: None), raising=False)
+    if recipe.finetune:
+        shape = dataclasses.asdict(recipe.model) | {
+            "size": (16, 16),
+            "hidden_dim": 16,
+            "ffm_map_size": 16,
+            "gate": "conv",
+        }
+        recipe = dataclasses.replace(recipe, pretrained=keep(tmp_path, **shape))
+    data = dataclasses.replace(recipe.data, views=min(recipe.data.views, 5))
+    schedule = dataclasses.replace(
+        recipe.schedule, epochs=1, batch_size=1 if recipe.model.gate == "resnet" else 2, chunk_size=32
+    )
+    linear = dataclasses.replace(recipe.linear, components=2, sparsity=1, iterations=1)
+    recipe = dataclasses.replace(recipe, data=data, schedule=schedule, linear=linear)
+    with Run("nid", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True)) as run:
+        if recipe.method in UNTRAINED:
+            with pytest.raises(UserError, match="learns nothing"):
+                train.run_recipe(run, recipe)
+            return
+        model, _ = train.run_recipe(run, recipe)
+        values = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(list(v.values())[3:]).all() for v in values)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_small_dictionary_learns_faces(tmp_path: Path) -> None:
+    recipe: Recipe = load_recipe("tenfold_nid", "faces-nid", Recipe)
+    recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=40, warmup_epochs=10))
+    with Run("nid", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True)) as run:
+        model, signals = train.run_recipe(run, recipe)
+    assert isinstance(model, nid.NeuralDictionary)
+    with torch.no_grad():
+        shown = model.render(model.sparse_code(signals.test), nid.lattice((25, 25))).view_as(signals.test)
+    blind = signals.train.mean(dim=0).expand_as(signals.test)
+    gain = nid.psnr(shown, signals.test).mean() - nid.psnr(blind, signals.test).mean()
+    assert float(gain) > 1  # dB over the mean face, which knows nothing of the signal
+
+
+def test_training_in_mixed_precision(tmp_path: Path) -> None:
+    recipe: Recipe = load_recipe("tenfold_nid", "faces-nid", Recipe)
+    recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=2, warmup_epochs=1))
+    with Run("nid", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True, precision="bf16")) as run:
+        model, _ = train.run_recipe(run, recipe)
+        losses = run.logged("train", "loss")
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+# -- data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_signals_are_training_signals_and_not_learned_from() -> None:
+    for name in ("photographs", "faces"):
+        plain, held = load_signals(DataConfig(name=name)), load_signals(DataConfig(name=name, validation=True))  # type: ignore[arg-type]
+        learned = {x.numpy().tobytes() for x in held.train}
+        assert not any(x.numpy().tobytes() in learned for x in held.test)
+        assert not any(x.numpy().tobytes() in {y.numpy().tobytes() for y in plain.test} for x in held.test)
+        if name == "faces":
+            assert not any(x.flip(1).numpy().tobytes() in learned for x in held.test)
+
+
+def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
+    signals = torch.zeros(3, 4, 4, 1)
+    first, again, other = (observation(signals, 0.5, seed) for seed in (1, 1, 2))
+    assert first is not None
+    assert torch.equal(first, again)  # type: ignore[arg-type]
+    assert not torch.equal(first, other)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least one"):
+        observation(signals, 0.01, 0)
+    for bad in ({"fraction": 0.0}, {"views": 0}, {"size": -1}):
+        with pytest.raises(UserError):
+            DataConfig(**bad)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="epochs"):
+        Schedule(epochs=0)
+    with pytest.raises(UserError, match="--pretrained"):
+        Recipe(finetune=True)
+
+
+# -- verbs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_codes_any_image(tmp_path: Path) -> None:
+    checkpoint = keep(tmp_path)
+    pixels = (embedded.photograph("chelsea", 48)[:, :40] * 255).round().to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    code, (found,), err = call(
+        tmp_path, "fit", "--checkpoint", str(checkpoint), "--images", "cat.png", "--stride", "8", "--scale", "2"
+    )
+    assert code == 0, err
+    assert found["image"] == "cat"
+    assert found["psnr"] > 15
+    assert Image.open(tmp_path / "runs/nid/fit/cat.png").size == (80, 96)
+    with np.load(tmp_path / "runs/nid/fit/cat.npz") as packed:
+        assert len(packed["value"]) == found["patches"] == 5 * 4
+    Image.fromarray(pixels[:10]).save(tmp_path / "flat.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "cat.png").read_bytes()[:200])
+    for name, word in (("flat.png", "smaller than a patch"), ("torn.png", "torn.png"), ("none.png", "none.png")):
+        code, _, err = call(tmp_path, "fit", "--checkpoint", str(checkpoint), "--images", name)
+        assert code == 2
+        assert word in err
+    for options, word in (
+        (["--fit.penalty", "0", "--fit.support", "all", "--fraction", "0.03"], "do not determine"),
+        (["--fit.solver", "omp", "--fraction", "0.01"], "more unknowns"),
+        (["--fraction", "0"], "fraction"),
+    ):
+        code, _, err = call(tmp_path, "fit", "--checkpoint", str(checkpoint), "--images", "cat.png", *options)
+        assert code == 2, options
+        assert word in err
+
+
+def test_inpaint_with_and_without_a_mask(tmp_path: Path) -> None:
+    checkpoint = keep(tmp_path)
+    image = np.full((32, 32, 3), 120, np.uint8)
+    mask = np.full((32, 32), 255, np.uint8)
+    image[6:12, 5:10], mask[6:12, 5:10] = 255, 0
+    Image.fromarray(image).save(tmp_path / "spoilt.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    arguments = ["inpaint", "--checkpoint", str(checkpoint), "--images", "spoilt.png"]
+    code, (found,), err = call(tmp_path, *arguments, "--mask", "mask.png")
+    assert code == 0, err
+    assert found["replaced"] == pytest.approx(30 / 1024)
+    repaired = np.asarray(Image.open(tmp_path / "runs/nid/inpaint/spoilt.png")).astype(int)
+    assert np.abs(repaired - 120).max() < 25
+    code, (found,), err = call(tmp_path, *arguments)
+    assert code == 0, err
+    Image.fromarray(mask * 0).save(tmp_path / "mask.png")
+    code, _, err = call(tmp_path, *arguments, "--mask", "mask.png")
+    assert code == 2
+    assert "no observed sample" in err
+    Image.fromarray(mask[:8]).save(tmp_path / "mask.png")
+    code, _, err = call(tmp_path, *arguments, "--mask", "mask.png")
+    assert code == 2
+    assert "mask is" in err
+
+
+def test_separate_a_folder_of_frames(tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    for i in range(6):
+        frame = np.full((8, 10, 3), 90, np.uint8)
+        frame[2:5, i : i + 3] = 220
+        Image.fromarray(frame).save(tmp_path / f"frames/{i}.png")
+    small = [
+        "--model.num_experts",
+        "8",
+        "--model.num_topk",
+        "8",
+        "--model.hidden_dim",
+        "16",
+        "--model.ffm_map_size",
+        "16",
+    ]
+    code, (found,), err = call(tmp_path, "separate", "--frames", "frames", "--steps", "30", *small)
+    assert code == 0, err
+    assert 0 < found["foreground"] < 0.6
+    assert len(list((tmp_path / "runs/nid/separate").glob("background-*.png"))) == 6
+    code, _, err = call(tmp_path, "separate", "--frames", "empty")
+    assert code == 2
+    assert "no images" in err
+
+
+def test_tomography_and_its_controls(tmp_path: Path) -> None:
+    checkpoint = keep(tmp_path, out_dim=1, gate="codebook", num_signals=4, size=(16, 16))
+    few = [
+        "--data.size",
+        "16",
+        "--data.train_subset",
+        "8",
+        "--data.test_subset",
+        "2",
+        "--data.test_views",
+        "4",
+        "--data.views",
+        "9",
+    ]
+    code, found, err = call(tmp_path, "ct", "--checkpoint", str(checkpoint), *few)
+    assert code == 0, err
+    assert [line["method"] for line in found] == ["nid", "fbp", "tv"]
+    assert all(line["psnr"] > 5 for line in found)
+    code, _, err = call(
+        tmp_path, "ct", "--checkpoint", str(checkpoint), *few[:-4], "--data.views", "3", "--data.test_views", "4"
+    )
+    assert code == 2
+    assert "distinct" in err
+    code, _, err = call(tmp_path, "ct", "--checkpoint", str(keep(tmp_path)), *few)
+    assert code == 2
+    assert "3 channels" in err
+
+
+def test_shapes_become_meshes(tmp_path: Path) -> None:
+    o3d = pytest.importorskip("open3d", reason="meshes need the extra tenfold-nid[mesh]", exc_type=ImportError)
+    checkpoint = keep(tmp_path, in_dim=3, out_dim=1, gate="codebook", num_signals=4, size=(12,) * 3, ffm_map_scale=1.0)
+    arguments = ["sdf", "--checkpoint", str(checkpoint), "--resolution", "16", "--points", "1500"]
+    code, (found,), err = call(tmp_path, *arguments, "--count", "1")
+    assert code == 0, err
+    assert found["chamfer"] < 0.3
+    mesh = o3d.io.read_triangle_mesh(str(tmp_path / "runs/nid/sdf/shape-0.ply"))
+    assert len(mesh.vertices) == found["vertices"]
+    torn = o3d.geometry.TriangleMesh.create_box()
+    torn.triangles = o3d.utility.Vector3iVector(np.asarray(torn.triangles)[:-1])
+    o3d.io.write_triangle_mesh(str(tmp_path / "torn.ply"), torn)
+    code, _, err = call(tmp_path, *arguments, "--meshes", "torn.ply")
+    assert code == 2
+    assert "watertight" in err
+    code, _, err = call(tmp_path, "sdf", "--checkpoint", str(keep(tmp_path)))
+    assert code == 2
+    assert "2-D" in err
+
+
+def test_export_writes_the_network_of_one_signal(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="ONNX export needs the extra tenfold-nid[onnx]")
+    code, (found,), err = call(tmp_path, "export", "--checkpoint", str(keep(tmp_path)), "--index", "3")
+    assert code == 0, err
+    assert found["folded_differs_by"] < 1e-4
+    assert found.get("onnx_differs_by", 0) < 1e-4
+    assert (tmp_path / found["file"]).is_file()
+    code, _, err = call(tmp_path, "export", "--checkpoint", str(keep(tmp_path)), "--index", "100")
+    assert code == 2
+    assert "100 patches" in err
+
+
+def test_released_checkpoints_are_evaluated_and_others_refused(tmp_path: Path) -> None:
+    model = nid.NeuralDictionary(
+        nid.DictionaryConfig(
+            num_experts=16, num_topk=2, hidden_dim=16, ffm_map_size=16, gate="conv", gate_hidden=4, size=(16, 16)
+        )
+    )
+    nid.save_official_checkpoint(model, tmp_path / "0001.ckpt")
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "0001.ckpt")
+    assert code == 0, err
+    assert found["atoms"] == 16
+    assert "gate_psnr" in found
+    state = torch.load(tmp_path / "0001.ckpt", weights_only=True)
+    state["model"]["gate_generator.fc.bias"] = torch.zeros(5)
+    torch.save(state, tmp_path / "bad.ckpt")
+    code, _, err = call(tmp_path, "eval", "--checkpoint", "bad.ckpt")
+    assert code == 2
+    assert "gate_generator.fc.bias" in err
+    code, _, err = call(tmp_path, "eval", "--checkpoint", "0001.ckpt", "--data.name", "faces")
+    assert code == 2
+    assert "3 channels" in err
