@@ -1,6 +1,5 @@
 """Numbers of the released implementation, every fixture of every kind."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +7,29 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate as resize
+from torch.nn.functional import cross_entropy
+from torch.nn.functional import interpolate as resize
 
 from tenfold_shared.testing import Fixture, load_fixture, parity_files
+from tenfold_simple3dformer.abstraction import SetAbstraction
+from tenfold_simple3dformer.augment import jitter, random_point_dropout, random_scale, random_shift, rotate_y
 from tenfold_simple3dformer.backbone import create_vit, freeze_image_path
 from tenfold_simple3dformer.baselines import PointTransformer
 from tenfold_simple3dformer.compat import load_official_state, official_key
+from tenfold_simple3dformer.data.binvox import binvox_bytes, parse_binvox
+from tenfold_simple3dformer.data.s3dis import block_features, label_weights, training_rooms, whole_scene
+from tenfold_simple3dformer.detection.average_precision import Detections, evaluate_detections, mean_average_precision
+from tenfold_simple3dformer.detection.boxes import angle_to_bin, box_corners, box_iou, pairwise_giou
+from tenfold_simple3dformer.detection.criterion import Boxes, Criterion, LossWeights, MatchCost, Prediction, Scene
+from tenfold_simple3dformer.detection.transformer import (
+    ConvolutionHead,
+    Decoder,
+    Encoder,
+    FourierEmbedding,
+    sine_embedding,
+)
 from tenfold_simple3dformer.lwf import lwf_loss
+from tenfold_simple3dformer.metrics import part_segmentation
 from tenfold_simple3dformer.point import RELEASED_PRESETS, PointFormer
 from tenfold_simple3dformer.pointops import (
     ball_query,
@@ -25,7 +40,7 @@ from tenfold_simple3dformer.pointops import (
     normalise_points,
     squared_distances,
 )
-from tenfold_simple3dformer.abstraction import SetAbstraction
+from tenfold_simple3dformer.rollout import rollout
 from tenfold_simple3dformer.voxel import VoxelFormer, released_name
 
 FILES = parity_files(__file__)
@@ -37,10 +52,10 @@ def tensor(case: Fixture, name: str) -> Tensor:
 
 def close(actual: object, expected: object, tolerance: float) -> None:
     """|actual - expected| <= tolerance * max(1, max |expected|)."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
     assert actual.shape == expected.shape
     atol = tolerance * max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
-    torch.testing.assert_close(actual.detach().double(), expected.double(), rtol=0, atol=atol)
+    torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=atol)
 
 
 def state(case: Fixture, prefix: str = "state/") -> dict[str, Tensor]:
@@ -211,7 +226,167 @@ def check_point_transformer(case: Fixture) -> None:
     assert checked
 
 
+def check_rollout(case: Fixture) -> None:
+    joint = rollout(list(tensor(case, "in/attn")))
+    close(joint[0], tensor(case, "out/joint_first"), 1e-5)
+    close(joint[-1], tensor(case, "out/joint_last"), 1e-5)
+    grid = case.meta["grid"]
+    mask = joint[-1][0, 1:]
+    size = case.arrays["out/mask"].shape
+    close(mask.view(size), tensor(case, "out/mask"), 1e-5)
+    assert size[0] == grid
+
+
+def check_augment(case: Fixture) -> None:
+    cfg, points = case.meta, case.arrays["in/points"]
+    rng = np.random.RandomState(cfg["seed"])
+    dropped = np.stack([random_point_dropout(cloud, rng, cfg["max_dropout"]) for cloud in points])
+    close(dropped, case.arrays["out/dropout"], 1e-6)
+    scaled = random_scale(dropped, rng, *cfg["scale"])
+    close(scaled, case.arrays["out/scale"], 1e-6)
+    close(random_shift(scaled, rng, cfg["shift"]), case.arrays["out/shift"], 1e-6)
+    jittered = jitter(points[..., :3], np.random.RandomState(cfg["seed"] + 1), cfg["jitter_sigma"], cfg["jitter_clip"])
+    close(jittered, case.arrays["out/jitter"], 1e-6)
+    close(rotate_y(points[..., :3], np.random.RandomState(cfg["seed"] + 2)), case.arrays["out/rotate_y"], 1e-6)
+
+
+def check_binvox(case: Fixture) -> None:
+    read = parse_binvox(bytes(case.arrays["in/bytes"]))
+    assert len(read.grid) == case.meta["dim"]
+    assert np.array_equal(read.grid, case.arrays["out/xyz"])
+    assert np.array_equal(read.grid.transpose(0, 2, 1), case.arrays["out/raw_xzy"])
+    assert np.array_equal(read.translate, case.arrays["out/translate"])
+    assert read.scale == float(case.arrays["out/scale"])
+    assert np.array_equal(parse_binvox(binvox_bytes(read)).grid, read.grid)
+
+
+def check_partseg(case: Fixture) -> None:
+    cfg = case.meta
+    logits = tensor(case, "in/logits").float()
+    found = part_segmentation(logits, tensor(case, "in/target"), {c: cfg["seg_classes"][c] for c in cfg["cat_order"]})
+    names = {"accuracy": "accuracy", "class accuracy": "class_avg_accuracy", "class mIoU": "class_avg_iou"}
+    for ours, theirs in {**names, "instance mIoU": "inctance_avg_iou"}.items():
+        close(found[ours], tensor(case, f"out/{theirs}"), 1e-12)
+    for category, expected in zip(cfg["cat_order"], case.arrays["out/cat_iou"], strict=True):
+        if np.isnan(expected):
+            assert f"iou {category}" not in found
+        else:
+            close(found[f"iou {category}"], expected, 1e-12)
+
+
+def check_s3dis(case: Fixture) -> None:
+    cfg = case.meta
+    room, test = case.arrays["in/room_train"], case.arrays["in/room_test"]
+    features = block_features(
+        room, case.arrays["in/selected"], room[int(case.arrays["in/center_index"]), :3], room[:, :3].max(0)
+    )
+    close(features, case.arrays["out/points"], 1e-5)
+    assert np.array_equal(room[case.arrays["in/selected"], 6], case.arrays["out/labels"])
+    weights = label_weights([room])
+    close(weights, case.arrays["out/labelweights"], 1e-5)
+    assert len(training_rooms([room], cfg["num_point"])) == cfg["n_train_samples"]
+    rng = np.random.RandomState(cfg["seed"] + 1)
+    grid = whole_scene(test, rng, cfg["num_point"], cfg["block"], cfg["stride"], cfg["padding"], label_weights([test]))
+    assert grid.features.shape == tuple(case.arrays["out/ws_blocks_shape"])
+    assert np.array_equal(grid.index, case.arrays["out/ws_index"])
+    assert np.array_equal(grid.labels, case.arrays["out/ws_label"])
+    close(grid.features[0], case.arrays["out/ws_first"], 1e-5)
+    close(grid.features[-1], case.arrays["out/ws_last"], 1e-5)
+    close(grid.weights.astype(float).sum(), case.arrays["out/ws_weight_sum"], 1e-5)
+
+
+def check_det_criterion(case: Fixture) -> None:
+    cfg = case.meta
+    counts = tensor(case, "in/n_gt")
+    most = case.arrays["in/gt_label"].shape[1]
+    truth = Boxes(
+        tensor(case, "in/gt_center").float(), tensor(case, "in/gt_size").float(), tensor(case, "in/gt_angle").float(),
+        tensor(case, "in/gt_label"), torch.arange(most) < counts[:, None],
+    )  # fmt: skip
+    scene = Scene(tensor(case, "in/scene_min").float(), tensor(case, "in/scene_max").float())
+    bins, residuals = angle_to_bin(tensor(case, "in/gt_angle"), cfg["num_angle_bin"])
+    here = truth.present
+    assert torch.equal(bins[here], tensor(case, "out/gt_angle_class")[here])
+    close(residuals[here], tensor(case, "out/gt_angle_residual")[here], 1e-4)
+    corners = box_corners(truth.centre, truth.size, truth.angle)
+    close(corners[here], tensor(case, "out/gt_corners")[here], 1e-4)
+    names = ["sem_cls_logits", "center_unnormalized", "size_unnormalized", "angle_logits", "angle_residual_normalized"]
+    plain = Prediction(*(tensor(case, f"in/pred/{name}") for name in names))
+    assert plain.logits.shape[-1] == cfg["num_semcls"] + 1
+    close(plain.angle, tensor(case, "out/pred_angle"), 1e-4)
+    close(plain.corners, tensor(case, "out/pred_corners"), 1e-4)
+    pairs = here[:, None].expand(-1, plain.logits.shape[1], -1)
+    close(pairwise_giou(plain.corners, corners, released=True)[pairs], tensor(case, "out/giou")[pairs], 1e-4)
+    for arm, settings in cfg["arms"].items():
+        prediction = Prediction(*(tensor(case, f"in/pred/{name}").requires_grad_() for name in names))
+        criterion = Criterion(MatchCost(**settings["cost"]), LossWeights(**settings["weights"]), released_giou=True)
+        terms, assigned = criterion.layer(prediction, truth, scene)
+        for name, value in terms.items():
+            close(value, tensor(case, f"out/{arm}/loss_{name}"), 1e-4)
+        loss, _ = criterion([prediction], truth, scene)
+        close(loss, tensor(case, f"out/{arm}/loss"), 1e-4)
+        assert torch.equal(assigned.matched, tensor(case, f"out/{arm}/matched_mask").bool())
+        theirs = tensor(case, f"out/{arm}/matched_gt")
+        assert torch.equal(assigned.box[assigned.matched], theirs[assigned.matched])
+        loss.backward()
+        for name, value in zip(names, prediction, strict=True):
+            close(value.grad, tensor(case, f"grad/{arm}/{name}"), 1e-4)
+
+
+def detections(rows: Tensor) -> Detections:
+    score = rows[:, 9] if rows.shape[1] > 9 else torch.ones(len(rows))
+    return Detections(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2:5], rows[:, 5:8], rows[:, 8], score)
+
+
+def check_det_ap(case: Fixture) -> None:
+    truth, predicted = detections(tensor(case, "in/gt_rows")), detections(tensor(case, "in/pred_rows"))
+    thresholds = case.meta["thresholds"]
+    for threshold, results in evaluate_detections(predicted, truth, thresholds).items():
+        labels = sorted(results)
+        close([results[k][0] for k in labels], tensor(case, f"out/ap_{threshold}"), 1e-6)
+        close([results[k][1] for k in labels], tensor(case, f"out/recall_{threshold}"), 1e-6)
+        close(mean_average_precision(results), tensor(case, f"out/mAP_{threshold}"), 1e-6)
+    for i, expected in enumerate(tensor(case, "out/iou_first_pairs")):  # of a row with a true box of its scene
+        here = truth.scene == predicted.scene[i]
+        close(
+            (box_iou(predicted.corners[i].expand(int(here.sum()), 8, 3), truth.corners[here]) - expected).abs().min(),
+            0.0,
+            1e-6,
+        )
+
+
+def check_det_decoder(case: Fixture) -> None:
+    cfg = case.meta
+    d, bounds = cfg["d_model"], [tensor(case, "in/range_min"), tensor(case, "in/range_max")]
+    xyz = tensor(case, "in/xyz")
+    fourier = FourierEmbedding(d)
+    fourier.load_state_dict(state(case, "state/pos."))
+    close(fourier(xyz, *bounds), tensor(case, "out/fourier"), 1e-5)
+    close(sine_embedding(xyz, *bounds, d), tensor(case, "out/sine"), 1e-5)
+    encoder = Encoder(d, cfg["nhead"], cfg["enc_ffn"], cfg["layers"])
+    encoder.load_state_dict(state(case, "state/enc."))
+    memory = encoder.eval()(tensor(case, "in/src"))
+    close(memory, tensor(case, "out/memory"), 1e-5)
+    decoder = Decoder(d, cfg["nhead"], cfg["dec_ffn"], cfg["layers"])
+    decoder.load_state_dict(state(case, "state/dec."))
+    position = fourier(xyz, *bounds).permute(2, 0, 1)
+    features = decoder.eval()(memory, tensor(case, "in/query_pos"), position)
+    close(features, tensor(case, "out/box_features"), 1e-5)
+    head = ConvolutionHead(d, case.arrays["state/head.layers.8.bias"].shape[0])
+    head.load_state_dict(state(case, "state/head."))
+    flat = features.permute(0, 2, 3, 1).flatten(0, 1)
+    close(head.eval()(flat), tensor(case, "out/head"), 1e-5)
+
+
 KINDS: dict[str, Callable[[Fixture], None]] = {
+    "attention_rollout": check_rollout,
+    "augment": check_augment,
+    "binvox": check_binvox,
+    "det_ap": check_det_ap,
+    "det_criterion": check_det_criterion,
+    "det_decoder": check_det_decoder,
+    "partseg_metrics": check_partseg,
+    "s3dis_blocks": check_s3dis,
     "point_cls": check_point,
     "point_ops": check_point_ops,
     "point_seg": check_point,

@@ -1,5 +1,6 @@
 """Points to tokens and back (section 2.7): set abstraction, transitions down and up, the local operator."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -23,7 +24,7 @@ class PointwiseMLP(nn.Module):
 
     def __init__(self, widths: Sequence[int], *, bias: bool = True):
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.linears = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairs)
         self.norms = nn.ModuleList(nn.BatchNorm1d(b) for _, b in pairs)
 
@@ -47,7 +48,9 @@ class SetAbstraction(nn.Module):
 
     """
 
-    def __init__(self, count: int, neighbours: int, widths: Sequence[int], radius: float | None = None, *, bias: bool = True):
+    def __init__(
+        self, count: int, neighbours: int, widths: Sequence[int], radius: float | None = None, *, bias: bool = True
+    ):
         super().__init__()
         self.count, self.neighbours, self.radius = count, neighbours, radius
         self.mlp = PointwiseMLP(widths, bias=bias)

@@ -20,7 +20,9 @@ DEIT = {"tiny": "deit_tiny_patch16_224", "small": "deit_small_patch16_224", "bas
 """The backbones of the paper by their short names."""
 
 
-def create_vit(name: str = "small", *, heads: int = 0, depth: int = 0, classes: int | None = None, **options: Any) -> "VisionTransformer":
+def create_vit(
+    name: str = "small", *, heads: int = 0, depth: int = 0, classes: int | None = None, **options: Any
+) -> "VisionTransformer":
     """A plain ViT with random weights: linear weights truncated normal (std 0.02, cut at +-2), biases 0.
 
     Args:
@@ -45,12 +47,20 @@ def create_vit(name: str = "small", *, heads: int = 0, depth: int = 0, classes: 
     if classes is not None:
         options["num_classes"] = classes
     if name == "mini":
-        mini = {"img_size": 32, "patch_size": 8, "in_chans": 1, "num_classes": 22, "embed_dim": 64, "depth": 3, "num_heads": 4}
+        mini = {
+            "img_size": 32,
+            "patch_size": 8,
+            "in_chans": 1,
+            "num_classes": 22,
+            "embed_dim": 64,
+            "depth": 3,
+            "num_heads": 4,
+        }
         return VisionTransformer(**{**mini, **options})
     try:
         vit = timm.create_model(DEIT.get(name, name), pretrained=False, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        near = timm.list_models(f"*{name.split('_')[0]}*vit*") or timm.list_models("deit*")
+        near = timm.list_models(f"*{name.split('_', maxsplit=1)[0]}*vit*") or timm.list_models("deit*")
         raise UserError(
             f"backbone {name!r}: {error}; use tiny, small, base, mini or a plain ViT of timm such as {near[0]}"
         ) from error
@@ -91,7 +101,9 @@ def prefix_length(vit: "VisionTransformer") -> int:
     return int(vit.num_prefix_tokens)
 
 
-def run_blocks(vit: "VisionTransformer", tokens: Float[Tensor, "b t c"], positions: Float[Tensor, "#b p c"] | None = None) -> Float[Tensor, "b s c"]:
+def run_blocks(
+    vit: "VisionTransformer", tokens: Float[Tensor, "b t c"], positions: Float[Tensor, "#b p c"] | None = None
+) -> Float[Tensor, "b s c"]:
     """Prepend the class token, add the positions, run all blocks and the final norm (section 2.1).
 
     Args:
@@ -108,7 +120,9 @@ def run_blocks(vit: "VisionTransformer", tokens: Float[Tensor, "b t c"], positio
     if positions is not None:
         tokens = torch.cat([*prefix, tokens], 1) + positions
         prefix = []
-    if getattr(vit, "reg_token", None) is not None:  # registers stand between the class token and the data and have no positions
+    if (
+        getattr(vit, "reg_token", None) is not None
+    ):  # registers stand between the class token and the data and have no positions
         registers = cast(Tensor, vit.reg_token).expand(batch, -1, -1)
         head = tokens[:, :1] if positions is not None else torch.cat([*prefix, tokens[:, :0]], 1)
         rest = tokens[:, 1:] if positions is not None else tokens

@@ -16,7 +16,6 @@ from tenfold_shared.checkpoint import load_pickled_tensors, load_weights
 from tenfold_shared.errors import UserError
 from tenfold_simple3dformer.backbone import create_vit
 from tenfold_simple3dformer.baselines import PointTransformer, VoxNet
-from tenfold_simple3dformer.heads import CosineHead
 from tenfold_simple3dformer.point import PointFormer
 from tenfold_simple3dformer.voxel import VoxelFormer
 

@@ -17,7 +17,9 @@ def teach(teacher: nn.Module, images: Float[Tensor, "b ch h w"]) -> Float[Tensor
     return teacher(images)
 
 
-def distillation(student: Float[Tensor, "b m"], teacher: Float[Tensor, "b m"], mode: Mode = "hard", temperature: float = 1.0) -> Float[Tensor, ""]:
+def distillation(
+    student: Float[Tensor, "b m"], teacher: Float[Tensor, "b m"], mode: Mode = "hard", temperature: float = 1.0
+) -> Float[Tensor, ""]:
     """What ties the image head to the teacher.
 
     ``hard``: CE(student, argmax teacher), the released term. ``kl``: the symmetric Kullback-Leibler divergence at a

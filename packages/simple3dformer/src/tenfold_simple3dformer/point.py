@@ -1,9 +1,9 @@
 """Simple3D-Former on points (section 2.7): classification of clouds, segmentation of parts and scenes."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -78,12 +78,10 @@ class PointFormer(nn.Module):
         self.position = two_layers(3, e)
         self.downs = nn.ModuleList(
             LocalOperator(e, b) if tokenizer == "local_op" else SetAbstraction(0, neighbours, [a + 3, b, b])
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         # From the coarsest: TU(4e, 2e -> 2e) with the first stage's features, then TU(2e, e -> e) with the points'.
-        self.ups = nn.ModuleList(
-            TransitionUp(b, a, a) for a, b in reversed(list(zip(widths, widths[1:], strict=False)))
-        )
+        self.ups = nn.ModuleList(TransitionUp(b, a, a) for a, b in reversed(list(itertools.pairwise(widths))))
         self.head = create_head(head, e, classes)
 
     def tokens(

@@ -91,19 +91,16 @@ def _chunks(centres: Tensor, points: Tensor) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def nearest_neighbours(
     centres: Float[Tensor, "b s 3"], xyz: Float[Tensor, "b n 3"], k: int
-) -> tuple[Float[Tensor, "b s k"], Int[Tensor, "b s k"]]:
+) -> tuple[Float[Tensor, "b s m"], Int[Tensor, "b s m"]]:
     """Squared distances and indices of the k nearest points of each centre, nearest first, the centre itself included.
 
-    With fewer than k points, all are taken and the nearest is repeated.
+    A cloud of fewer than k points gives all of them.
     """
     have = min(k, xyz.shape[1])
     parts = [
         squared_distances(part, xyz).topk(have, dim=2, largest=False, sorted=True) for part in _chunks(centres, xyz)
     ]
     distance, index = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-    if have < k:
-        distance = torch.cat([distance, distance[:, :, :1].expand(-1, -1, k - have)], 2)
-        index = torch.cat([index, index[:, :, :1].expand(-1, -1, k - have)], 2)
     return distance, index
 
 

@@ -31,7 +31,7 @@ RELEASED_NAMES = {
 
 
 def cells_per_axis(voxels: int, cell: int) -> int:
-    """n = floor((V - T) / T) + 1.
+    """N = floor((V - T) / T) + 1.
 
     Raises:
         UserError: the grid is smaller than a cell.
@@ -110,7 +110,13 @@ class HybridEmbedding(nn.Module):
 def voxnet_stem() -> nn.Sequential:
     """Conv3d(1, 32, 5, stride 2)-ReLU-dropout .2-Conv3d(32, 32, 3)-ReLU-max pool 2-dropout .3: 32^3 -> 32 x 6^3."""
     return nn.Sequential(
-        nn.Conv3d(1, 32, 5, 2), nn.ReLU(), nn.Dropout(0.2), nn.Conv3d(32, 32, 3), nn.ReLU(), nn.MaxPool3d(2), nn.Dropout(0.3)
+        nn.Conv3d(1, 32, 5, 2),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Conv3d(32, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Dropout(0.3),
     )
 
 
@@ -146,6 +152,7 @@ class GroupEncoder(nn.Module):
 
 def attention_cost(name: str, n: int, width: int, depth: int) -> float:
     """Multiply-accumulates of the blocks' attention (scores and weighted sums) and of their linear maps, one sample."""
+
     def pass_over(tokens: int) -> float:
         return depth * (2.0 * tokens**2 * width + 12.0 * tokens * width**2)
 

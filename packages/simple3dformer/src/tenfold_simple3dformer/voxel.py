@@ -98,7 +98,9 @@ class VoxelFormer(nn.Module):
         encoded = self.group(embedded.reshape(batch * n * n, n, c))
         return self.vit.norm(self.vit.blocks(encoded))[:, 0].view(batch, n, n, c)
 
-    def forward(self, voxels: Float[Tensor, "b 1 v v v"], images: Float[Tensor, "u ch h w"] | None = None) -> Float[Tensor, "b k"] | tuple[Float[Tensor, "b k"], Float[Tensor, "u m"]]:
+    def forward(
+        self, voxels: Float[Tensor, "b 1 v v v"], images: Float[Tensor, "u ch h w"] | None = None
+    ) -> Float[Tensor, "b k"] | tuple[Float[Tensor, "b k"], Float[Tensor, "u m"]]:
         """Logits of the voxels; with images, also theirs, from the same blocks (one call, so that DDP sees both)."""
         logits = self.head(self.features(voxels))
         return logits if images is None else (logits, self.forward_images(images))

@@ -1,10 +1,10 @@
 """Point Transformer, the released baseline: vector attention among the k nearest neighbours (section 3)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ class PointTransformer(nn.Module):
         widths = [32 * 2**i for i in range(stages + 1)]
         self.fc1 = two_layers(inputs, 32)
         self.transformer1 = VectorAttention(32, dim, neighbours)
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.downs = nn.ModuleList(SetAbstraction(0, neighbours, [a + 3, b, b]) for a, b in pairs)
         self.transformers = nn.ModuleList(VectorAttention(b, dim, neighbours) for _, b in pairs)
         top = widths[-1]
@@ -89,8 +89,6 @@ class PointTransformer(nn.Module):
         if self.task == "cls":
             return self.fc2(features[-1].mean(1))
         current = self.transformer2(places[-1], self.fc2(features[-1]))
-        for level, up, transformer in zip(
-            range(self.stages - 1, -1, -1), self.ups, self.up_transformers, strict=True
-        ):
+        for level, up, transformer in zip(range(self.stages - 1, -1, -1), self.ups, self.up_transformers, strict=True):
             current = transformer(places[level], up(places[level + 1], current, places[level], features[level]))
         return self.fc3(current)
