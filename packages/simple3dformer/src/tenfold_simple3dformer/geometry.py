@@ -26,7 +26,11 @@ def open3d() -> Any:
     try:
         return importlib.import_module("open3d")
     except (ImportError, OSError) as error:
-        missing = "the system library libusb-1.0 (apt install libusb-1.0-0)" if "usb" in str(error) else "it: pip install open3d"
+        missing = (
+            "the system library libusb-1.0 (apt install libusb-1.0-0)"
+            if "usb" in str(error)
+            else "it: pip install open3d"
+        )
         raise UserError(f"Open3D cannot be loaded ({error}); install {missing}") from error
 
 
@@ -56,7 +60,9 @@ def read_geometry(path: Path) -> Geometry:
         raise UserError(f"no file at {path}")
     suffix = path.suffix.lower()
     if suffix not in (*MESHES, *CLOUDS):
-        raise UserError(f"{path}: formats are {', '.join(sorted({*MESHES, *CLOUDS}))}, not {suffix or 'a name without one'}")
+        raise UserError(
+            f"{path}: formats are {', '.join(sorted({*MESHES, *CLOUDS}))}, not {suffix or 'a name without one'}"
+        )
     colours = None
     faces = np.zeros((0, 3), int)
     if suffix in (".xyz", ".txt", ".npy"):
@@ -148,7 +154,9 @@ def _triangle_mesh(geometry: Geometry) -> Any:
     return o3d.geometry.TriangleMesh(vertices, o3d.utility.Vector3iVector(geometry.faces))
 
 
-def sample_surface(geometry: Geometry, count: int, seed: int = 0) -> tuple[Float[ndarray, "m 3"], Float[ndarray, "m 3"]]:
+def sample_surface(
+    geometry: Geometry, count: int, seed: int = 0
+) -> tuple[Float[ndarray, "m 3"], Float[ndarray, "m 3"]]:
     """``count`` points and unit normals: area-weighted on a mesh; of a cloud the points themselves, normals estimated.
 
     A cloud with more points is thinned at random, one with fewer is sampled with replacement.
@@ -168,7 +176,9 @@ def sample_surface(geometry: Geometry, count: int, seed: int = 0) -> tuple[Float
     return np.asarray(cloud.points)[chosen], np.asarray(cloud.normals)[chosen]
 
 
-def voxelise(geometry: Geometry, side: int = 30, frame: Literal["extent", "radius"] = "extent") -> UInt8[ndarray, "v v v"]:
+def voxelise(
+    geometry: Geometry, side: int = 30, frame: Literal["extent", "radius"] = "extent"
+) -> UInt8[ndarray, "v v v"]:
     """Occupancy of a cube around the object: its inside (ray parity at the cell centres) and the cells its surface hits.
 
     Args:
@@ -203,7 +213,9 @@ def voxelise(geometry: Geometry, side: int = 30, frame: Literal["extent", "radiu
 def write_cloud(path: Path, points: Float[ndarray, "n 3"], colours: Float[ndarray, "n 3"], **scalars: ndarray) -> None:
     """A coloured cloud as text PLY, with further values of each point as properties of their own."""
     rows = [points, np.round(np.clip(colours, 0, 1) * 255), *(np.asarray(v, float)[:, None] for v in scalars.values())]
-    properties = [f"property float {axis}" for axis in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
+    properties = [f"property float {axis}" for axis in "xyz"] + [
+        f"property uchar {c}" for c in ("red", "green", "blue")
+    ]
     properties += [f"property float {name}" for name in scalars]
     header = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *properties, "end_header"]
     formats = ["%.6g"] * 3 + ["%d"] * 3 + ["%.6g"] * len(scalars)

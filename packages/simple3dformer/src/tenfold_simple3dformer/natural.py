@@ -54,7 +54,9 @@ def crops(count: int, seed: int, size: int = 32) -> ImageSet:
         picture = pictures()[label]
         side = min(rng.randint(48, 161), *picture.shape)
         top, left = rng.randint(picture.shape[0] - side + 1), rng.randint(picture.shape[1] - side + 1)
-        cut = Image.fromarray(picture[top : top + side, left : left + side]).resize((size, size), Image.Resampling.BILINEAR)
+        cut = Image.fromarray(picture[top : top + side, left : left + side]).resize(
+            (size, size), Image.Resampling.BILINEAR
+        )
         crop = np.asarray(cut)
         images[i, 0] = crop[:, ::-1] if rng.random_sample() < 0.5 else crop
     names = tuple(Path(name).stem for name in PICTURES)

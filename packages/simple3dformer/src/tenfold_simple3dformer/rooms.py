@@ -20,7 +20,15 @@ LABEL = {
     "bookshelf": "bookcase", "lamp": "clutter", "cup": "clutter", "bottle": "clutter",
 }  # fmt: skip
 """Family -> S3DIS class."""
-BOX_LABEL = {"chair": "chair", "stool": "chair", "table": "table", "desk": "desk", "bed": "bed", "sofa": "sofa", "bookshelf": "bookshelf"}
+BOX_LABEL = {
+    "chair": "chair",
+    "stool": "chair",
+    "table": "table",
+    "desk": "desk",
+    "bed": "bed",
+    "sofa": "sofa",
+    "bookshelf": "bookshelf",
+}
 """Family -> SUN RGB-D class; the others have no boxes."""
 FURNITURE = {"lamp": 1.5, "cup": 0.4, "bottle": 0.5, "bookshelf": 1.8, "bed": 0.9}
 """Height in metres that a family is scaled to; the others are of furniture size as they are."""
@@ -96,7 +104,9 @@ def furnish(width: float, depth: float, rng: RandomState) -> list[Placed]:
     return placed
 
 
-def _surfaces(width: float, depth: float, rng: RandomState) -> list[tuple[str, Float[ndarray, " 3"], Float[ndarray, " 3"], Float[ndarray, " 3"]]]:
+def _surfaces(
+    width: float, depth: float, rng: RandomState
+) -> list[tuple[str, Float[ndarray, " 3"], Float[ndarray, " 3"], Float[ndarray, " 3"]]]:
     """Class, corner and the two edges of the rectangles of an empty room."""
     x, y, z = np.eye(3)
     origin, far = np.zeros(3), np.array([width, depth, HEIGHT])
@@ -104,7 +114,9 @@ def _surfaces(width: float, depth: float, rng: RandomState) -> list[tuple[str, F
     found = [("floor", origin, x * width, y * depth), ("ceiling", z * HEIGHT, x * width, y * depth)]
     found += [("wall", corner, along, z * HEIGHT) for corner, along in walls]
     wall_of = rng.permutation(4)
-    for (name, wide, low, tall), wall in zip([("door", 0.9, 0.0, 2.0), ("window", 1.4, 0.9, 1.1), ("board", 1.6, 0.9, 1.0)], wall_of, strict=False):
+    for (name, wide, low, tall), wall in zip(
+        [("door", 0.9, 0.0, 2.0), ("window", 1.4, 0.9, 1.1), ("board", 1.6, 0.9, 1.0)], wall_of, strict=False
+    ):
         corner, along = walls[wall]
         length = np.linalg.norm(along)
         start = rng.uniform(0.2, length - wide - 0.2)
@@ -172,7 +184,9 @@ def visible(room: Room, seed: int) -> Bool[ndarray, " n"]:
     return ahead & (hit >= distance - 0.02)
 
 
-def sun_scene(seed: int, points: int = 20_000, *, depth_view: bool = False) -> tuple[Float[ndarray, "n 3"], Float[ndarray, "b 8"]]:
+def sun_scene(
+    seed: int, points: int = 20_000, *, depth_view: bool = False
+) -> tuple[Float[ndarray, "n 3"], Float[ndarray, "b 8"]]:
     """Coordinates and box rows of a generated scene; the depth view keeps what one camera sees of four times the points."""
     room = make_room(seed, 4 * points if depth_view else points)
     rows = room.points[visible(room, seed)] if depth_view else room.points

@@ -136,14 +136,18 @@ def make_shapes(count: int, seed: int) -> list[Shape]:
     return [make_shape(CATEGORIES[i % len(CATEGORIES)], rng) for i in range(count)]
 
 
-def corrupt(voxels: UInt8[ndarray, "v v v"], rng: RandomState, drop: float = 0.0, noise: float = 0.0) -> UInt8[ndarray, "v v v"]:
+def corrupt(
+    voxels: UInt8[ndarray, "v v v"], rng: RandomState, drop: float = 0.0, noise: float = 0.0
+) -> UInt8[ndarray, "v v v"]:
     """Occupied voxels deleted with probability ``drop``, then any voxel occupied with probability ``noise``."""
     kept = voxels & (rng.random_sample(voxels.shape) >= drop)
     return (kept | (rng.random_sample(voxels.shape) < noise)).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=16)
-def voxel_set(count: int, seed: int, side: int = 30, drop: float = 0.0, noise: float = 0.0) -> tuple[UInt8[ndarray, "n bytes"], Int[ndarray, " n"]]:
+def voxel_set(
+    count: int, seed: int, side: int = 30, drop: float = 0.0, noise: float = 0.0
+) -> tuple[UInt8[ndarray, "n bytes"], Int[ndarray, " n"]]:
     """Balanced shapes as packed bits (``numpy.unpackbits`` gives side^3), and their categories."""
     shapes = make_shapes(count, seed)
     rng = RandomState((seed + 1_000_003) % 2**32)
@@ -152,7 +156,9 @@ def voxel_set(count: int, seed: int, side: int = 30, drop: float = 0.0, noise: f
 
 
 @functools.lru_cache(maxsize=16)
-def point_set(count: int, seed: int, points: int = 1024) -> tuple[Float[ndarray, "n p 6"], Int[ndarray, " n"], Int[ndarray, "n p"]]:
+def point_set(
+    count: int, seed: int, points: int = 1024
+) -> tuple[Float[ndarray, "n p 6"], Int[ndarray, " n"], Int[ndarray, "n p"]]:
     """Balanced shapes as clouds (unit-sphere coordinates and normals), their categories, the points' part numbers."""
     shapes = make_shapes(count, seed)
     rng = RandomState((seed + 1_000_003) % 2**32)
@@ -201,7 +207,9 @@ def _chair(rng: RandomState) -> Parts:
 def _stool(rng: RandomState) -> Parts:
     w, height = rng.uniform(0.2, 0.35), rng.uniform(0.45, 0.8)
     parts = _legs(w, w, height, rng.uniform(0.02, 0.04)) if rng.random_sample() < 0.5 else _pedestal(0.8 * w, height)
-    seat: Solid = _plate(w, w, height, 0.06) if rng.random_sample() < 0.5 else cylinder((0, 0), height, height + 0.06, w)
+    seat: Solid = (
+        _plate(w, w, height, 0.06) if rng.random_sample() < 0.5 else cylinder((0, 0), height, height + 0.06, w)
+    )
     return [*parts, (seat, 1)]
 
 
@@ -242,9 +250,7 @@ def _sofa(rng: RandomState) -> Parts:
 
 def _bookshelf(rng: RandomState) -> Parts:
     w, d, height, thick = rng.uniform(0.35, 0.6), rng.uniform(0.13, 0.22), rng.uniform(1.0, 1.8), 0.03
-    parts: Parts = [
-        (Box((side * (w - thick), 0, height / 2), (2 * thick, 2 * d, height)), 0) for side in (-1, 1)
-    ]
+    parts: Parts = [(Box((side * (w - thick), 0, height / 2), (2 * thick, 2 * d, height)), 0) for side in (-1, 1)]
     for z in np.linspace(thick, height - thick, rng.randint(3, 7)):
         parts.append((Box((0, 0, float(z)), (2 * (w - 2 * thick), 2 * d, 2 * thick)), 1))
     if rng.random_sample() < 0.5:
@@ -273,7 +279,12 @@ def _cup(rng: RandomState) -> Parts:
 
 
 def _bottle(rng: RandomState) -> Parts:
-    r, body, shoulder, neck = rng.uniform(0.2, 0.35), rng.uniform(0.5, 0.9), rng.uniform(0.1, 0.25), rng.uniform(0.15, 0.3)
+    r, body, shoulder, neck = (
+        rng.uniform(0.2, 0.35),
+        rng.uniform(0.5, 0.9),
+        rng.uniform(0.1, 0.25),
+        rng.uniform(0.15, 0.3),
+    )
     narrow = r * rng.uniform(0.25, 0.45)
     return [
         (cylinder((0, 0), 0, body, r), 1),

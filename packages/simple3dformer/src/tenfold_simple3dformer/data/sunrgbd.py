@@ -101,7 +101,14 @@ def sample(cloud: Float[ndarray, "n 3"], count: int, rng: RandomState) -> Float[
 class SceneSet(Dataset[tuple[Tensor, Tensor]]):
     """Scenes as (points, 3) and padded box rows (`MOST_BOXES`, 9), whose last column says whether a row is a box."""
 
-    def __init__(self, scenes: Sequence[tuple[ndarray, ndarray] | tuple[Path, str]], points: int, *, augment: bool = False, cuboid: int = 30_000):
+    def __init__(
+        self,
+        scenes: Sequence[tuple[ndarray, ndarray] | tuple[Path, str]],
+        points: int,
+        *,
+        augment: bool = False,
+        cuboid: int = 30_000,
+    ):
         self.scenes, self.points, self.augment, self.cuboid = scenes, points, augment, cuboid
 
     def __len__(self) -> int:
@@ -123,7 +130,9 @@ class SceneSet(Dataset[tuple[Tensor, Tensor]]):
         rows = np.zeros((MOST_BOXES, 9), np.float32)
         boxes = boxes[:MOST_BOXES]
         rows[: len(boxes), :8], rows[: len(boxes), 8] = boxes, 1
-        return torch.from_numpy(np.ascontiguousarray(sample(cloud, self.points, rng), np.float32)), torch.from_numpy(rows)
+        return torch.from_numpy(np.ascontiguousarray(sample(cloud, self.points, rng), np.float32)), torch.from_numpy(
+            rows
+        )
 
 
 def boxes_of(rows: Float[Tensor, "b m 9"]) -> Boxes:
