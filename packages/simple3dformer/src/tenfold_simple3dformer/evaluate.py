@@ -70,8 +70,10 @@ def _logits(model: nn.Module, batches: Batches | StreamedBatches, task: Task) ->
     for inputs, target in batches.epoch(0):
         if len(target):
             if task == "image_cls":
-                inputs = natural.standardised(inputs)
-            yield model(inputs[:, None] if task == "voxel_cls" else inputs).float(), target
+                logits = model(natural.standardised(inputs))
+            else:
+                logits = model(inputs[:, None] if task == "voxel_cls" else inputs)
+            yield logits.float(), target
 
 
 def _classification(model: nn.Module, batches: Any, data: Data, task: Task, run: Run) -> dict[str, float]:
