@@ -47,7 +47,9 @@ COUNTS = {
 @pytest.mark.parametrize(("backbone", "tokenizer"), list(COUNTS))
 def test_voxel_parameter_counts(backbone: str, tokenizer: str) -> None:
     """Total, and without the image side."""
-    for (voxels, cell, classes), (total, without) in zip((MODELNET, SHAPENET), COUNTS[backbone, tokenizer], strict=True):
+    for (voxels, cell, classes), (total, without) in zip(
+        (MODELNET, SHAPENET), COUNTS[backbone, tokenizer], strict=True
+    ):
         config = ModelConfig(backbone=backbone, tokenizer=tokenizer, cell=cell)
         with torch.device("meta"):
             model = build_model(config, "voxel_cls", classes, 1, voxels)

@@ -177,7 +177,7 @@ class EvalConfig:
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a file of the authors' layout."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """The data; of a checkpoint of ours, by default the data it was trained for."""
+    """The data; for a checkpoint of ours, whatever is not given is as it was trained."""
     batch_size: int = 64
     """Samples at a time."""
     heads: int = 0
@@ -223,17 +223,24 @@ def load_model(checkpoint: Path, **options: Any) -> tuple[nn.Module, dict[str, A
     return model, about
 
 
+def trained_data(given: DataConfig, about: dict[str, Any]) -> DataConfig:
+    """The data that was given, with what was left at its default as the checkpoint was trained."""
+    if "data" not in about or given.name not in (DataConfig().name, about["data"]["name"]):
+        return given
+    trained = {**about["data"], "root": Path(about["data"]["root"]) if about["data"]["root"] else None}
+    default = DataConfig()
+    kept = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+    changed = {name: value for name, value in kept.items() if value != getattr(default, name)}
+    return DataConfig(**{**trained, **changed})
+
+
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the metrics of a checkpoint as one JSON line."""
     official: dict[str, Any] = {"heads": config.heads, "tokenizer": config.tokenizer}
     if config.task != "auto":
         official["task"] = config.task
     model, about = load_model(config.checkpoint, **official)
-    data_config = config.data
-    if "data" in about and config.data == DataConfig():
-        data_config = dataclasses.replace(
-            config.data, name=about["data"], voxels=about["voxels"], points=about["points"]
-        )
+    data_config = trained_data(config.data, about)
     with Run.evaluation("simple3dformer", options) as run:
         data = load_data(data_config, about["task"], config.batch_size, run)
         check_fit(model, data, about, data_config)

@@ -75,7 +75,7 @@ def voxel_input(path: Path, about: dict[str, Any], up: str) -> Float[Tensor, "1 
         if len(grid) != side:
             raise UserError(f"{path} has {len(grid)} voxels a side, and the network takes {side}")
     else:
-        frame = "radius" if about.get("data") == "procshapes" else "extent"
+        frame = "radius" if about.get("data", {}).get("name") == "procshapes" else "extent"
         grid = voxelise(upright(read_geometry(path), up), side, frame)  # type: ignore[arg-type]
     if not grid.any():
         raise UserError(f"{path} has no occupied voxel")

@@ -298,7 +298,10 @@ def describe(recipe: Recipe, data: Data) -> dict[str, Any]:
         "parts": {name: list(members) for name, members in data.parts.items()},
         "voxels": recipe.data.voxels,
         "points": recipe.data.points,
-        "data": recipe.data.name,
+        "data": {
+            **dataclasses.asdict(recipe.data),
+            "root": None if recipe.data.root is None else str(recipe.data.root),
+        },
     }
 
 
