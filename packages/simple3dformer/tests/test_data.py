@@ -30,10 +30,9 @@ def test_families(category: str) -> None:
     assert np.linalg.norm(cloud.normals, axis=1) == pytest.approx(1)
     local = shapes._turn(cloud.xyz, -shape.yaw) + shape.centre
     normals = shapes._turn(cloud.normals, -shape.yaw)
-    assert not shape.contains(local + 1e-6 * normals).mean() > 0.05  # of touching solids, some point into another
     assert shape.contains(local - 1e-5 * normals).all()
     assert set(cloud.part) <= set(shapes.PARTS[category])
-    grid = shape.voxels(20)
+    grid = shape.voxels(40)
     assert 0 < grid.sum() < grid.size / 2
     assert grid[0].sum() == grid[-1].sum() == 0
     low, high = shape.bounds
@@ -284,9 +283,9 @@ def test_augmentation_keeps_normals() -> None:
 
 
 def test_refused_configurations() -> None:
-    with pytest.raises(UserError, match="--data.drop"):
+    with pytest.raises(UserError, match=r"--data\.drop"):
         DataConfig(drop=1.5)
-    with pytest.raises(UserError, match="--data.points"):
+    with pytest.raises(UserError, match=r"--data\.points"):
         DataConfig(points=0)
     for count, world in ((10, 2), (9, 2), (1, 1), (300, 3)):
         size = evaluation_batch(count, 4, world)

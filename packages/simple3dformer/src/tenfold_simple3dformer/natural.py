@@ -63,7 +63,9 @@ def crops(count: int, seed: int, size: int = 32) -> ImageSet:
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long(), names)
 
 
-def standardised(images: UInt8[torch.Tensor, "n 1 s s"]) -> Float[torch.Tensor, "n 1 s s"]:
+def standardised(
+    images: Float[torch.Tensor, "n 1 s s"] | UInt8[torch.Tensor, "n 1 s s"],
+) -> Float[torch.Tensor, "n 1 s s"]:
     """Every crop with mean 0 and standard deviation 1; a flat one is 0."""
     x = images.float()
     x = x - x.mean((1, 2, 3), keepdim=True)

@@ -5,7 +5,7 @@ Lengths are metres, z is up.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ Points = Float[ndarray, "n 3"]
 Triangles = tuple[Float[ndarray, "v 3"], Int[ndarray, "f 3"]]
 
 
+@runtime_checkable
 class Solid(Protocol):
     """What a shape is made of."""
 

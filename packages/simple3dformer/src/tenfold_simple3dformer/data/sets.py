@@ -334,11 +334,18 @@ def load_data(config: DataConfig, task: Task, batch_size: int, run: Run, seed: i
 
 
 def evaluation_batch(count: int, wanted: int, world: int) -> int:
-    """The largest multiple of the processes, up to what is wanted, that leaves no last batch with fewer samples than they are."""
+    """A multiple of the processes, at most ``wanted`` if possible, that leaves no last batch of fewer samples than they are.
+
+    Raises:
+        UserError: there are fewer samples than processes.
+
+    """
+    if count < world:
+        raise UserError(f"{count} samples cannot be shared among {world} processes")
     for size in range(max(world, min(wanted, count) // world * world), 0, -world):
         if count % size == 0 or count % size >= world:
             return size
-    raise UserError(f"{count} samples cannot be shared among {world} processes")
+    return -(-count // world) * world
 
 
 def _size(dataset: Dataset[Any]) -> int:

@@ -75,7 +75,7 @@ def flip_and_rotate(cloud: Float[ndarray, "n 3"], boxes: Rows, rng: RandomState)
 
 def random_cuboid(
     cloud: Float[ndarray, "n 3"], boxes: Rows, rng: RandomState, *, least: int = 30_000, tries: int = 100
-) -> tuple[Float[ndarray, "n 3"], Rows]:
+) -> tuple[Float[ndarray, "m 3"], Float[ndarray, "k 8"]]:
     """A crop with sides of 0.75 to 1 of the scene, horizontal aspect at least .75 and at least ``least`` points.
 
     Boxes whose centre lies inside stay. The whole scene when no crop of 100 has enough points and a box.
