@@ -109,7 +109,10 @@ def main() -> None:
             "points",
         ),
         f"neighbours alone, {args.points} among {args.points}": (
-            {"straightforward": partial(slow_neighbours, xyz, xyz, 16), "ours": lambda: nearest_neighbours(xyz, xyz, 16)},
+            {
+                "straightforward": partial(slow_neighbours, xyz, xyz, 16),
+                "ours": lambda: nearest_neighbours(xyz, xyz, 16),
+            },
             xyz[..., 0].numel(),
             "points",
         ),

@@ -15,9 +15,10 @@ from tenfold_simple3dformer import predict
 from tenfold_simple3dformer.backbone import create_vit
 from tenfold_simple3dformer.data.sets import DataConfig
 from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
-from tenfold_simple3dformer.geometry import Geometry, read_geometry, sample_surface, voxelise, write_mesh
+from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, rate, set_norm_momentum
+from tenfold_simple3dformer.planner import plan
 from tenfold_simple3dformer.predict import PredictConfig
 from tenfold_simple3dformer.rooms import make_room, visible
 from tenfold_simple3dformer.shapes import make_shape
@@ -54,7 +55,9 @@ def test_every_recipe_is_built_and_stepped(name: str, tmp_path: Path) -> None:
     Full depth is asserted by the parameter counts; large grids and clouds are cut to what a small machine takes.
     """
     recipe = load_recipe("tenfold_simple3dformer", name, Recipe)
-    small = dataclasses.replace(recipe.data, points=min(recipe.data.points, 2048 if recipe.task == "detection" else 256))
+    small = dataclasses.replace(
+        recipe.data, points=min(recipe.data.points, 2048 if recipe.task == "detection" else 256)
+    )
     network = dataclasses.replace(recipe.model, depth=1, centres=min(recipe.model.centres, 128), reduce=min(recipe.model.reduce, 128), queries=min(recipe.model.queries, 16), layers=1)  # fmt: skip
     recipe = dataclasses.replace(recipe, data=small, model=network)
     classes = CLASSES[recipe.data.name] if recipe.task != "detection" else 10
@@ -80,14 +83,16 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", list(TASKS))
-def test_every_task_trains_evaluates_and_predicts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_task_trains_evaluates_and_predicts(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {"data.train_size": 20, "data.test_size": 10} if "shapes" in name else {}
     sizes |= {"data.train_size": 2, "data.test_size": 1} if "rooms" in name else {}
     recipe = load_recipe("tenfold_simple3dformer", name, Recipe, **{**sizes, **TASKS[name]}, steps=3, batch_size=2)
     if recipe.task == "scene_seg":
         recipe = dataclasses.replace(recipe, steps=0, epochs=1, batch_size=64)
     with Run("simple3dformer", recipe, options(tmp_path)) as run:
-        model, result = run_recipe(run, recipe)
+        _, result = run_recipe(run, recipe)
     assert all(0 <= value <= 100 for value in result.metrics.values())
     assert len(result.drift) in (0, 3)
     evaluate(EvalConfig(run.directory), options(tmp_path))
@@ -144,7 +149,10 @@ def test_refused_recipes(tmp_path: Path) -> None:
         Recipe(task="part_seg", lwf=Forgetting(lam=0.1), weights="x")
     with pytest.raises(UserError, match="voxel_cls, not point_cls"):
         build_model(ModelConfig(arch="voxnet"), "point_cls", 5, 6)
-    with pytest.raises(UserError, match="no labels for part_seg"), Run.evaluation("simple3dformer", options(tmp_path)) as run:
+    with (
+        pytest.raises(UserError, match="no labels for part_seg"),
+        Run.evaluation("simple3dformer", options(tmp_path)) as run,
+    ):
         run_recipe(run, Recipe(task="part_seg", data=DataConfig(name="modelnet40")))
     model = build_model(ModelConfig(backbone="mini"), "voxel_cls", 5, 1)
     with pytest.raises(UserError, match=r"labels 0..7"), Run.evaluation("simple3dformer", options(tmp_path)) as run:
@@ -195,8 +203,7 @@ def test_voting_sees_every_point() -> None:
 @pytest.mark.parametrize("ending", ["off", "obj", "stl", "ply", "pcd", "xyz"])
 def test_formats(ending: str, tmp_path: Path) -> None:
     """A cube in every format: its extent, its faces, its voxels."""
-    import open3d as o3d
-
+    o3d = open3d()
     cube = o3d.geometry.TriangleMesh.create_box(1.0, 1.0, 2.0)
     cube.compute_triangle_normals()
     file = tmp_path / f"cube.{ending}"
@@ -262,8 +269,6 @@ def test_refused_files(name: str, content: str | None, words: str, tmp_path: Pat
 
 
 def test_conversion_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tenfold_simple3dformer.planner import plan
-
     mesh = tmp_path / "chair.off"
     write_mesh(mesh, *make_shape("chair", np.random.RandomState(0)).triangles())
     for name in ("chair.binvox", "chair.ply", "chair.xyz"):
