@@ -11,11 +11,13 @@ from tenfold_simple3dformer import pointops
 from tenfold_simple3dformer.abstraction import SetAbstraction
 from tenfold_simple3dformer.pointops import (
     ball_query,
+    batch_clouds,
     check_points,
     farthest_point_sampling,
     interpolate,
     nearest_neighbours,
     normalise_points,
+    spread,
     squared_distances,
 )
 
@@ -124,3 +126,21 @@ def test_refused_clouds() -> None:
         check_points(torch.zeros(1, 0, 3))
     with pytest.raises(UserError, match="5 of 4"):
         farthest_point_sampling(torch.zeros(1, 4, 3), 5)
+
+
+def test_clouds_of_several_sizes() -> None:
+    """Each is the same alone and in company; every point of a large one gets its nearest sampled point's value."""
+    sizes = [cloud(n, n, 1)[0] for n in (3, 16, 40)]
+    batch = batch_clouds(sizes, 16)
+    assert batch.shape == (3, 16, 3)
+    torch.testing.assert_close(batch[2:], batch_clouds(sizes[2:], 16))
+    assert torch.equal(batch[0, 3:6], sizes[0])
+    values = torch.arange(48.0, dtype=torch.float64).view(3, 16, 1)
+    back = spread(sizes, batch, values)
+    assert [len(v) for v in back] == [3, 16, 40]
+    assert back[0][:, 0].tolist() == [0, 1, 2]
+    assert torch.equal(back[1], values[1])
+    nearest = (sizes[2][:, None] - batch[2][None]).square().sum(-1).argmin(1)
+    assert torch.equal(back[2], values[2][nearest])
+    with pytest.raises(UserError, match="0 points"):
+        batch_clouds([torch.zeros(0, 3)], 4)

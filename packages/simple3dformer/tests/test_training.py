@@ -13,7 +13,7 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import predict
 from tenfold_simple3dformer.backbone import create_vit
-from tenfold_simple3dformer.data.sets import DataConfig
+from tenfold_simple3dformer.data.sets import DataConfig, _Checked
 from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
 from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
@@ -154,9 +154,11 @@ def test_refused_recipes(tmp_path: Path) -> None:
         Run.evaluation("simple3dformer", options(tmp_path)) as run,
     ):
         run_recipe(run, Recipe(task="part_seg", data=DataConfig(name="modelnet40")))
-    model = build_model(ModelConfig(backbone="mini"), "voxel_cls", 5, 1)
-    with pytest.raises(UserError, match=r"labels 0..7"), Run.evaluation("simple3dformer", options(tmp_path)) as run:
-        task_loss(model, "voxel_cls", torch.zeros(2, 30, 30, 30), torch.tensor([0, 7]), run, None)
+    labelled = torch.utils.data.TensorDataset(torch.zeros(2, 3), torch.tensor([0, 7]))
+    checked = _Checked(labelled, 5, "these")
+    assert int(checked[0][1]) == 0
+    with pytest.raises(UserError, match=r"sample 1 of these has labels 7\.\.7"):
+        checked[1]
 
 
 def test_released_schedule() -> None:

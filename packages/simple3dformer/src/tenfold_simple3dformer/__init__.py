@@ -16,7 +16,7 @@ _EXPORTS = {
     "metrics": ["part_segmentation"],
     "models": ["ModelConfig", "build_model"],
     "point": ["PointFormer"],
-    "pointops": ["farthest_point_sampling", "nearest_neighbours", "normalise_points"],
+    "pointops": ["batch_clouds", "farthest_point_sampling", "nearest_neighbours", "normalise_points", "spread"],
     "rollout": ["point_rollout", "rollout", "voxel_rollout"],
     "shapes": ["make_shape", "make_shapes"],
     "transfer": ["TransferReport", "read_image_weights", "transfer"],

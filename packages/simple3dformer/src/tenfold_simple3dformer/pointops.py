@@ -3,6 +3,7 @@
 Distances are sums of squared coordinate differences, never the dot-product expansion, and never below float32.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -150,6 +151,35 @@ def normalise_points(xyz: Float[Tensor, "*b n 3"]) -> Float[Tensor, "*b n 3"]:
     centred = xyz - xyz.mean(-2, keepdim=True)
     radius = centred.square().sum(-1).amax(-1).sqrt()[..., None, None]
     return centred / radius.clamp(min=torch.finfo(xyz.dtype).tiny)
+
+
+def batch_clouds(clouds: Sequence[Float[Tensor, "_n c"]], count: int) -> Float[Tensor, "b p c"]:
+    """Clouds of any sizes as one batch: larger ones are thinned by farthest-point sampling, smaller ones repeat points.
+
+    A cloud's rows do not depend on the others in the batch. `spread` carries results back to all of its points.
+
+    Raises:
+        UserError: a cloud is empty, or has a coordinate that is not finite.
+
+    """
+    rows = []
+    for cloud in clouds:
+        check_points(cloud)
+        if len(cloud) > count:
+            rows.append(cloud[farthest_point_sampling(cloud[None, :, :3], count)[0]])
+        else:
+            rows.append(cloud[torch.arange(count, device=cloud.device) % len(cloud)])
+    return torch.stack(rows)
+
+
+def spread(
+    clouds: Sequence[Float[Tensor, "_n c"]], batch: Float[Tensor, "b p c"], values: Float[Tensor, "b p k"]
+) -> list[Float[Tensor, "_n k"]]:
+    """Values of the points of a batch, carried to every point of the clouds that it was made of, by the nearest."""
+    return [
+        row[nearest_neighbours(cloud[None, :, :3], places[None, :, :3], 1)[1][0, :, 0]]
+        for cloud, places, row in zip(clouds, batch, values, strict=True)
+    ]
 
 
 def check_points(points: Float[Tensor, "*b n c"], *, least: int = 1) -> None:

@@ -108,6 +108,25 @@ class _Blocks(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(features).float(), torch.from_numpy(labels)
 
 
+class _Checked(Dataset[tuple[Tensor, Tensor]]):
+    """A data set whose labels are looked at on the CPU, where it costs nothing, before a device chokes on them."""
+
+    def __init__(self, dataset: Dataset[Any], classes: int, name: str):
+        self.dataset, self.classes, self.name = dataset, classes, name
+
+    def __len__(self) -> int:
+        return _size(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, target = self.dataset[index]
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= self.classes:
+            raise UserError(
+                f"sample {index} of {self.name} has labels {low}..{high}, outside of the {self.classes} classes"
+            )
+        return inputs, target
+
+
 class _Source(NamedTuple):
     train: Dataset[Any]
     plain: Dataset[Any]  # the training samples without augmentation, for selection
@@ -302,6 +321,7 @@ def load_data(config: DataConfig, task: Task, batch_size: int, run: Run, seed: i
 
     def batches(dataset: Dataset[Any], purpose: str, *, training: bool) -> StreamedBatches:
         count = _size(dataset)
+        checked = dataset if task == "detection" else _Checked(dataset, len(source.classes), config.name)
         whole = task == "detection" and not training  # average precision is no sum over processes
         world = 1 if whole else run.world
         size = (
@@ -310,7 +330,7 @@ def load_data(config: DataConfig, task: Task, batch_size: int, run: Run, seed: i
         if size < 1:
             raise UserError(f"{config.name} has {count} samples: fewer than the {run.world} processes")
         return StreamedBatches(
-            dataset,
+            checked,
             size,
             seed=derived_seed(seed, purpose),
             shuffle=training,
