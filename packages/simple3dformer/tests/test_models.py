@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tenfold_shared.errors import UserError
+from tenfold_simple3dformer.attention import point_rollout, voxel_rollout
 from tenfold_simple3dformer.backbone import create_vit, heads, run_blocks
 from tenfold_simple3dformer.baselines import PointNet, PointNet2, PointTransformer, VisionPermutator3D, VoxNet
 from tenfold_simple3dformer.compat import load_official_state, official_key, to_official
@@ -22,7 +23,6 @@ from tenfold_simple3dformer.models import (
 )
 from tenfold_simple3dformer.planner import costs
 from tenfold_simple3dformer.point import PointFormer
-from tenfold_simple3dformer.rollout import point_rollout, voxel_rollout
 from tenfold_simple3dformer.tokenizers import cells_per_axis, sequence_lengths, token_grid
 from tenfold_simple3dformer.tuning import merge_low_rank, set_trainable
 from tenfold_simple3dformer.voxel import VoxelFormer

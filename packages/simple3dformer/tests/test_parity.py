@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate as resize
 
 from tenfold_shared.testing import Fixture, load_fixture, parity_files
 from tenfold_simple3dformer.abstraction import SetAbstraction
+from tenfold_simple3dformer.attention import rollout
 from tenfold_simple3dformer.augment import jitter, random_point_dropout, random_scale, random_shift, rotate_y
 from tenfold_simple3dformer.backbone import create_vit, freeze_image_path
 from tenfold_simple3dformer.baselines import PointTransformer
@@ -40,7 +41,6 @@ from tenfold_simple3dformer.pointops import (
     normalise_points,
     squared_distances,
 )
-from tenfold_simple3dformer.rollout import rollout
 from tenfold_simple3dformer.voxel import VoxelFormer, released_name
 
 FILES = parity_files(__file__)

@@ -1,8 +1,8 @@
 """Simple3D-Former: a 2D vision transformer for voxels, points and indoor scenes.
 
 The image transformer stays as it is (`backbone`); tokenizers (`tokenizers`, `abstraction`), positions and heads make it a
-3D network (`voxel`, `point`, `detection`). `transfer` puts image weights in and says where each tensor comes from, `lwf`
-keeps the image knowledge, `rollout` shows what the network looks at, `compat` reads and writes the authors' checkpoints.
+3D network (`voxel`, `point`, `detection`). `weights` puts image weights in and says where each tensor comes from, `lwf`
+keeps the image knowledge, `attention` shows what the network looks at, `compat` reads and writes the authors' checkpoints.
 """
 
 import importlib
@@ -17,9 +17,9 @@ _EXPORTS = {
     "models": ["ModelConfig", "build_model"],
     "point": ["PointFormer"],
     "pointops": ["batch_clouds", "farthest_point_sampling", "nearest_neighbours", "normalise_points", "spread"],
-    "rollout": ["point_rollout", "rollout", "voxel_rollout"],
+    "attention": ["point_rollout", "rollout", "voxel_rollout"],
     "shapes": ["make_shape", "make_shapes"],
-    "transfer": ["TransferReport", "read_image_weights", "transfer"],
+    "weights": ["TransferReport", "read_image_weights", "transfer"],
     "tuning": ["set_trainable"],
     "voxel": ["VoxelFormer"],
 }

@@ -15,6 +15,7 @@ from tenfold_shared.cli import load_recipe
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import shapes
+from tenfold_simple3dformer.attention import point_rollout, voxel_rollout
 from tenfold_simple3dformer.data.binvox import Binvox, binvox_bytes, read_binvox
 from tenfold_simple3dformer.data.clouds import unit_sphere
 from tenfold_simple3dformer.data.s3dis import CLASSES as SCENE_CLASSES
@@ -26,11 +27,10 @@ from tenfold_simple3dformer.geometry import Geometry, read_geometry, sample_surf
 from tenfold_simple3dformer.metrics import restricted_argmax
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.point import PointFormer
-from tenfold_simple3dformer.rollout import point_rollout, voxel_rollout
 from tenfold_simple3dformer.train import Recipe
-from tenfold_simple3dformer.transfer import read_image_weights
-from tenfold_simple3dformer.transfer import transfer as put_weights
 from tenfold_simple3dformer.voxel import VoxelFormer
+from tenfold_simple3dformer.weights import read_image_weights
+from tenfold_simple3dformer.weights import transfer as put_weights
 
 
 @dataclasses.dataclass

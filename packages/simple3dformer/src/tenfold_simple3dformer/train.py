@@ -23,7 +23,9 @@ from tenfold_simple3dformer.evaluate import PRIMARY, evaluate_model
 from tenfold_simple3dformer.lwf import Mode, lwf_loss, retention, teach
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, set_norm_momentum, set_rates
-from tenfold_simple3dformer.transfer import (
+from tenfold_simple3dformer.tuning import Mode as TuningMode
+from tenfold_simple3dformer.tuning import merge_low_rank, set_trainable
+from tenfold_simple3dformer.weights import (
     Inflation,
     Positions,
     block_drift,
@@ -31,8 +33,6 @@ from tenfold_simple3dformer.transfer import (
     transfer,
     vit_from_weights,
 )
-from tenfold_simple3dformer.tuning import Mode as TuningMode
-from tenfold_simple3dformer.tuning import merge_low_rank, set_trainable
 
 
 @dataclasses.dataclass

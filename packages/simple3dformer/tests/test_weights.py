@@ -12,7 +12,8 @@ from tenfold_simple3dformer.backbone import create_vit, freeze_image_path
 from tenfold_simple3dformer.compat import load_official_checkpoint, read_state, to_official
 from tenfold_simple3dformer.lwf import lwf_loss
 from tenfold_simple3dformer.point import PointFormer
-from tenfold_simple3dformer.transfer import (
+from tenfold_simple3dformer.voxel import VoxelFormer
+from tenfold_simple3dformer.weights import (
     block_drift,
     inflate_patches,
     read_image_weights,
@@ -20,7 +21,6 @@ from tenfold_simple3dformer.transfer import (
     to_timm,
     transfer,
 )
-from tenfold_simple3dformer.voxel import VoxelFormer
 
 
 def source() -> dict[str, torch.Tensor]:
