@@ -50,13 +50,17 @@ def token_grid(name: str, voxels: int, cell: int) -> tuple[int, ...]:
     return (n, n, n) if name == "naive" else (n, n)
 
 
-def cells(voxels: Float[Tensor, "b 1 v v v"], cell: int) -> Float[Tensor, "b n n n t"]:
-    """The contents of the cells, T^3 values each, a border narrower than a cell cut off."""
+def cells(voxels: Float[Tensor, "b 1 v v v"], cell: int, *, mean_over_z: bool = False) -> Float[Tensor, "b n n *m t"]:
+    """The contents of the cells, T^3 values each: (B, n, n, n, T^3), or their mean over the cells of a column
+    (B, n, n, T^3). A border narrower than a cell is cut off.
+    """
     batch, side = voxels.shape[0], voxels.shape[2]
     n = cells_per_axis(side, cell)
     cut = voxels[:, 0, : n * cell, : n * cell, : n * cell]
-    blocks = cut.reshape(batch, n, cell, n, cell, n, cell).permute(0, 1, 3, 5, 2, 4, 6)
-    return blocks.reshape(batch, n, n, n, cell**3)
+    split = cut.unflatten(3, (n, cell)).unflatten(2, (n, cell)).unflatten(1, (n, cell))
+    if mean_over_z:
+        return split.mean(5).permute(0, 1, 3, 2, 4, 5).reshape(batch, n, n, cell**3)
+    return split.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, n, n, n, cell**3)
 
 
 class InflatedEmbedding(nn.Module):
@@ -71,9 +75,7 @@ class InflatedEmbedding(nn.Module):
 
     def forward(self, voxels: Float[Tensor, "b 1 v v v"], *, mean_over_z: bool = False) -> Float[Tensor, "b ..."]:
         """(B, n, n, n, C), axes x, y, z; or its mean over z (B, n, n, C)."""
-        contents = cells(voxels, self.cell)
-        if mean_over_z:
-            contents = contents.mean(3)
+        contents = cells(voxels, self.cell, mean_over_z=mean_over_z)
         return F.linear(contents, self.weight.flatten(1), self.bias)
 
 
