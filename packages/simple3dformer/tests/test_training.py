@@ -231,11 +231,11 @@ def test_formats(ending: str, tmp_path: Path) -> None:
 
 def test_own_shapes_and_their_meshes_agree(tmp_path: Path) -> None:
     """The voxeliser, on the exported triangles, finds the occupancy that the solids have (plus the surface's cells)."""
-    shape = make_shape("table", np.random.RandomState(1))
+    shape = make_shape("bottle", np.random.RandomState(1))
     vertices, faces = shape.triangles()
     exact, found = shape.voxels(16), voxelise(Geometry(vertices, faces), 16, "radius")
     assert (found >= exact).mean() > 0.99
-    assert exact.sum() < found.sum() < 6 * exact.sum()
+    assert exact.sum() < found.sum() < 3 * exact.sum()
 
 
 def test_glued_off_header(tmp_path: Path) -> None:

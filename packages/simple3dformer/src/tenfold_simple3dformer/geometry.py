@@ -95,7 +95,7 @@ def _table(path: Path) -> tuple[ndarray, ndarray | None]:
         else:
             text = path.read_text(encoding="utf-8").replace(",", " ")
             lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-            rows = np.array(lines, dtype=np.float64).reshape(len(lines), -1)
+            rows = np.array(lines, dtype=np.float64).reshape(len(lines), -1) if lines else np.zeros((0, 3))
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no table of numbers with equal rows: {error}") from error
     if rows.ndim != 2 or (len(rows) and rows.shape[1] < 3):
