@@ -228,9 +228,9 @@ def test_s3dis_rooms(tmp_path: Path) -> None:
 def test_whole_scene_covers_every_point() -> None:
     room = make_room(8, 3000).points
     grid = s3dis.whole_scene(room, np.random.RandomState(0), points=128)
-    assert set(grid.index.ravel()) == set(range(3000))
+    assert set(grid.rows.ravel()) == set(range(3000))
     assert np.isfinite(grid.features).all()
-    assert np.array_equal(grid.labels, room[grid.index, 6])
+    assert np.array_equal(grid.labels, room[grid.rows, 6])
 
 
 def test_sunrgbd_files(tmp_path: Path) -> None:

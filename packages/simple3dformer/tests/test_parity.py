@@ -288,7 +288,7 @@ def check_s3dis(case: Fixture) -> None:
     rng = np.random.RandomState(cfg["seed"] + 1)
     grid = whole_scene(test, rng, cfg["num_point"], cfg["block"], cfg["stride"], cfg["padding"], label_weights([test]))
     assert grid.features.shape == tuple(case.arrays["out/ws_blocks_shape"])
-    assert np.array_equal(grid.index, case.arrays["out/ws_index"])
+    assert np.array_equal(grid.rows, case.arrays["out/ws_index"])
     assert np.array_equal(grid.labels, case.arrays["out/ws_label"])
     close(grid.features[0], case.arrays["out/ws_first"], 1e-5)
     close(grid.features[-1], case.arrays["out/ws_last"], 1e-5)

@@ -147,7 +147,7 @@ def scene_votes(
     votes = torch.zeros(len(room), classes, device=device)
     for start in range(0, len(grid.features), batch):
         features = torch.from_numpy(grid.features[start : start + batch]).float().to(device)
-        index = torch.from_numpy(grid.index[start : start + batch]).long().to(device)
+        index = torch.from_numpy(grid.rows[start : start + batch]).long().to(device)
         votes.index_add_(0, index.flatten(), model(features).float().flatten(0, 1))
     return votes
 

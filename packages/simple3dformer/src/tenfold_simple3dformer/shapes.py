@@ -90,8 +90,8 @@ class Shape:
             order = rng.permutation(len(merged.xyz))
             found.append(Cloud(*(array[order] for array in merged)))
             have += len(order)
-        xyz, normals, part = (np.concatenate(arrays)[:count] for arrays in zip(*found, strict=True))
-        return Cloud(_turn(xyz - self.centre, self.yaw), _turn(normals, self.yaw), part)
+        places, across, labels = (np.concatenate(arrays)[:count] for arrays in zip(*found, strict=True))
+        return Cloud(_turn(places - self.centre, self.yaw), _turn(across, self.yaw), labels)
 
     def triangles(self) -> Triangles:
         """A mesh of all solids, centred and turned."""

@@ -53,7 +53,8 @@ class Box:
 
     def contains(self, points: Points) -> Bool[ndarray, " n"]:
         """Strictly inside."""
-        return (np.abs(points - self.centre) < np.array(self.size) / 2 - 1e-9).all(1)
+        inside = np.abs(points - np.array(self.centre)) < np.array(self.size) / 2 - 1e-9
+        return np.asarray(inside.all(1))
 
     def sample(self, count: int, rng: RandomState) -> tuple[Points, Points]:
         """A face in proportion to its area, a place on it uniformly."""

@@ -121,7 +121,7 @@ class SceneGrid(NamedTuple):
     features: Float[ndarray, "blocks m 9"]
     labels: Int[ndarray, "blocks m"]
     weights: Float[ndarray, "blocks m"]
-    index: Int[ndarray, "blocks m"]
+    rows: Int[ndarray, "blocks m"]
 
 
 def whole_scene(
