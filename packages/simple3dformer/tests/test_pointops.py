@@ -138,7 +138,7 @@ def test_clouds_of_several_sizes() -> None:
     values = torch.arange(48.0, dtype=torch.float64).view(3, 16, 1)
     back = spread(sizes, batch, values)
     assert [len(v) for v in back] == [3, 16, 40]
-    assert back[0][:, 0].tolist() == [0, 1, 2]
+    assert (back[0][:, 0] % 3).tolist() == [0, 1, 2]  # of a repeated point, any copy
     assert torch.equal(back[1], values[1])
     nearest = (sizes[2][:, None] - batch[2][None]).square().sum(-1).argmin(1)
     assert torch.equal(back[2], values[2][nearest])

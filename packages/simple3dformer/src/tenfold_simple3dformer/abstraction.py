@@ -56,10 +56,14 @@ class SetAbstraction(nn.Module):
         self.mlp = PointwiseMLP(widths, bias=bias)
 
     def forward(
-        self, xyz: Float[Tensor, "b n 3"], features: Float[Tensor, "b n c"] | None = None, start: Start = "first"
+        self,
+        xyz: Float[Tensor, "b n 3"],
+        features: Float[Tensor, "b n c"] | None = None,
+        start: Start = "first",
+        count: int = 0,
     ) -> tuple[Float[Tensor, "b s 3"], Float[Tensor, "b s d"]]:
-        """Centres and their features."""
-        index = farthest_point_sampling(xyz, self.count or xyz.shape[1], start)
+        """Centres and their features; ``count`` takes the place of the layer's own."""
+        index = farthest_point_sampling(xyz, count or self.count or xyz.shape[1], start)
         return self.around(gather_points(xyz, index), xyz, features)
 
     def around(
@@ -115,11 +119,11 @@ class LocalOperator(nn.Module):
         self.local = PointwiseMLP([128, width, width], bias=False)
 
     def forward(
-        self, xyz: Float[Tensor, "b n 3"], features: Float[Tensor, "b n c"], start: Start = "first"
+        self, xyz: Float[Tensor, "b n 3"], features: Float[Tensor, "b n c"], start: Start = "first", count: int = 0
     ) -> tuple[Float[Tensor, "b s 3"], Float[Tensor, "b s d"]]:
-        """Centres and their tokens."""
+        """Centres and their tokens; ``count`` takes the place of the layer's own."""
         embedded = self.point(features)
-        index = farthest_point_sampling(xyz, self.count or xyz.shape[1], start)
+        index = farthest_point_sampling(xyz, count or self.count or xyz.shape[1], start)
         centres, own = gather_points(xyz, index), gather_points(embedded, index)
         group = gather_points(embedded, nearest_neighbours(centres, xyz, self.neighbours)[1])
         own = own[:, :, None].expand_as(group)

@@ -42,7 +42,7 @@ def recorded_attention(vit: "VisionTransformer") -> Iterator[list[Float[Tensor, 
         q, k = module.q_norm(qkv[0]), module.k_norm(qkv[1])
         recorded.append((q * module.scale @ k.transpose(-2, -1)).softmax(-1))
 
-    handles = [block.attn.register_forward_pre_hook(record) for block in vit.blocks]  # type: ignore[union-attr,operator]
+    handles = [block.attn.register_forward_pre_hook(record) for block in vit.blocks]  # type: ignore[union-attr]
     try:
         yield recorded
     finally:

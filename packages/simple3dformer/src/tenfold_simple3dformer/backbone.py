@@ -144,7 +144,7 @@ def positions_needed(vit: "VisionTransformer", tokens: int) -> int:
 
 def strip_image_path(vit: "VisionTransformer") -> "VisionTransformer":
     """The backbone without what only images need; its blocks, norm and class token remain."""
-    vit.patch_embed = nn.Identity()  # type: ignore[assignment]
+    vit.patch_embed = nn.Identity()
     vit.pos_embed = None
     vit.head = nn.Identity()
     return vit

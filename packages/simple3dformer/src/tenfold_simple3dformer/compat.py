@@ -184,7 +184,7 @@ def build_official(
         stages = len({k.split(".")[2] for k in tensors if k.startswith("backbone.transition_downs.")})
         dim, inputs = tensors["backbone.transformer1.fc1.weight"].shape[0], tensors["backbone.fc1.0.weight"].shape[1]
         last = "fc3.4.weight" if "fc3.4.weight" in tensors else "fc2.4.weight"
-        kind_of = "seg" if last.startswith("fc3") else "cls"
+        kind_of: Literal["cls", "seg"] = "seg" if last.startswith("fc3") else "cls"
         model = PointTransformer(inputs, len(tensors[last]), kind_of, stages=stages, dim=dim, neighbours=neighbours)
     else:
         shown = ", ".join(list(tensors)[:6])

@@ -162,8 +162,8 @@ def _detection(model: nn.Module, batches: Any, data: Data) -> dict[str, float]:
         truth = boxes_of(rows)
         where = truth.present.nonzero()[:, 0].cpu() + scene
         here = truth.present
-        boxes = [part[here].cpu() for part in (truth.label, truth.centre, truth.size, truth.angle)]
-        true.append(Detections(where, *boxes, torch.ones(len(where))))
+        label, centre, size, angle = (p[here].cpu() for p in (truth.label, truth.centre, truth.size, truth.angle))
+        true.append(Detections(where, label, centre, size, angle, torch.ones(len(where))))
         scene += len(clouds)
     merged = [Detections(*(torch.cat(parts) for parts in zip(*group, strict=True))) for group in (predicted, true)]
     results = evaluate_detections(merged[0], merged[1])

@@ -158,11 +158,11 @@ def released_unused_parameters(model: PointFormer) -> int:
     """
     unused = 0
     for down in model.downs:
-        out = down.mlp.linears[-1].out_features  # type: ignore[union-attr,index,operator]
+        out = down.mlp.linears[-1].out_features  # type: ignore[union-attr,index]
         unused += 3 * out + out + out * out + out
     if model.image_path:
         return unused
-    e, c = model.embed[0].out_features, model.vit.embed_dim
+    e, c = int(model.embed[0].out_features), int(model.vit.embed_dim)  # type: ignore[arg-type]
     positions = 197 * c
     tokenizer = 64 * model.inputs + 64 * 64 + 4 * 64
     local = sum(inputs * e + e * e + 4 * e for inputs in (128, 256))

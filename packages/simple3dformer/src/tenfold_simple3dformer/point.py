@@ -105,9 +105,9 @@ class PointFormer(nn.Module):
         xyz = points[..., :3].contiguous()
         places, features = [xyz], [self.embed(points) + self.position(xyz)]
         for level, (ratio, down) in enumerate(zip(self.ratios, self.downs, strict=True)):
-            down.count = min(max(1, n // ratio), places[-1].shape[1])
+            count = min(max(1, n // ratio), places[-1].shape[1])
             start = self.start if starts is None else starts[level]
-            centres, reduced = down(places[-1], features[-1], start)
+            centres, reduced = down(places[-1], features[-1], start, count)
             places.append(centres)
             features.append(reduced)
         return places, features

@@ -58,5 +58,5 @@ def set_trainable(model: nn.Module, mode: Mode = "full", *, rank: int = 8) -> No
 def merge_low_rank(model: nn.Module) -> None:
     """Bake low-rank updates into the weights they belong to, so that the keys are the plain ones again."""
     for module in model.modules():
-        if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations["weight"][0], LowRank):  # type: ignore[index,union-attr]
+        if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations["weight"][0], LowRank):  # type: ignore[index]
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

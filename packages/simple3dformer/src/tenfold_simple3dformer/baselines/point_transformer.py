@@ -82,8 +82,8 @@ class PointTransformer(nn.Module):
         xyz = points[..., :3].contiguous()
         places, features = [xyz], [self.transformer1(xyz, self.fc1(points))]
         for i, (down, transformer) in enumerate(zip(self.downs, self.transformers, strict=True)):
-            down.count = max(1, points.shape[1] // 4 ** (i + 1))
-            centres, reduced = down(places[-1], features[-1], "first" if starts is None else starts[i])
+            count = max(1, points.shape[1] // 4 ** (i + 1))
+            centres, reduced = down(places[-1], features[-1], "first" if starts is None else starts[i], count)
             places.append(centres)
             features.append(transformer(centres, reduced))
         if self.task == "cls":

@@ -76,9 +76,8 @@ class PointNet2(nn.Module):
     def forward(self, points: Float[Tensor, "b n d"]) -> Float[Tensor, "b *n k"]:
         """Logits of clouds or of points."""
         xyz = points[..., :3].contiguous()
-        self.first.count, self.second.count = min(512, xyz.shape[1]), min(128, xyz.shape[1])
-        xyz1, f1 = self.first(xyz, points)
-        xyz2, f2 = self.second(xyz1, f1)
+        xyz1, f1 = self.first(xyz, points, count=min(512, xyz.shape[1]))
+        xyz2, f2 = self.second(xyz1, f1, count=min(128, xyz.shape[1]))
         top = self.all(torch.cat([xyz2, f2], -1)).amax(1)
         if self.task == "cls":
             return self.head(top)

@@ -187,8 +187,8 @@ def _source(config: DataConfig, task: Task) -> _Source:
             natural.crops(config.train_size, config.train_seed),
             natural.crops(config.test_size, config.test_seed),
         )
-        sets = [torch.utils.data.TensorDataset(part.images.float(), part.labels) for part in (train, test)]
-        return _Source(sets[0], sets[0], sets[1], train.classes, 1, labels=train.labels.tolist())
+        pictures = [torch.utils.data.TensorDataset(part.images.float(), part.labels) for part in (train, test)]
+        return _Source(pictures[0], pictures[0], pictures[1], train.classes, 1, labels=train.labels.tolist())
     if config.name == "procrooms" and task == "detection":
         made = [
             [rooms.sun_scene(seed + i, max(config.points, 4096), depth_view=config.depth_view) for i in range(count)]
@@ -201,7 +201,7 @@ def _source(config: DataConfig, task: Task) -> _Source:
             sunrgbd.SceneSet(made[0], config.points, augment=a, cuboid=config.points // 2)
             for a in (config.augment, False)
         ]
-        return _Source(*sets, sunrgbd.SceneSet(made[1], config.points), sunrgbd.CLASSES, 3)
+        return _Source(sets[0], sets[1], sunrgbd.SceneSet(made[1], config.points), sunrgbd.CLASSES, 3)
     if config.name == "procrooms":
         made_rooms = [
             [rooms.make_room(seed * 1000 + i).points for i in range(count)]
@@ -226,7 +226,7 @@ def _source(config: DataConfig, task: Task) -> _Source:
             for a in (config.augment, False)
         ]
         test_set = clouds.CloudSet(test_files, test_labels, config.points, channels)
-        return _Source(*cloud, test_set, classes, channels, labels=labels)
+        return _Source(cloud[0], cloud[1], test_set, classes, channels, labels=labels)
     if config.name == "scanobjectnn":
         (data, label), (test_data, test_label) = (
             clouds.scanobjectnn(folder, s, config.points) for s in ("train", "test")
@@ -235,7 +235,7 @@ def _source(config: DataConfig, task: Task) -> _Source:
             clouds.CloudSet(data, label, config.points, 3, augment=a, dropout=True) for a in (config.augment, False)
         ]
         test_set = clouds.CloudSet(test_data, test_label, config.points, 3)
-        return _Source(*cloud, test_set, clouds.SCANOBJECTNN_CLASSES, 3, labels=label.tolist())
+        return _Source(cloud[0], cloud[1], test_set, clouds.SCANOBJECTNN_CLASSES, 3, labels=label.tolist())
     if config.name == "shapenetpart":
         (files, labels, _), (test_files, test_labels, names) = (
             clouds.shapenet_parts(folder, splits) for splits in (("train", "val"), ("test",))
@@ -244,19 +244,19 @@ def _source(config: DataConfig, task: Task) -> _Source:
         cloud = [clouds.CloudSet(files, labels, config.points, 6, augment=a, **common) for a in (config.augment, False)]
         test_set = clouds.CloudSet(test_files, test_labels, config.points, 6, **common)
         parts_of = tuple(f"{name} {i}" for name, members in SHAPENET_PARTS.items() for i in range(len(members)))
-        return _Source(*cloud, test_set, parts_of, 6 + len(names), SHAPENET_PARTS, labels=labels)
+        return _Source(cloud[0], cloud[1], test_set, parts_of, 6 + len(names), SHAPENET_PARTS, labels=labels)
     if config.name == "s3dis":
         areas = [list(s3dis.load_rooms(folder, numbers).values()) for numbers in ((1, 2, 3, 4, 6), (5,))]
         return _scene_source(config, *areas)
     found = [folder / f"sunrgbd_pc_bbox_votes_50k_v1_{split}" for split in ("train", "val")]
     lists = [[(place, name) for name in sunrgbd.scene_names(place)] for place in found]
     sets = [sunrgbd.SceneSet(lists[0], config.points, augment=a) for a in (config.augment, False)]
-    return _Source(*sets, sunrgbd.SceneSet(lists[1], config.points), sunrgbd.CLASSES, 3)
+    return _Source(sets[0], sets[1], sunrgbd.SceneSet(lists[1], config.points), sunrgbd.CLASSES, 3)
 
 
 def _scene_source(config: DataConfig, train: Sequence[np.ndarray], test: Sequence[np.ndarray]) -> _Source:
     sets = [_Blocks(train, config.points, augment) for augment in (config.augment, False)]
-    return _Source(*sets, _Blocks(test, config.points, False), s3dis.CLASSES, 9, rooms=test)
+    return _Source(sets[0], sets[1], _Blocks(test, config.points, False), s3dis.CLASSES, 9, rooms=test)
 
 
 def _procshapes(config: DataConfig, task: Task) -> _Source:
@@ -291,9 +291,11 @@ def _procshapes(config: DataConfig, task: Task) -> _Source:
         test_rows, test_labels, config.points, channels, parts=test_parts if common else None, **common
     )
     if not common:
-        return _Source(*cloud, test_set, names, channels, labels=labels.tolist())
+        return _Source(cloud[0], cloud[1], test_set, names, channels, labels=labels.tolist())
     part_names = tuple(f"{name} {part}" for name, members in shapes.VALID_PARTS.items() for part in members)
-    return _Source(*cloud, test_set, part_names, channels + len(names), shapes.PARTS, labels=labels.tolist())
+    return _Source(
+        cloud[0], cloud[1], test_set, part_names, channels + len(names), shapes.PARTS, labels=labels.tolist()
+    )
 
 
 def load_data(config: DataConfig, task: Task, batch_size: int, run: Run, seed: int | None = None) -> Data:

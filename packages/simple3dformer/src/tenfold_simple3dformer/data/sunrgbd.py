@@ -121,7 +121,7 @@ class SceneSet(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(first, Path):
             cloud, boxes = read_scene(first, str(second))
         else:
-            cloud, boxes = first, second
+            cloud, boxes = first, np.asarray(second)
         seed = int(torch.randint(2**31, ())) if self.augment else index
         rng = RandomState(seed)
         if self.augment:

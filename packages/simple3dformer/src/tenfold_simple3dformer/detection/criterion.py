@@ -108,11 +108,11 @@ def match(
     total = -cost.cls * probabilities.gather(2, label)
     total = total - cost.obj * prediction.objectness[..., None]
     total = total + cost.center * torch.cdist(scene.normalised(prediction.centre), scene.normalised(truth.centre), p=1)
-    total = (total - cost.giou * giou).float().cpu().numpy()
+    costs = (total - cost.giou * giou).float().cpu().numpy()
     box = torch.zeros(prediction.logits.shape[:2], dtype=torch.long)
     matched = torch.zeros(prediction.logits.shape[:2], dtype=torch.bool)
     for i, count in enumerate(truth.present.sum(1).tolist()):
-        queries, boxes = linear_sum_assignment(total[i][:, :count])
+        queries, boxes = linear_sum_assignment(costs[i][:, :count])
         box[i, torch.from_numpy(queries)] = torch.from_numpy(boxes)
         matched[i, torch.from_numpy(queries)] = True
     return Assignment(box.to(truth.label.device), matched.to(truth.label.device))
