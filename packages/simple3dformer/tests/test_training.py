@@ -36,7 +36,8 @@ def batch_of(recipe: Recipe, classes: int) -> tuple[int, torch.Tensor, torch.Ten
     torch.manual_seed(0)
     data = recipe.data
     if recipe.task == "voxel_cls":
-        return 1, (torch.rand(2, data.voxels, data.voxels, data.voxels) < 0.1).float(), torch.tensor([0, classes - 1])
+        labels = torch.tensor([0, classes - 1][: 1 if data.voxels > 64 else 2])
+        return 1, (torch.rand(len(labels), data.voxels, data.voxels, data.voxels) < 0.1).float(), labels
     if recipe.task == "image_cls":
         return 1, torch.rand(2, 1, 32, 32) * 255, torch.tensor([0, classes - 1])
     if recipe.task == "detection":
