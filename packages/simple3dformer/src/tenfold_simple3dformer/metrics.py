@@ -42,7 +42,7 @@ def mean_iou(matrix: Int[Tensor, "k k"]) -> float:
     return float((correct[present].double() / union[present]).mean()) if present.any() else 0.0
 
 
-def released_overall_accuracy(correct_by_batch: Sequence[Bool[Tensor, " n"]]) -> float:
+def released_overall_accuracy(correct_by_batch: Sequence[Bool[Tensor, " _"]]) -> float:
     """Mean of the batches' accuracies, as the released point script reports: a short last batch weighs too much."""
     return float(torch.stack([batch.double().mean() for batch in correct_by_batch]).mean())
 
