@@ -120,7 +120,7 @@ def points_inside(
 
 def select(
     prediction: Prediction,
-    clouds: Sequence[Float[Tensor, "n 3"]],
+    clouds: Sequence[Float[Tensor, "_n 3"]],
     *,
     first_scene: int = 0,
     least_points: int = 5,
