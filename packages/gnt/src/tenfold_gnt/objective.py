@@ -49,12 +49,12 @@ class Optimisation:
     """Learning rate of the feature network."""
     network_rate: float = 5e-4
     """Learning rate of the rendering network."""
-    schedule: Literal["step", "cosine"] = "step"
-    """Halved every so often as in the paper, or a cosine down to a tenth over all steps."""
     decay_every: int = 50_000
     """Steps between two decays of the step schedule."""
     decay: float = 0.5
     """Factor of a decay."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Halved every so often as in the paper, or a cosine down to a tenth over all steps."""
 
 
 def build_optimiser(

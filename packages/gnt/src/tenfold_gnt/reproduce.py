@@ -84,7 +84,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
         drawn.append(
             ReportFigure(
                 figure,
-                title="Views of scenes never seen in training",
+                title="Held-out views",
                 caption=f"{claim.model} on {claim.data}, first seed: the true view, the nearest source view, each arm's "
                 "rendering, the true depth, each arm's expected depth (near is bright).",
                 alt="Renderings and depth maps of held-out views, one row a view",
@@ -140,9 +140,7 @@ def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
                     np.where(np.isfinite(depth), depth, np.nan), cmap="viridis_r", vmin=views.near, vmax=views.far
                 )
         for cell in row:
-            cell.set_xticks([])
-            cell.set_yticks([])
-            cell.grid(False)
+            cell.axis("off")
     for cell, title in zip(axes[0], columns, strict=True):
         cell.set_title(title, fontsize="small")
     return figure
