@@ -1,0 +1,368 @@
+"""Training: one loop for all tasks, with the image stream and its teacher beside it where asked for (section 2.5)."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from tenfold_shared.batches import Batches, Stream, StreamedBatches
+from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
+from tenfold_simple3dformer import natural
+from tenfold_simple3dformer.data.sets import Data, DataConfig, Task, load_data
+from tenfold_simple3dformer.data.sunrgbd import boxes_of
+from tenfold_simple3dformer.detection.criterion import Criterion
+from tenfold_simple3dformer.detection.detector import bounds
+from tenfold_simple3dformer.evaluate import PRIMARY, evaluate_model
+from tenfold_simple3dformer.lwf import Mode, lwf_loss, retention, teach
+from tenfold_simple3dformer.models import ModelConfig, build_model
+from tenfold_simple3dformer.optim import Optim, build_optimiser, set_norm_momentum, set_rates
+from tenfold_simple3dformer.tuning import Mode as TuningMode
+from tenfold_simple3dformer.tuning import merge_low_rank, set_trainable
+from tenfold_simple3dformer.weights import (
+    Inflation,
+    Positions,
+    block_drift,
+    read_image_weights,
+    transfer,
+    vit_from_weights,
+)
+
+
+@dataclasses.dataclass
+class Forgetting:
+    """Learning without forgetting: the image stream and its teacher."""
+
+    lam: float = 0.0
+    """Weight lambda of the image term; 0: none (the paper's is 0.1)."""
+    teacher: str = ""
+    """Weights of the teacher, as of --weights; default: those of --weights. Where given, retention is measured."""
+    backbone: str = ""
+    """Backbone of the teacher; default: the network's. The released voxel script always takes base."""
+    images: Literal["natural2d", "folder"] = "natural2d"
+    """Image stream: crops of scikit-image's pictures, or a folder of images such as ImageNet's validation set."""
+    root: Path | None = None
+    """The folder of images."""
+    batch_size: int = 32
+    """Images a step."""
+    mode: Mode = "hard"
+    """Cross entropy with the teacher's decision, or a symmetric Kullback-Leibler divergence."""
+    temperature: float = 1.0
+    """Temperature of the divergence."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.lam < 0 or self.batch_size < 1 or self.temperature <= 0:
+            raise UserError(
+                f"--lwf takes lam >= 0, batch_size >= 1, temperature > 0, got {self.lam}, {self.batch_size}, {self.temperature}"
+            )
+
+
+@dataclasses.dataclass
+class Recipe:
+    """One experiment."""
+
+    task: Task = "voxel_cls"
+    """What is learned."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The data."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """The network."""
+    weights: str = "none"
+    """Image weights of the backbone: none, timm:NAME, or a local file or run."""
+    inflate: Inflation = "random"
+    """Voxel embedding: random (the paper), or inflated from the patch embedding (average, center)."""
+    positions_from: Positions = "random"
+    """Voxel positions: random, or from the image's (resize2d, replicate_z)."""
+    tune: TuningMode = "full"
+    """What is trained: full, frozen (no blocks), norm, lora."""
+    lwf: Forgetting = dataclasses.field(default_factory=Forgetting)
+    """Learning without forgetting."""
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    """Optimiser."""
+    epochs: int = 100
+    """Passes over the training samples."""
+    steps: int = 0
+    """Steps in place of epochs; 0: epochs count."""
+    batch_size: int = 64
+    """Samples a step, over all processes."""
+    reweighted: bool = False
+    """Class weights 1 / log(1 + (1 + frequency)), normalised to mean 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.epochs < 1 or self.batch_size < 1 or self.steps < 0:
+            raise UserError(
+                f"--epochs and --batch_size take 1 or more and --steps 0 or more, got {self.epochs}, {self.batch_size}, {self.steps}"
+            )
+        if self.lwf.lam > 0 and self.weights == "none" and not self.lwf.teacher:
+            raise UserError("--lwf.lam needs a teacher: give --weights, or --lwf.teacher")
+        if self.lwf.lam > 0 and self.task != "voxel_cls" and self.model.preset == "3DViT":
+            raise UserError(
+                "--lwf.lam needs a network with its image path: choose --model.preset 3DViT_LWF or 3DViT_1_layer"
+            )
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run ends with; shares in per cent."""
+
+    metrics: dict[str, float]
+    """On the test samples, after the last epoch, or at the selected one."""
+    value: float
+    """The task's first metric."""
+    retention: float | None
+    """Held-out images on which the image head still decides as the teacher does."""
+    drift: dict[int, float]
+    """1 - cosine of each block's weights before and after training."""
+    parameters: int
+    """Of the network."""
+
+
+class Best:
+    """The best value at the end of an epoch so far; travels with the checkpoints."""
+
+    def __init__(self) -> None:
+        self.value, self.epoch = float("-inf"), -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"value": self.value, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The same again."""
+        self.value, self.epoch = float(state["value"]), int(state["epoch"])
+
+
+class _ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Images of a folder at any depth, sorted, without labels."""
+
+    def __init__(self, root: Path):
+        from tenfold_shared.images import imagenet_transform  # noqa: PLC0415
+
+        self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in (".jpeg", ".jpg", ".png"))
+        if not self.files:
+            raise UserError(f"no image in {root}: give --lwf.root a folder of JPEG or PNG files such as ImageNet's val")
+        self.transform = imagenet_transform(train=True)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image  # noqa: PLC0415
+
+        with Image.open(self.files[index]) as image:
+            return self.transform(image.convert("RGB")), 0
+
+
+def image_stream(config: Forgetting, run: Run, count: int, seed: int, size: int) -> Batches | StreamedBatches:
+    """Images for the second term: 32-pixel crops in grey, or files as ImageNet is augmented.
+
+    Raises:
+        UserError: no folder is given, or it holds no image.
+
+    """
+    common: dict[str, Any] = {"seed": derived_seed(run.options.seed, "images"), "drop_last": True, "rank": run.rank, "world": run.world, "device": run.device}  # fmt: skip
+    if config.images == "folder":
+        if config.root is None:
+            raise UserError(
+                "--lwf.images folder needs --lwf.root: a folder of images such as ImageNet's validation set"
+            )
+        return StreamedBatches(_ImageFiles(config.root), config.batch_size, workers=4, **common)
+    crops = natural.crops(count, seed, size)
+    return Batches(crops.images, crops.labels, config.batch_size, std=(1 / 255,), **common)
+
+
+def prepared(images: Tensor, config: Forgetting) -> Tensor:
+    """Images as the teacher takes them."""
+    return natural.standardised(images) if config.images == "natural2d" else images
+
+
+def train(recipe: Recipe, options: RunOptions) -> None:
+    """Run a recipe and keep its network."""
+    with Run("simple3dformer", recipe, options) as run:
+        _, result = run_recipe(run, recipe)
+        if run.is_main:
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in list(result.metrics.items())[:4])
+            kept = "" if result.retention is None else f", 2D retention {result.retention:.2f} %"
+            print(f"{recipe.task} {recipe.model.arch} on {recipe.data.name}: {shown}{kept}; {run.directory}")
+
+
+def class_weights(labels: list[int], classes: int) -> Tensor:
+    """1 / log(1 + (1 + frequency)) of the classes, normalised to mean 1."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes).double()
+    weights = 1 / torch.log1p(1 + counts)
+    return (weights / weights.mean()).float()
+
+
+def start_model(recipe: Recipe, data: Data, run: Run) -> nn.Module:
+    """The network with its image weights; the report of where each tensor comes from is written to the run's folder.
+
+    Raises:
+        UserError: the weights do not fit.
+
+    """
+    model = build_model(recipe.model, recipe.task, len(data.classes), data.inputs, recipe.data.voxels)
+    if recipe.weights == "none":
+        return model
+    state, source = read_image_weights(recipe.weights)
+    report = transfer(model, state, source=source, inflate=recipe.inflate, positions=recipe.positions_from)
+    if run.is_main:
+        (run.directory / "transfer.txt").write_text(report.table() + "\n", encoding="utf-8")
+    return model
+
+
+def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
+    """Train as the recipe says; returns the network and what it is worth.
+
+    Raises:
+        UserError: the recipe does not fit the data, the weights or the architecture.
+        RunFailure: the loss is no longer finite.
+
+    """
+    seed_everything(run.options.seed, "init")
+    data = load_data(recipe.data, recipe.task, recipe.batch_size, run)
+    model = start_model(recipe, data, run)
+    before = _backbone_state(model)
+    if recipe.task != "image_cls":
+        set_trainable(model, recipe.tune)
+    about = describe(recipe, data)
+    teacher = _teacher(recipe, run, model)
+    images = Stream(image_stream(recipe.lwf, run, 3000, 0, _side(model))) if recipe.lwf.lam > 0 else None
+    optimiser: Any = build_optimiser(recipe.optim, model)
+    plain = model
+    model, optimiser = run.prepare(model, optimiser)
+    weights = class_weights(list(data.train_labels), len(data.classes)).to(run.device) if recipe.reweighted else None
+    stream, best, per_epoch = Stream(data.train), Best(), len(data.train)
+    total = recipe.steps or recipe.epochs * per_epoch
+    for step in run.steps("train", total, model=model, optimiser=optimiser, best=best):
+        epoch = step // per_epoch
+        set_rates(optimiser, recipe.optim, step, per_epoch, total)
+        set_norm_momentum(plain, recipe.optim, epoch)
+        model.train()
+        inputs, target = stream[step]
+        if images is not None:
+            assert teacher is not None
+            pictures = prepared(images[step][0], recipe.lwf)
+            logits, image_logits = model(inputs[:, None] if recipe.task == "voxel_cls" else inputs, pictures)
+            loss, terms = lwf_loss(
+                logits.flatten(0, -2), target.flatten(), image_logits, teach(teacher, pictures), lam=recipe.lwf.lam,
+                mode=recipe.lwf.mode, temperature=recipe.lwf.temperature, weight=weights,
+            )  # fmt: skip
+        else:
+            loss, terms = task_loss(model, recipe.task, inputs, target, run, weights)
+        optimiser.zero_grad()
+        run.backward(loss)
+        if recipe.optim.clip:
+            run.accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
+        optimiser.step()
+        run.log(loss=run.reduce(loss.detach(), "mean"), **{k: run.reduce(v, "mean") for k, v in terms.items()})
+        if (step + 1) % per_epoch == 0 and data.selection is not None:
+            value = evaluate_model(model, data.selection, data, recipe.task, run)[PRIMARY[recipe.task]]
+            run.log(selection=value)
+            if value > best.value:
+                best.value, best.epoch = value, epoch
+                run.save_weights("best", plain, **about)
+    return plain, _finish(run, recipe, data, plain, teacher, best, before, about)
+
+
+def task_loss(
+    model: nn.Module, task: Task, inputs: Tensor, target: Tensor, run: Run, weights: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The 3D loss of a batch, and its terms."""
+    if task == "detection":
+        truth = boxes_of(target)
+        boxes = run.reduce(truth.present.sum().float(), "mean")
+        return Criterion()(model(inputs), truth, bounds(inputs), boxes)
+    if task == "image_cls":
+        inputs = natural.standardised(inputs)
+    logits = model(inputs[:, None] if task == "voxel_cls" else inputs)
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), weights), {}
+
+
+def describe(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """What a checkpoint says about itself: enough to build the network again."""
+    return {
+        "task": recipe.task,
+        "network": dataclasses.asdict(recipe.model),
+        "classes": list(data.classes),
+        "inputs": data.inputs,
+        "parts": {name: list(members) for name, members in data.parts.items()},
+        "voxels": recipe.data.voxels,
+        "points": recipe.data.points,
+        "data": {
+            **dataclasses.asdict(recipe.data),
+            "root": None if recipe.data.root is None else str(recipe.data.root),
+        },
+    }
+
+
+def _finish(
+    run: Run,
+    recipe: Recipe,
+    data: Data,
+    plain: nn.Module,
+    teacher: nn.Module | None,
+    best: Best,
+    before: dict[str, Tensor],
+    about: dict[str, Any],
+) -> Result:
+    if data.selection is not None and best.epoch >= 0:
+        run.accelerator.wait_for_everyone()
+        tensors, _ = load_weights(run.directory / "checkpoints" / "best.safetensors")
+        plain.load_state_dict(tensors)
+    if recipe.tune == "lora":
+        merge_low_rank(plain)
+    metrics = evaluate_model(plain, data.test, data, recipe.task, run)
+    kept = None
+    if teacher is not None and hasattr(plain, "forward_images"):
+        kept = measure_retention(plain, teacher, recipe.lwf, run, _side(plain))
+    after = _backbone_state(plain)
+    drift = block_drift(before, after) if before else {}
+    result = Result(metrics, metrics[PRIMARY[recipe.task]], kept, drift, sum(p.numel() for p in plain.parameters()))
+    run.save_weights("last", plain, **about, value=result.value)
+    return result
+
+
+def _teacher(recipe: Recipe, run: Run, model: nn.Module) -> nn.Module | None:
+    source = recipe.lwf.teacher or (recipe.weights if recipe.lwf.lam > 0 else "")
+    if not source:
+        return None
+    classes = recipe.model.image_classes or None
+    vit, _ = vit_from_weights(recipe.lwf.backbone or recipe.model.backbone, source, classes=classes)
+    head, own = getattr(vit, "num_classes", 0), getattr(getattr(model, "vit", None), "num_classes", 0)
+    if recipe.lwf.lam > 0 and head != own:
+        raise UserError(f"the teacher has {head} classes and the network's image head {own}: they must be the same")
+    return vit.to(run.device).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def measure_retention(model: nn.Module, teacher: nn.Module, config: Forgetting, run: Run, side: int) -> float:
+    """Per cent of about 400 images on which model and teacher agree: held-out crops, or other crops of a folder's files."""
+    batches = image_stream(dataclasses.replace(config, batch_size=50 * run.world), run, 400, 9, side)
+    model.eval()
+    agree, count = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+    for images, _ in itertools.islice(batches.epoch(0), 8):
+        pictures = prepared(images, config)
+        agree += retention(model.forward_images(pictures), teach(teacher, pictures)) * len(pictures)  # type: ignore[operator]
+        count += len(pictures)
+    return float(100 * run.reduce(agree) / run.reduce(count))
+
+
+def _side(model: nn.Module) -> int:
+    """Side of the images that the backbone takes."""
+    embed = getattr(getattr(model, "vit", model), "patch_embed", None)
+    return int(embed.img_size[0]) if embed is not None and hasattr(embed, "img_size") else 32
+
+
+def _backbone_state(model: nn.Module) -> dict[str, Tensor]:
+    vit = getattr(model, "vit", None)
+    if vit is None:
+        return {}
+    return {k: v.detach().cpu().clone() for k, v in vit.state_dict().items() if k.startswith("blocks.")}

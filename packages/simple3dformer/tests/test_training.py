@@ -1,0 +1,299 @@
+"""Every recipe is built and stepped, every task trains and is evaluated, predictions on files, and it learns."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+from tenfold_simple3dformer import predict
+from tenfold_simple3dformer.backbone import create_vit
+from tenfold_simple3dformer.data.sets import DataConfig, _Checked
+from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
+from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
+from tenfold_simple3dformer.models import ModelConfig, build_model
+from tenfold_simple3dformer.optim import Optim, build_optimiser, rate, set_norm_momentum
+from tenfold_simple3dformer.planner import plan
+from tenfold_simple3dformer.predict import PredictConfig
+from tenfold_simple3dformer.rooms import make_room, visible
+from tenfold_simple3dformer.shapes import make_shape
+from tenfold_simple3dformer.train import Forgetting, Recipe, class_weights, run_recipe, task_loss
+
+CLASSES = {"modelnet10": 10, "modelnet40": 40, "modelnet40-points": 40, "scanobjectnn": 15, "shapenet": 55, "shapenetpart": 50, "s3dis": 13, "procrooms": 13, "sunrgbd": 10, "procshapes": 10, "natural2d": 22}  # fmt: skip
+
+
+def options(folder: Path, name: str = "x", **changes: object) -> RunOptions:
+    return RunOptions(output=folder, name=name, device="cpu", quiet=True, **changes)
+
+
+def batch_of(recipe: Recipe, classes: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Channels of a point, and a generated batch of the shapes that the recipe's data has."""
+    torch.manual_seed(0)
+    data = recipe.data
+    if recipe.task == "voxel_cls":
+        labels = torch.tensor([0, classes - 1][: 1 if data.voxels > 64 else 2])
+        return 1, (torch.rand(len(labels), data.voxels, data.voxels, data.voxels) < 0.1).float(), labels
+    if recipe.task == "image_cls":
+        return 1, torch.rand(2, 1, 32, 32) * 255, torch.tensor([0, classes - 1])
+    if recipe.task == "detection":
+        rows = torch.zeros(2, 64, 9)
+        rows[:, 0] = torch.tensor([1.0, 1.0, 0.5, 0.3, 0.3, 0.5, 0.4, 3.0, 1.0])
+        return 3, torch.rand(2, data.points, 3) * 3, rows
+    inputs = {"point_cls": 6 if data.normals and data.name != "scanobjectnn" else 3, "part_seg": 22, "scene_seg": 9}[recipe.task]  # fmt: skip
+    shape = (2,) if recipe.task == "point_cls" else (2, data.points)
+    return inputs, torch.rand(2, data.points, inputs), torch.randint(classes, shape)
+
+
+@pytest.mark.parametrize("name", list(recipes("tenfold_simple3dformer")))
+def test_every_recipe_is_built_and_stepped(name: str, tmp_path: Path) -> None:
+    """The recipe's network, its depth cut to one block, takes one step on generated data of its data's shape.
+
+    Full depth is asserted by the parameter counts; large grids and clouds are cut to what a small machine takes.
+    """
+    recipe = load_recipe("tenfold_simple3dformer", name, Recipe)
+    small = dataclasses.replace(
+        recipe.data, points=min(recipe.data.points, 2048 if recipe.task == "detection" else 256)
+    )
+    network = dataclasses.replace(recipe.model, depth=1, centres=min(recipe.model.centres, 128), reduce=min(recipe.model.reduce, 128), queries=min(recipe.model.queries, 16), layers=1)  # fmt: skip
+    recipe = dataclasses.replace(recipe, data=small, model=network)
+    classes = CLASSES[recipe.data.name] if recipe.task != "detection" else 10
+    inputs, x, y = batch_of(recipe, classes)
+    model = build_model(recipe.model, recipe.task, classes, inputs, recipe.data.voxels).train()
+    optimiser = build_optimiser(recipe.optim, model)
+    set_norm_momentum(model, recipe.optim, 0)
+    with Run.evaluation("simple3dformer", options(tmp_path)) as run:
+        loss, _ = task_loss(model, recipe.task, x, y, run, None)
+    loss.backward()
+    optimiser.step()
+    assert torch.isfinite(loss)
+
+
+TASKS = {
+    "procshapes-mini": {"model.tokenizer": "group"},
+    "natural2d-mini": {"data.train_size": 44, "data.test_size": 22},
+    "procshapes-points-mini": {"data.points": 64, "data.select": "heldout"},
+    "procshapes-parts-mini": {"data.points": 64, "data.portion": 0.5},
+    "procrooms-mini": {"data.points": 128, "data.select": "test"},
+    "procrooms-detection-mini": {"data.points": 512, "model.centres": 64, "model.queries": 8, "model.layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_task_trains_evaluates_and_predicts(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"data.train_size": 20, "data.test_size": 10} if "shapes" in name else {}
+    sizes |= {"data.train_size": 2, "data.test_size": 1} if "rooms" in name else {}
+    recipe = load_recipe("tenfold_simple3dformer", name, Recipe, **{**sizes, **TASKS[name]}, steps=3, batch_size=2)
+    if recipe.task == "scene_seg":
+        recipe = dataclasses.replace(recipe, steps=0, epochs=1, batch_size=64)
+    with Run("simple3dformer", recipe, options(tmp_path)) as run:
+        _, result = run_recipe(run, recipe)
+    assert all(0 <= value <= 100 for value in result.metrics.values())
+    assert len(result.drift) in (0, 3)
+    evaluate(EvalConfig(run.directory), options(tmp_path))
+    found = json.loads(capsys.readouterr().out)
+    for metric, value in result.metrics.items():
+        assert found[metric] == pytest.approx(value)
+    if recipe.task == "image_cls":
+        return
+    rng = np.random.RandomState(0)
+    file = tmp_path / ("room.xyz" if "rooms" in name else "shape.obj")
+    if "rooms" in name:
+        np.savetxt(file, make_room(5, 700).points[:, :6], fmt="%.4f")
+    else:
+        write_mesh(file, *make_shape("chair", rng).triangles())
+    predict.predict(PredictConfig(run.directory, file, tmp_path / "out"), options(tmp_path))
+    answer = json.loads(capsys.readouterr().out)
+    assert Path(answer["picture"]).read_bytes().startswith(b"\x89PNG")
+    if recipe.task in ("part_seg", "scene_seg"):
+        assert read_geometry(Path(answer["cloud"])).colours is not None
+        assert sum(answer["points"].values()) == (64 if recipe.task == "part_seg" else 700)
+    if recipe.task == "detection":
+        assert answer["boxes"]
+        return
+    predict.attention(PredictConfig(run.directory, file, tmp_path / "out"), options(tmp_path))
+    shown = json.loads(capsys.readouterr().out)
+    assert Path(shown["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert len(read_geometry(Path(shown["cloud"])).points) > 10
+
+
+def test_learning_beats_chance(tmp_path: Path) -> None:
+    """Ten families of shapes, 60 steps: chance is 10 %; and the image term keeps what it is there to keep."""
+    pictures = load_recipe("tenfold_simple3dformer", "natural2d-mini", Recipe, **{"data.train_size": 220, "data.test_size": 44, "steps": 30, "batch_size": 32})  # fmt: skip
+    with Run("simple3dformer", pictures, options(tmp_path, "pictures")) as run:
+        run_recipe(run, pictures)
+    start = {"weights": str(run.directory), "lwf.teacher": str(run.directory)}
+    values = {"data.test_size": 50, "data.drop": 0.0, "data.noise": 0.0, "steps": 60, **start}
+    kept = {}
+    for lam in (0.0, 1.0):
+        recipe = load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **values, **{"lwf.lam": lam})
+        with Run("simple3dformer", recipe, options(tmp_path, f"lam{lam}")) as run:
+            _, result = run_recipe(run, recipe)
+        assert result.value > 30
+        kept[lam] = result.retention
+        report = (run.directory / "transfer.txt").read_text()
+        assert "taken" in report
+        assert "new" in report
+    assert kept[1.0] > kept[0.0] + 5
+
+
+def test_refused_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="teacher"):
+        Recipe(lwf=Forgetting(lam=0.1))
+    with pytest.raises(UserError, match="image path"):
+        Recipe(task="part_seg", lwf=Forgetting(lam=0.1), weights="x")
+    with pytest.raises(UserError, match="voxel_cls, not point_cls"):
+        build_model(ModelConfig(arch="voxnet"), "point_cls", 5, 6)
+    with (
+        pytest.raises(UserError, match="no labels for part_seg"),
+        Run.evaluation("simple3dformer", options(tmp_path)) as run,
+    ):
+        run_recipe(run, Recipe(task="part_seg", data=DataConfig(name="modelnet40")))
+    labelled = torch.utils.data.TensorDataset(torch.zeros(2, 3), torch.tensor([0, 7]))
+    checked = _Checked(labelled, 5, "these")
+    assert int(checked[0][1]) == 0
+    with pytest.raises(UserError, match=r"sample 1 of these has labels 7\.\.7"):
+        checked[1]
+
+
+def test_released_schedule() -> None:
+    """The warm-up is stepped once an epoch: 5.0e-7 at epoch 0, 1.0005e-5 at epochs 19 and 39, 3.1e-6 at 99."""
+    config = Optim(name="adam", lr=1e-3, schedule="released_voxel")
+    found = [rate(config, 1e-3, epoch * 10, 10, 1000) for epoch in (0, 19, 39, 99)]
+    assert found == pytest.approx([5.0e-7, 1.0005e-5, 1.0005e-5, 3.1e-6], rel=0.01)
+
+
+def test_schedules() -> None:
+    ours = Optim(lr=1.0, warmup_epochs=2)
+    assert rate(ours, 1.0, 0, 10, 100) == pytest.approx(1 / 20)
+    assert rate(ours, 1.0, 20, 10, 100) == pytest.approx(1)
+    assert rate(ours, 1.0, 99, 10, 100) < 0.01
+    drops = Optim(schedule="step", step_epochs=20, gamma=0.5, floor=1e-2)
+    assert rate(drops, 1.0, 400, 10, 0) == 0.25
+    assert rate(drops, 1.0, 4000, 10, 0) == 1e-2
+    model = torch.nn.BatchNorm1d(3)
+    set_norm_momentum(model, Optim(bn_momentum=0.9), 40)
+    assert model.momentum == pytest.approx(0.225)
+    set_norm_momentum(model, Optim(bn_momentum=0.9), 400)
+    assert model.momentum == 0.01
+
+
+def test_class_weights() -> None:
+    weights = class_weights([0, 0, 0, 1], 3)
+    assert weights.mean() == pytest.approx(1)
+    assert weights[0] < weights[1] < weights[2]
+
+
+def test_voting_sees_every_point() -> None:
+    room = make_room(6, 900).points
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(backbone="mini"), "scene_seg", 13, 9).eval()
+    votes = scene_votes(model, room, 128, 13, torch.device("cpu"))
+    assert votes.shape == (900, 13)
+    assert (votes.abs().sum(1) > 0).all()
+    assert torch.equal(votes, scene_votes(model, room, 128, 13, torch.device("cpu")))
+
+
+# -- files ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["off", "obj", "stl", "ply", "pcd", "xyz"])
+def test_formats(ending: str, tmp_path: Path) -> None:
+    """A cube in every format: its extent, its faces, its voxels."""
+    o3d = open3d()
+    cube = o3d.geometry.TriangleMesh.create_box(1.0, 1.0, 2.0)
+    cube.compute_triangle_normals()
+    file = tmp_path / f"cube.{ending}"
+    if ending in ("pcd", "xyz"):
+        points = cube.sample_points_uniformly(500)
+        o3d.io.write_point_cloud(str(file), points)
+    else:
+        o3d.io.write_triangle_mesh(str(file), cube)
+    geometry = read_geometry(file)
+    assert geometry.is_mesh == (ending not in ("pcd", "xyz"))
+    assert np.ptp(geometry.points, axis=0) == pytest.approx([1, 1, 2], abs=0.1)
+    places, normals = sample_surface(geometry, 200)
+    assert places.shape == normals.shape == (200, 3)
+    assert np.linalg.norm(normals, axis=1) == pytest.approx(1)
+    grid = voxelise(geometry, 8)
+    if geometry.is_mesh:
+        assert grid[2:6, 2:6].all()
+        assert not grid[0].any()
+        assert not grid[:, 7].any()
+    else:
+        assert 0 < grid.sum() < 8**3
+
+
+def test_own_shapes_and_their_meshes_agree(tmp_path: Path) -> None:
+    """The voxeliser, on the exported triangles, finds the occupancy that the solids have (plus the surface's cells)."""
+    shape = make_shape("bottle", np.random.RandomState(1))
+    vertices, faces = shape.triangles()
+    exact, found = shape.voxels(16), voxelise(Geometry(vertices, faces), 16, "radius")
+    assert (found >= exact).mean() > 0.99
+    assert exact.sum() < found.sum() < 3 * exact.sum()
+
+
+def test_glued_off_header(tmp_path: Path) -> None:
+    file = tmp_path / "x.off"
+    file.write_text("OFF4 1 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n4 0 1 2 3\n")
+    geometry = read_geometry(file)
+    assert len(geometry.points) == 4
+    assert geometry.faces.tolist() == [[0, 1, 2], [0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.xyz", None, "no file"),
+        ("empty.xyz", "", "0 points"),
+        ("one.xyz", "1 2 3\n", "1 points"),
+        ("nan.xyz", "1 2 3\n1 nan 3\n", "point 1 has a coordinate that is not finite"),
+        ("flat.xyz", "1 2 3\n1 2 3\n", "no extent"),
+        ("ragged.xyz", "1 2 3\n1 2\n", "equal rows"),
+        ("short.xyz", "1 2\n3 4\n", "x, y and z"),
+        ("faceless.off", "OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n", "mesh without faces"),
+        ("truncated.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1\n", "truncated"),
+        ("word.off", "PLY\n", "must begin with OFF"),
+        ("picture.gif", "GIF", "formats are"),
+    ],
+)
+def test_refused_files(name: str, content: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_geometry(file)
+
+
+def test_conversion_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mesh = tmp_path / "chair.off"
+    write_mesh(mesh, *make_shape("chair", np.random.RandomState(0)).triangles())
+    for name in ("chair.binvox", "chair.ply", "chair.xyz"):
+        predict.convert(mesh, tmp_path / name, voxels=12, points=64)
+    assert len(read_geometry(tmp_path / "chair.ply").points) == 64
+    with pytest.raises(UserError, match="binvox"):
+        predict.convert(mesh, tmp_path / "chair.doc")
+    plan("mini", 30, 6)
+    assert "projection" in capsys.readouterr().out
+    weights = tmp_path / "vit.pth"
+    torch.save(create_vit("mini").state_dict(), weights)
+    predict.show_transfer(str(weights), "procshapes-mini")
+    assert "taken" in capsys.readouterr().out
+
+
+def test_depth_view() -> None:
+    """A camera sees some of a room, and points behind an object's front are hidden."""
+    room = make_room(3, 3000)
+    seen = visible(room, 1)
+    assert 0.05 < seen.mean() < 0.9
+
+
+def test_wrong_checkpoint_for_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_model(tmp_path / "none")
