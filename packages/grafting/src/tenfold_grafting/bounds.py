@@ -1,0 +1,430 @@
+"""Bounds of a network on a box (section 2.6): interval arithmetic, CROWN-IBP and CROWN.
+
+CROWN carries rows of coefficients backwards from the outputs to the input: at every node, sum A z + c is a lower bound
+of the specified margins; an activation is replaced by its lower line where its coefficient is positive and by its upper
+line where it is negative.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tenfold_grafting.graph import Graph
+from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Pad, Scale
+from tenfold_grafting.relaxation import Lines, relax
+from tenfold_grafting.windows import Windows, filter_windows, unit_windows
+
+Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
+Intervals = dict[int, tuple[Tensor, Tensor]]
+"""Activation's node -> (lower, upper) of its pre-activation, each [batch, *shape]."""
+
+WINDOW_SHARE = 0.6
+"""Windows that cover more of a map than this are written out: from there on the dense pass is the quicker one."""
+
+
+@dataclasses.dataclass
+class Box:
+    """All inputs with lower <= x <= upper, normalised, [batch, *input_shape]."""
+
+    lower: Float[Tensor, "batch *input"]
+    upper: Float[Tensor, "batch *input"]
+
+    def __len__(self) -> int:
+        """How many boxes."""
+        return len(self.lower)
+
+    def __getitem__(self, index: slice | Tensor) -> "Box":
+        """Some of the boxes."""
+        return Box(self.lower[index], self.upper[index])
+
+    def to(self, dtype: torch.dtype) -> "Box":
+        """The box in another arithmetic, not smaller than it was."""
+        if dtype == self.lower.dtype:
+            return self
+        lower, upper = self.lower.to(dtype), self.upper.to(dtype)
+        low, high = torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf)
+        lower = torch.where(lower.to(self.lower.dtype) > self.lower, torch.nextafter(lower, low), lower)
+        upper = torch.where(upper.to(self.upper.dtype) < self.upper, torch.nextafter(upper, high), upper)
+        return Box(lower, upper)
+
+    @property
+    def centre(self) -> Tensor:
+        """Midpoints."""
+        return (self.lower + self.upper) / 2
+
+    @property
+    def radius(self) -> Tensor:
+        """Half widths."""
+        return (self.upper - self.lower) / 2
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """No TF32, no autocast: bounds hold for the arithmetic they are stated for."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+# -- interval arithmetic --------------------------------------------------------------------------------------------------
+
+
+def ibp(graph: Graph, box: Box) -> tuple[Intervals, tuple[Tensor, Tensor]]:
+    """Interval arithmetic: the pre-activation intervals, and the range of the outputs [batch, classes]."""
+    values: list[tuple[Tensor, Tensor]] = []
+    intervals: Intervals = {}
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node, Activation):
+            intervals[index] = values[node.inputs[0]]
+        values.append(_interval(node, values, box))
+    return intervals, values[-1]
+
+
+def _interval(node: object, values: list[tuple[Tensor, Tensor]], box: Box) -> tuple[Tensor, Tensor]:
+    if isinstance(node, Input):
+        return box.lower, box.upper
+    if isinstance(node, Add):
+        (a, b), (c, d) = values[node.inputs[0]], values[node.inputs[1]]
+        return a + c, b + d
+    assert isinstance(node, Affine | Activation)
+    return node.interval(*values[node.inputs[0]])
+
+
+def merged_last_layer(graph: Graph, spec: Float[Tensor, "batch rows classes"]) -> tuple[Tensor, Tensor, int]:
+    """C W and C b of a last linear layer, and the node it reads: margins lose nothing to interval arithmetic there."""
+    last = graph.nodes[-1]
+    if not isinstance(last, Linear):
+        return spec, spec.new_zeros(spec.shape[:2]), graph.output
+    return spec @ last.weight, spec @ last.bias, last.inputs[0]
+
+
+def ibp_margins(graph: Graph, box: Box, spec: Float[Tensor, "batch rows classes"]) -> Float[Tensor, "batch rows"]:
+    """Interval lower bounds of C f(x), with the specification merged into a last linear layer."""
+    rows, constant, node = merged_last_layer(graph, spec)
+    values: list[tuple[Tensor, Tensor]] = []
+    for operation in graph.nodes[: node + 1]:
+        values.append(_interval(operation, values, box))
+    lower, upper = (v.flatten(1)[:, :, None] for v in values[node])
+    flat = rows.flatten(2)
+    return constant + (flat.clamp(min=0) @ lower + flat.clamp(max=0) @ upper)[..., 0]
+
+
+# -- the backward pass ----------------------------------------------------------------------------------------------------
+
+
+def backward(
+    graph: Graph,
+    start: int,
+    rows: Tensor | Windows,
+    lines: Mapping[int, Lines],
+    box: Box,
+    observe: dict[int, Tensor] | None = None,
+) -> Float[Tensor, "batch rows"]:
+    """Lower bounds of A z at a node, over the box.
+
+    Args:
+        graph: the network.
+        start: the node at which `rows` are coefficients.
+        rows: A, [batch, rows, *shape of the node] or its windows.
+        lines: relaxation of every activation before the node.
+        box: the inputs, as many as the batch or one for all.
+        observe: receives the coefficients at the output of every activation (node -> [batch, rows, *shape]).
+
+    """
+    coefficients, constant = input_coefficients(graph, start, rows, lines, observe)
+    return constant + concretise(coefficients, box)
+
+
+def input_coefficients(
+    graph: Graph,
+    start: int,
+    rows: Tensor | Windows,
+    lines: Mapping[int, Lines],
+    observe: dict[int, Tensor] | None = None,
+) -> tuple[Tensor | Windows, Tensor]:
+    """(A, c) with A x + c <= the rows at the node, for every input x of the box that the lines were made for."""
+    pending: dict[int, Tensor | Windows] = {start: rows}
+    values = rows.values if isinstance(rows, Windows) else rows
+    constant = values.new_zeros(values.shape[:2])
+    for index in range(start, 0, -1):
+        current = pending.pop(index, None)
+        if current is None:
+            continue
+        node = graph.nodes[index]
+        if isinstance(node, Add):
+            for source in node.inputs:
+                _push(pending, source, current)
+            continue
+        if isinstance(current, Windows) and not isinstance(node, Activation | Conv | Pad | Scale):
+            current = current.dense()
+        if isinstance(node, Activation):
+            if observe is not None:
+                current = _dense(current)
+                observe[index] = current
+            current, added = _through_activation(current, lines[index])
+            constant = constant + added
+        else:
+            assert isinstance(node, Affine)
+            if isinstance(current, Windows):
+                current, added_or_none = _windows_through(current, node)
+            else:
+                flat = current.flatten(0, 1)
+                added_or_none = node.constant(flat)
+                current = node.transpose(flat).unflatten(0, current.shape[:2])
+            if added_or_none is not None:
+                constant = constant + added_or_none.view(constant.shape)
+        if isinstance(current, Windows) and current.covers > WINDOW_SHARE:
+            current = current.dense()
+        _push(pending, node.inputs[0], current)
+    return pending[0], constant
+
+
+def _dense(rows: Tensor | Windows) -> Tensor:
+    return rows.dense() if isinstance(rows, Windows) else rows
+
+
+def _push(pending: dict[int, Tensor | Windows], node: int, rows: Tensor | Windows) -> None:
+    """Add rows to what has reached a node; several readers of one node are summed before it is passed."""
+    if node not in pending:
+        pending[node] = rows
+        return
+    there = pending[node]
+    if isinstance(there, Windows) and isinstance(rows, Windows):
+        pending[node] = there.plus(rows)
+    else:
+        pending[node] = _dense(there) + _dense(rows)
+
+
+def _windows_through(rows: Windows, node: Affine) -> tuple[Windows, Tensor | None]:
+    rows = rows.masked()  # neurons outside of the map do not exist
+    flat = rows.values.flatten(0, 1)
+    if isinstance(node, Conv):
+        return rows.through(node), flat.flatten(2).sum(2) @ node.bias
+    if isinstance(node, Pad):
+        channels, height, width = node.in_shape
+        return rows.padded_away(node.sides, (channels, height, width)), None
+    assert isinstance(node, Scale)
+    scaled = rows.values * node.factor[:, None, None]
+    return dataclasses.replace(rows, values=scaled), flat.flatten(2).sum(2) @ node.shift
+
+
+def _through_activation(rows: Tensor | Windows, lines: Lines) -> tuple[Tensor | Windows, Tensor]:
+    """A+ lower line + A- upper line: the coefficients before the activation, and what its intercepts add."""
+    if isinstance(rows, Windows) and lines.lower_slope.dim() == lines.upper_slope.dim() and lines.shift is None:
+        values, added = _through_lines(
+            rows.values,
+            rows.gather(lines.lower_slope),
+            rows.gather(lines.upper_slope),
+            None if lines.lower_intercept is None else rows.gather(lines.lower_intercept),
+            rows.gather(lines.upper_intercept),
+        )
+        return dataclasses.replace(rows, values=values), added
+    dense = _dense(rows)
+    rowwise = lines.lower_slope.dim() == dense.dim()
+    values, added = _through_lines(
+        dense,
+        lines.lower_slope if rowwise else lines.lower_slope[:, None],
+        lines.upper_slope[:, None],
+        None if lines.lower_intercept is None else lines.lower_intercept[:, None],
+        lines.upper_intercept[:, None],
+    )
+    return values if lines.shift is None else values - lines.shift[:, None], added
+
+
+def _through_lines(
+    rows: Tensor, lower: Tensor, upper: Tensor, lower_intercept: Tensor | None, upper_intercept: Tensor
+) -> tuple[Tensor, Tensor]:
+    negative = rows.clamp(max=0)
+    if lower_intercept is None:
+        added = _dot(negative, upper_intercept)
+    else:
+        added = _dot(negative, upper_intercept - lower_intercept) + _dot(rows, lower_intercept)
+    return torch.addcmul(rows * lower, negative, upper - lower), added
+
+
+def _dot(rows: Tensor, values: Tensor) -> Tensor:
+    """Sum over all but the first two dimensions; values have one row for all or one each."""
+    if values.shape[1] == 1 and len(values) in (1, len(rows)):
+        return torch.matmul(rows.flatten(2), values.flatten(2).transpose(1, 2))[..., 0]
+    return (rows * values).flatten(2).sum(2)
+
+
+def concretise(rows: Tensor | Windows, box: Box) -> Float[Tensor, "batch rows"]:
+    """The minimum of A x over the box: A centre - |A| radius."""
+    if isinstance(rows, Windows):
+        centre, radius = rows.gather(box.centre), rows.gather(box.radius)
+        return (rows.values * centre - rows.values.abs() * radius).flatten(2).sum(2)
+    return _dot(rows, box.centre[:, None]) - _dot(rows.abs(), box.radius[:, None])
+
+
+# -- intermediate bounds --------------------------------------------------------------------------------------------------
+
+
+def relaxations(graph: Graph, intervals: Intervals) -> dict[int, Lines]:
+    """The default lines of every activation with an interval."""
+    return {index: relax(graph.activation(index), *interval) for index, interval in intervals.items()}
+
+
+def crown_intervals(
+    graph: Graph, box: Box, *, intersect: bool = True, elements: int | None = None
+) -> tuple[Intervals, dict[int, Lines]]:
+    """CROWN bounds of every pre-activation, layer by layer, and the lines they give.
+
+    Args:
+        graph: the network.
+        box: the inputs.
+        intersect: compute rows only for neurons that interval arithmetic from the layers before leaves unstable, and
+            keep the tighter of the two bounds everywhere; otherwise CROWN's bound alone, for every neuron.
+        elements: numbers that one chunk of rows may hold at a node; default: by the memory there is.
+
+    """
+    values: list[tuple[Tensor, Tensor]] = []
+    mixing: list[int] = []  # maps on the way that read several inputs; interval arithmetic is exact through one
+    intervals: Intervals = {}
+    lines: dict[int, Lines] = {}
+    for index, node in enumerate(graph.nodes):
+        depth = max((mixing[i] for i in node.inputs), default=0)
+        if isinstance(node, Activation):
+            source = node.inputs[0]
+            lower, upper = values[source]
+            if mixing[source] > 1:
+                lower, upper = _refined(graph, box, node, lines, (lower, upper), intersect, elements)
+            intervals[index] = (torch.minimum(lower, upper), torch.maximum(lower, upper))
+            lines[index] = relax(node, *intervals[index])
+            values.append(node.interval(*intervals[index]))
+            depth += 1
+        else:
+            values.append(_interval(node, values, box))
+        mixing.append(depth + (isinstance(node, Add) or (isinstance(node, Affine) and node.mixes)))
+    return intervals, lines
+
+
+def _refined(
+    graph: Graph,
+    box: Box,
+    node: Activation,
+    lines: Mapping[int, Lines],
+    interval: tuple[Tensor, Tensor],
+    intersect: bool,
+    elements: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The interval of an activation's input after a backward pass from the neurons that need one."""
+    lower, upper = (bound.flatten(1) for bound in interval)
+    if intersect:
+        wanted = node.unstable(*interval).flatten(1)
+        count = int(wanted.sum(1).max())
+        neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    else:
+        count = lower.shape[1]
+        neurons = torch.arange(count, device=lower.device).expand(len(lower), -1)
+    if count == 0:
+        return interval
+    found_lower, found_upper = neuron_bounds(graph, box, node.inputs[0], neurons, lines, elements)
+    if intersect:
+        found_lower = torch.maximum(found_lower, lower.gather(1, neurons))
+        found_upper = torch.minimum(found_upper, upper.gather(1, neurons))
+    shape = interval[0].shape
+    return lower.scatter(1, neurons, found_lower).view(shape), upper.scatter(1, neurons, found_upper).view(shape)
+
+
+def neuron_bounds(
+    graph: Graph,
+    box: Box,
+    source: int,
+    neurons: Int[Tensor, "batch rows"],
+    lines: Mapping[int, Lines],
+    elements: int | None = None,
+) -> tuple[Float[Tensor, "batch rows"], Float[Tensor, "batch rows"]]:
+    """Lower and upper bounds of chosen neurons (numbered in the flattened node) by one backward pass, in chunks."""
+    elements = elements or chunk_elements(box.lower)
+    widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: source + 1])
+    step = max(1, elements // (2 * len(box) * widest))
+    parts = []
+    for chosen in neurons.split(step, 1):
+        count = chosen.shape[1]
+        twice = torch.cat([chosen, chosen], 1)
+        signs = torch.cat([box.lower.new_ones(count), -box.lower.new_ones(count)])
+        start, rows, constant = _start_rows(graph, source, twice, signs)
+        bound = backward(graph, start, rows, lines, box) + constant
+        parts.append((bound[:, :count], -bound[:, count:]))
+    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+
+
+def _start_rows(graph: Graph, source: int, neurons: Tensor, signs: Tensor) -> tuple[int, Tensor | Windows, Tensor]:
+    """Rows for single neurons of a node, taken one operation further where that is a look-up: (node, rows, constant)."""
+    node = graph.nodes[source]
+    none = signs.new_zeros(neurons.shape)
+    if isinstance(node, Linear):
+        return node.inputs[0], node.weight[neurons] * signs[:, None], node.bias[neurons] * signs
+    if len(node.shape) == 3:
+        channels, height, width = node.shape
+        units = unit_windows((channels, height, width), neurons, signs)
+        if isinstance(node, Conv):
+            rows = filter_windows(node, units, neurons, signs)
+            return node.inputs[0], rows, node.bias[neurons // (height * width)] * signs
+        return source, units, none
+    unit = torch.nn.functional.one_hot(neurons, torch.Size(node.shape).numel()).to(signs.dtype) * signs[:, None]
+    return source, unit.view(*neurons.shape, *node.shape), none
+
+
+def chunk_elements(like: Tensor) -> int:
+    """Numbers one chunk of rows may hold at a node: of the memory that is free on a GPU, or what stays near a CPU."""
+    if like.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(like.device)
+        return max(1 << 22, free // (10 * like.element_size()))
+    return 1 << 22
+
+
+# -- margins --------------------------------------------------------------------------------------------------------------
+
+
+def margin_spec(labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch rows classes"]:
+    """Rows e_y - e_j for the wrong classes j in increasing order."""
+    eye = torch.eye(classes, dtype=torch.float64, device=labels.device)
+    others = torch.arange(classes, device=labels.device).expand(len(labels), -1)
+    others = others[others != labels[:, None]].view(len(labels), classes - 1)
+    return eye[labels][:, None] - eye[others]
+
+
+def crown_margins(
+    graph: Graph, box: Box, spec: Float[Tensor, "batch rows classes"], lines: Mapping[int, Lines]
+) -> Float[Tensor, "batch rows"]:
+    """CROWN's lower bounds of C f(x), given the lines of every activation."""
+    return backward(graph, graph.output, spec.to(box.lower), lines, box)
+
+
+def bound_margins(
+    graph: Graph,
+    box: Box,
+    spec: Float[Tensor, "batch rows classes"],
+    method: Literal["ibp", "crown-ibp", "crown"] = "crown",
+    *,
+    intersect: bool = True,
+) -> Float[Tensor, "batch rows"]:
+    """Sound lower bounds of C f(x) over the box.
+
+    Args:
+        graph: the network.
+        box: the inputs, normalised (see `specification.pixel_box`).
+        spec: C, as `margin_spec` makes it.
+        method: interval arithmetic; CROWN on its intervals; or CROWN with CROWN's intermediate bounds.
+        intersect: see `crown_intervals`.
+
+    """
+    spec = spec.to(box.lower)
+    with exact_arithmetic():
+        if method == "ibp":
+            return ibp_margins(graph, box, spec)
+        if method == "crown-ibp":
+            return crown_margins(graph, box, spec, relaxations(graph, ibp(graph, box)[0]))
+        _, lines = crown_intervals(graph, box, intersect=intersect)
+        return crown_margins(graph, box, spec, lines)
