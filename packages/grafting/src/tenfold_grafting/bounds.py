@@ -14,14 +14,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tenfold_grafting.arithmetic import node_error
 from tenfold_grafting.graph import Graph
-from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Pad, Scale
+from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Operation, Pad, Scale
 from tenfold_grafting.relaxation import Lines, relax
 from tenfold_grafting.windows import Windows, filter_windows, unit_windows
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Intervals = dict[int, tuple[Tensor, Tensor]]
 """Activation's node -> (lower, upper) of its pre-activation, each [batch, *shape]."""
+
+SCREENED_FROM = 64
+"""Neurons of a layer from which on a pass in single precision comes first."""
 
 WINDOW_SHARE = 0.6
 """Windows that cover more of a map than this are written out: from there on the dense pass is the quicker one."""
@@ -291,19 +295,26 @@ def crown_intervals(
     mixing: list[int] = []  # maps on the way that read several inputs; interval arithmetic is exact through one
     intervals: Intervals = {}
     lines: dict[int, Lines] = {}
+    at_centre = graph.values(box.centre) if intersect else []
+    screen = _Screen(graph, box) if intersect and graph.dtype == torch.float64 else None
     for index, node in enumerate(graph.nodes):
         depth = max((mixing[i] for i in node.inputs), default=0)
         if isinstance(node, Activation):
             source = node.inputs[0]
             lower, upper = values[source]
             if mixing[source] > 1:
-                lower, upper = _refined(graph, box, node, lines, (lower, upper), intersect, elements)
+                if screen is not None:
+                    lower, upper = screen.refined(node, intervals, (lower, upper), at_centre[source], elements)
+                centre = at_centre[source] if at_centre else None
+                lower, upper = _refined(graph, box, node, lines, (lower, upper), elements, centre)
             intervals[index] = (torch.minimum(lower, upper), torch.maximum(lower, upper))
             lines[index] = relax(node, *intervals[index])
             values.append(node.interval(*intervals[index]))
             depth += 1
         else:
             values.append(_interval(node, values, box))
+        if screen is not None:
+            screen.append(node, [values[i] for i in node.inputs])
         mixing.append(depth + (isinstance(node, Add) or (isinstance(node, Affine) and node.mixes)))
     return intervals, lines
 
@@ -314,26 +325,80 @@ def _refined(
     node: Activation,
     lines: Mapping[int, Lines],
     interval: tuple[Tensor, Tensor],
-    intersect: bool,
     elements: int | None,
+    centre: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The interval of an activation's input after a backward pass from the neurons that need one."""
+    """The interval of an activation's input after a backward pass from the neurons that need one.
+
+    With the neurons' values at the box's centre, a first pass bounds unstable neurons on the side that could make them
+    stable, a second one those that remain on the other; a stable neuron's other end matters to nothing.
+    """
     lower, upper = (bound.flatten(1) for bound in interval)
-    if intersect:
+    source, shape = node.inputs[0], interval[0].shape
+    if centre is None:
+        every = torch.arange(lower.shape[1], device=lower.device).expand(len(lower), -1)
+        plus = torch.ones_like(lower)
+        lower = neuron_bounds(graph, box, source, every, plus, lines, elements)
+        return lower.view(shape), -neuron_bounds(graph, box, source, every, -plus, lines, elements).view(shape)
+    side = torch.where(centre.flatten(1) > 0, 1.0, -1.0).to(lower.dtype)
+    for signs in (side, -side):
+        wanted = node.unstable(lower.view(shape), upper.view(shape)).flatten(1)
+        count = int(wanted.sum(1).max())
+        if count == 0:
+            break
+        neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        sign = signs.gather(1, neurons)
+        bound = neuron_bounds(graph, box, source, neurons, sign, lines, elements)
+        low, high = lower.gather(1, neurons), upper.gather(1, neurons)
+        lower = lower.scatter(1, neurons, torch.where(sign > 0, torch.maximum(low, bound), low))
+        upper = upper.scatter(1, neurons, torch.where(sign < 0, torch.minimum(high, -bound), high))
+    return lower.view(shape), upper.view(shape)
+
+
+class _Screen:
+    """A first pass in single precision, less its rounding error, that finds most of the stable neurons at a fraction of
+    the cost; what it leaves is bounded in double precision.
+    """
+
+    def __init__(self, graph: Graph, box: Box):
+        self.graph, self.box = graph.single, box.to(torch.float32)
+        self.exact = box
+        self.errors: list[Tensor] = []
+
+    def append(self, node: Operation, ranges: list[tuple[Tensor, Tensor]]) -> None:
+        """Take notice of a node whose inputs' ranges are known."""
+        before = [self.errors[i] for i in node.inputs]
+        ranges = ranges or [(self.exact.lower, self.exact.upper)]
+        self.errors.append(node_error(node, before, ranges, torch.float32, 0))
+
+    def refined(
+        self,
+        node: Activation,
+        intervals: Intervals,
+        interval: tuple[Tensor, Tensor],
+        centre: Tensor,
+        elements: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The interval with the bounds of the side on which a neuron may be stable."""
+        lower, upper = (bound.flatten(1) for bound in interval)
         wanted = node.unstable(*interval).flatten(1)
         count = int(wanted.sum(1).max())
+        if count < SCREENED_FROM:
+            return interval
         neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
-    else:
-        count = lower.shape[1]
-        neurons = torch.arange(count, device=lower.device).expand(len(lower), -1)
-    if count == 0:
-        return interval
-    found_lower, found_upper = neuron_bounds(graph, box, node.inputs[0], neurons, lines, elements)
-    if intersect:
-        found_lower = torch.maximum(found_lower, lower.gather(1, neurons))
-        found_upper = torch.minimum(found_upper, upper.gather(1, neurons))
-    shape = interval[0].shape
-    return lower.scatter(1, neurons, found_lower).view(shape), upper.scatter(1, neurons, found_upper).view(shape)
+        sign = torch.where(centre.flatten(1) > 0, 1.0, -1.0).to(lower.dtype).gather(1, neurons)
+        single = {
+            index: relax(activation, low.float(), high.float())
+            for index, (low, high) in intervals.items()
+            for activation in [self.graph.activation(index)]
+        }
+        error = self.errors[node.inputs[0]].flatten(1).gather(1, neurons)
+        found = neuron_bounds(self.graph, self.box, node.inputs[0], neurons, sign.float(), single, elements)
+        bound = found.to(lower.dtype) - error
+        low, high = lower.gather(1, neurons), upper.gather(1, neurons)
+        lower = lower.scatter(1, neurons, torch.where(sign > 0, torch.maximum(low, bound), low))
+        upper = upper.scatter(1, neurons, torch.where(sign < 0, torch.minimum(high, -bound), high))
+        return lower.view(interval[0].shape), upper.view(interval[0].shape)
 
 
 def neuron_bounds(
@@ -341,22 +406,19 @@ def neuron_bounds(
     box: Box,
     source: int,
     neurons: Int[Tensor, "batch rows"],
+    signs: Float[Tensor, "batch rows"],
     lines: Mapping[int, Lines],
     elements: int | None = None,
-) -> tuple[Float[Tensor, "batch rows"], Float[Tensor, "batch rows"]]:
-    """Lower and upper bounds of chosen neurons (numbered in the flattened node) by one backward pass, in chunks."""
+) -> Float[Tensor, "batch rows"]:
+    """Lower bounds of sign * z for chosen neurons (numbered in the flattened node), in chunks of rows."""
     elements = elements or chunk_elements(box.lower)
     widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: source + 1])
-    step = max(1, elements // (2 * len(box) * widest))
+    step = max(1, elements // (len(box) * widest))
     parts = []
-    for chosen in neurons.split(step, 1):
-        count = chosen.shape[1]
-        twice = torch.cat([chosen, chosen], 1)
-        signs = torch.cat([box.lower.new_ones(count), -box.lower.new_ones(count)])
-        start, rows, constant = _start_rows(graph, source, twice, signs)
-        bound = backward(graph, start, rows, lines, box) + constant
-        parts.append((bound[:, :count], -bound[:, count:]))
-    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+    for chosen, sign in zip(neurons.split(step, 1), signs.split(step, 1), strict=True):
+        start, rows, constant = _start_rows(graph, source, chosen, sign)
+        parts.append(backward(graph, start, rows, lines, box) + constant)
+    return torch.cat(parts, 1)
 
 
 def _start_rows(graph: Graph, source: int, neurons: Tensor, signs: Tensor) -> tuple[int, Tensor | Windows, Tensor]:
@@ -364,7 +426,7 @@ def _start_rows(graph: Graph, source: int, neurons: Tensor, signs: Tensor) -> tu
     node = graph.nodes[source]
     none = signs.new_zeros(neurons.shape)
     if isinstance(node, Linear):
-        return node.inputs[0], node.weight[neurons] * signs[:, None], node.bias[neurons] * signs
+        return node.inputs[0], node.weight[neurons] * signs[..., None], node.bias[neurons] * signs
     if len(node.shape) == 3:
         channels, height, width = node.shape
         units = unit_windows((channels, height, width), neurons, signs)
@@ -372,7 +434,7 @@ def _start_rows(graph: Graph, source: int, neurons: Tensor, signs: Tensor) -> tu
             rows = filter_windows(node, units, neurons, signs)
             return node.inputs[0], rows, node.bias[neurons // (height * width)] * signs
         return source, units, none
-    unit = torch.nn.functional.one_hot(neurons, torch.Size(node.shape).numel()).to(signs.dtype) * signs[:, None]
+    unit = torch.nn.functional.one_hot(neurons, torch.Size(node.shape).numel()).to(signs.dtype) * signs[..., None]
     return source, unit.view(*neurons.shape, *node.shape), none
 
 

@@ -6,6 +6,7 @@ has no other reader; a normalisation that comes first is applied to the box inst
 
 import copy
 import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -112,6 +113,11 @@ class Graph:
         prefix = None if self.prefix is None else self.prefix.to(dtype, device)
         assert prefix is None or isinstance(prefix, Scale)
         return dataclasses.replace(self, nodes=[node.to(dtype, device) for node in self.nodes], prefix=prefix)
+
+    @functools.cached_property
+    def single(self) -> "Graph":
+        """The graph in single precision."""
+        return self.to(torch.float32)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels [batch, *input_shape] as the first node sees them."""

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 Shape = tuple[int, ...]
 
+ROW_WASTE = 6
+"""Largest ratio of a map's width to a kernel's at which a dense product over a row, mostly zeros, is still the quicker."""
+
 
 @dataclasses.dataclass
 class Operation:
@@ -128,6 +131,9 @@ class Conv(Affine):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    _row_matrices: dict[tuple[int, int, int], Tensor] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def length(self) -> int:
@@ -144,20 +150,58 @@ class Conv(Affine):
 
     def transpose(self, rows: Tensor) -> Tensor:
         """The transposed convolution, with the output padding that gives the input's very size."""
-        extra = tuple(
-            size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
-            for size, out, s, p, d, k in zip(
-                self.in_shape[1:],
-                self.shape[1:],
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.weight.shape[2:],
-                strict=True,
-            )
-        )
-        options = (self.stride, self.padding, extra, self.groups, self.dilation)
+        height, width = self.in_shape[1:]
+        return self.transposed(rows, self.padding, (height, width))
+
+    def transposed(self, rows: Tensor, padding: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """The transposed convolution of rows [n, out, h, w] with any map's size: coefficients [n, in, *size]."""
+        if self._quicker_by_rows(rows, size[1]):
+            return self._transposed_by_rows(rows, padding, size)
+        full = self._full(rows.shape[2:])
+        extra = (max(0, size[0] + 2 * padding[0] - full[0]), max(0, size[1] + 2 * padding[1] - full[1]))
+        options = (self.stride, padding, extra, self.groups, self.dilation)
         return F.conv_transpose2d(rows, self.weight, None, *options)
+
+    def _full(self, out: Sequence[int]) -> tuple[int, int]:
+        """Size of the map that outputs of a size reach, padding included."""
+        (sy, sx), (dy, dx), (ky, kx) = self.stride, self.dilation, self.weight.shape[2:]
+        return (out[0] - 1) * sy + dy * (ky - 1) + 1, (out[1] - 1) * sx + dx * (kx - 1) + 1
+
+    def _quicker_by_rows(self, rows: Tensor, width: int) -> bool:
+        """Whether dense products over the rows of a map beat torch's convolution, which is slow in float64 on a CPU."""
+        plain = self.groups == 1 and self.dilation == (1, 1) and not self.weight.requires_grad
+        return (
+            plain
+            and rows.device.type == "cpu"
+            and rows.dtype == torch.float64
+            and width <= ROW_WASTE * self.weight.shape[3]
+        )
+
+    def _transposed_by_rows(self, rows: Tensor, padding: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """Each row of the output's map times one dense matrix gives its part of kh rows of the input's map."""
+        count, channels, height, width = rows.shape
+        kernel, stride = self.weight.shape[2], self.stride[0]
+        matrix = self._row_matrix(width, padding[1], size[1])
+        parts = rows.transpose(1, 2).reshape(count * height, channels * width) @ matrix
+        parts = parts.view(count, height, kernel, -1)
+        span = max(self._full((height, 1))[0], padding[0] + size[0])
+        whole = rows.new_zeros(count, span, parts.shape[3])
+        for k in range(kernel):
+            whole[:, k : k + stride * height : stride] += parts[:, :, k]
+        inner = whole[:, padding[0] : padding[0] + size[0]]
+        return inner.reshape(count, size[0], self.in_shape[0], size[1]).transpose(1, 2).contiguous()
+
+    def _row_matrix(self, out_width: int, padding: int, width: int) -> Tensor:
+        """The convolution along a row, [out channels * out_width, kernel height * in channels * width]."""
+        key = (out_width, padding, width)
+        if key not in self._row_matrices:
+            channels = self.shape[0]
+            unit = torch.eye(channels * out_width, dtype=self.weight.dtype, device=self.weight.device)
+            extra = max(0, width + 2 * padding - self._full((1, out_width))[1])
+            options = ((1, self.stride[1]), (0, padding), (0, extra))
+            found = F.conv_transpose2d(unit.view(-1, channels, 1, out_width), self.weight, None, *options)
+            self._row_matrices[key] = found[..., :width].transpose(1, 2).reshape(channels * out_width, -1)
+        return self._row_matrices[key]
 
     def constant(self, rows: Tensor) -> Tensor:
         """Each channel's coefficients, summed over the map, times its bias."""

@@ -93,9 +93,12 @@ class Windows:
 
     def through(self, conv: Conv) -> "Windows":
         """The coefficients of a convolution's input."""
-        values = F.conv_transpose2d(
-            self.values.flatten(0, 1), conv.weight, None, conv.stride, 0, 0, conv.groups, conv.dilation
+        flat = self.values.flatten(0, 1)
+        height, width = (
+            (n - 1) * s + d * (k - 1) + 1
+            for n, s, d, k in zip(flat.shape[2:], conv.stride, conv.dilation, conv.weight.shape[2:], strict=True)
         )
+        values = conv.transposed(flat, (0, 0), (height, width))
         return self.moved(conv, values.view(*self.values.shape[:2], *values.shape[1:]))
 
     def moved(self, conv: Conv, values: Tensor) -> "Windows":
@@ -136,18 +139,18 @@ class Windows:
         return dataclasses.replace(self, values=summed, origin=(corner[0], corner[1]))
 
 
-def unit_windows(shape: tuple[int, int, int], neurons: Int[Tensor, "batch rows"], signs: Float[Tensor, " rows"]) -> Windows:
+def unit_windows(shape: tuple[int, int, int], neurons: Int[Tensor, "batch rows"], signs: Float[Tensor, "batch rows"]) -> Windows:
     """Rows for neurons of a map, numbered as in its flattened form: the neuron itself, times a sign."""
     channels, height, width = shape
     channel = neurons // (height * width)
     places = torch.stack([neurons // width % height, neurons % width], 2)
-    unit = F.one_hot(channel, channels).to(signs.dtype) * signs[:, None]
+    unit = F.one_hot(channel, channels).to(signs.dtype) * signs[..., None]
     return Windows(unit[..., None, None], places, (height, width), (0, 0), (1, 1), shape)
 
 
-def filter_windows(conv: Conv, units: Windows, neurons: Int[Tensor, "batch rows"], signs: Tensor) -> Windows:
+def filter_windows(conv: Conv, units: Windows, neurons: Int[Tensor, "batch rows"], signs: Float[Tensor, "batch rows"]) -> Windows:
     """What `units`, single neurons of a convolution's output, are at its input: the filters themselves."""
     if conv.groups != 1 or conv.dilation != (1, 1):
         return units.through(conv)
     channel = neurons // (conv.shape[1] * conv.shape[2])
-    return units.moved(conv, conv.weight[channel] * signs[:, None, None, None])
+    return units.moved(conv, conv.weight[channel] * signs[..., None, None, None])
