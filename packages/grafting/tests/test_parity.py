@@ -15,7 +15,7 @@ from tenfold_grafting.adversarial import adversarial_loss, attacked, grad_align,
 from tenfold_grafting.bounds import Box, bound_margins, crown_intervals, ibp, margin_spec
 from tenfold_grafting.graph import trace
 from tenfold_grafting.grafting import GraftedReLU, graft_activation, graft_parameters
-from tenfold_grafting.optimise import AlphaSettings, alpha_crown
+from tenfold_grafting.optimise import AlphaSettings, alpha_crown_joint
 from tenfold_grafting.scores import significance
 from tenfold_grafting.selection import keep_masks
 from tenfold_grafting.specification import pixel_box
@@ -156,7 +156,7 @@ def check_net(case: Case) -> None:
     if "out/alpha_margin_lb" in case:
         a = config(case)["alpha"]
         settings = AlphaSettings(a["iterations"], a["lr"], a["decay"])
-        found = alpha_crown(graph, box, spec, intervals, settings).lower
+        found = alpha_crown_joint(graph, box, spec, intervals, settings).lower
         reference, crown = tensor(case, "out/alpha_margin_lb"), tensor(case, "out/crown_margin_lb")
         check_alpha(found, crown, reference, tensor(case, "out/sampled_margin_min"))
 
@@ -195,7 +195,7 @@ def check_bounds(case: Case) -> None:
                     close(value[0], tensor(case, entry), 1e-6, 1e-6)
     if "out/alpha_lb" in case:
         settings = AlphaSettings(meta["iters"], meta["lr_alpha"], meta["lr_decay"])
-        found = alpha_crown(graph, box, spec, crown, settings).lower
+        found = alpha_crown_joint(graph, box, spec, crown, settings).lower
         check_alpha(found, tensor(case, "out/crown_lb"), tensor(case, "out/alpha_lb"), limit)
 
 

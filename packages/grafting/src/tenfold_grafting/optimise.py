@@ -134,73 +134,86 @@ def alpha_crown_joint(
 ) -> Optimised:
     """alpha-CROWN with scope "joint": the intermediate bounds are optimised too, for the sum of the final ones.
 
-    Every activation's lower and upper bounds have slopes of their own for all activations before (shared by the
-    layer's neurons), and are computed anew in each iteration; gradients flow through them. The tightest interval met is
-    kept for every neuron, and the last bounds are those of `alpha_crown` on these intervals.
+    Both ends of every unstable neuron's interval have slopes of their own for all activations before; they are computed
+    anew in each iteration, and gradients flow through them. An interval is never looser than the one given, and the
+    tightest that was met is kept. The memory is quadratic in the neurons: it is for small networks.
     """
     settings = settings or AlphaSettings()
-    spec = spec.to(box.lower)
-    starts = [i for i in intervals if bool(graph.activation(i).unstable(*intervals[i]).any())]
-    adaptive = {i: relax(graph.activation(i), *intervals[i]).lower_slope for i in intervals}
-    slopes = {
-        (start, i): torch.stack([adaptive[i], adaptive[i]], 1).detach().requires_grad_()
-        for start in [*starts, graph.output]
-        for i in starts
-        if i < start
-    }
-    tight = {i: (lower.clone(), upper.clone()) for i, (lower, upper) in intervals.items()}
-
-    def bound() -> Tensor:
-        current: Intervals = {}
-        for index in intervals:
-            lower, upper = tight[index]
-            before = [i for i in starts if i < index]
-            if index in starts and before:
-                lower, upper = _recomputed(graph, box, index, before, current, slopes, tight[index])
-                with torch.no_grad():
-                    tight[index] = (torch.maximum(tight[index][0], lower), torch.minimum(tight[index][1], upper))
-            current[index] = (lower, upper)
-        lines = _lines(graph, current, slopes, graph.output, 0)
-        return backward(graph, graph.output, spec, lines, box)
-
+    problem = _Joint(graph, box, spec.to(box.lower), intervals)
     best = box.lower.new_full(spec.shape[:2], -torch.inf)
+    kept = {i: problem.slopes[graph.output, i].detach().clone() for i in problem.unstable}
     with exact_arithmetic():
-        for value in _ascend(bound, list(slopes.values()), settings):
-            best = torch.maximum(best, value)
-    tight = {i: (lower.detach(), upper.detach()) for i, (lower, upper) in tight.items()}
-    final = alpha_crown(graph, box, spec, tight, settings)
-    return dataclasses.replace(final, lower=torch.maximum(final.lower, best))
+        for value in _ascend(problem.bound, list(problem.slopes.values()), settings):
+            better = value > best
+            best = torch.where(better, value, best)
+            for i, alpha in kept.items():
+                wide = better.reshape(*better.shape, *(1 for _ in alpha.shape[2:]))
+                kept[i] = torch.where(wide, problem.slopes[graph.output, i].detach(), alpha)
+    return Optimised(best, kept, problem.tight)
 
 
-def _lines(
-    graph: Graph, intervals: Intervals, slopes: dict[tuple[int, int], Tensor], start: int, side: int
-) -> dict[int, Lines]:
-    return {
-        i: relax(graph.activation(i), *interval, slopes[start, i][:, side] if (start, i) in slopes else None)
-        for i, interval in intervals.items()
-    }
+class _Joint:
+    """The bound as a function of all slopes, those of the intermediate bounds included."""
+
+    def __init__(self, graph: Graph, box: Box, spec: Tensor, intervals: Intervals):
+        self.graph, self.box, self.spec, self.root = graph, box, spec, intervals
+        self.tight = {i: (lower.clone(), upper.clone()) for i, (lower, upper) in intervals.items()}
+        wanted = {i: graph.activation(i).unstable(*interval).flatten(1) for i, interval in intervals.items()}
+        self.unstable = [i for i, mask in wanted.items() if bool(mask.any())]
+        self.neurons = {i: _chosen(wanted[i]) for i in self.unstable}
+        self.slopes: dict[tuple[int, int], Tensor] = {}
+        adaptive = {i: relax(graph.activation(i), *intervals[i]).lower_slope.detach() for i in self.unstable}
+        for start in [*self.unstable, graph.output]:
+            rows = spec.shape[1] if start == graph.output else 2 * self.neurons[start].shape[1]
+            for i in self.unstable:
+                if i < start:
+                    wide = adaptive[i][:, None].repeat(1, rows, *(1 for _ in adaptive[i].shape[1:]))
+                    self.slopes[start, i] = wide.requires_grad_()
+
+    def bound(self) -> Tensor:
+        """The margins with the present slopes."""
+        current: Intervals = {}
+        base: dict[int, Lines] = {}
+        for index, interval in self.root.items():
+            current[index] = interval
+            if index in self.unstable and any(i < index for i in self.unstable):
+                current[index] = self._recomputed(index, current, base)
+            base[index] = relax(self.graph.activation(index), *current[index])
+        return backward(self.graph, self.graph.output, self.spec, self._lines(self.graph.output, current, base), self.box)
+
+    def _lines(self, start: int, current: Intervals, base: dict[int, Lines]) -> dict[int, Lines]:
+        lines = dict(base)
+        for i, line in base.items():
+            if (start, i) in self.slopes:
+                crossing = self.graph.activation(i).unstable(*current[i])[:, None]
+                slope = torch.where(crossing, self.slopes[start, i], line.lower_slope[:, None])
+                lines[i] = line._replace(lower_slope=slope)
+        return lines
+
+    def _recomputed(self, index: int, current: Intervals, base: dict[int, Lines]) -> tuple[Tensor, Tensor]:
+        """Both ends of the intervals of an activation's unstable neurons, never looser than at the root."""
+        neurons = self.neurons[index]
+        count = neurons.shape[1]
+        signs = torch.cat([torch.ones_like(neurons), -torch.ones_like(neurons)], 1).to(self.box.lower)
+        lines = self._lines(index, current, base)
+        source = self.graph.nodes[index].inputs[0]
+        found = neuron_bounds(self.graph, self.box, source, torch.cat([neurons, neurons], 1), signs, lines, 1 << 62)
+        low, high = (end.flatten(1) for end in self.root[index])
+        # The tighter of the two ends has its value; the gradient is that of the recomputed end in any case, which starts
+        # out equal to the root's: at a tie, or just below it, a maximum's own gradient would leave it there for good.
+        below, above = found[:, :count], -found[:, count:]
+        below = below + (torch.maximum(below, low.gather(1, neurons)) - below).detach()
+        above = above + (torch.minimum(above, high.gather(1, neurons)) - above).detach()
+        lower, upper = low.scatter(1, neurons, below), high.scatter(1, neurons, above)
+        shape = self.root[index][0].shape
+        lower, upper = lower.view(shape), upper.view(shape)
+        with torch.no_grad():
+            held = self.tight[index]
+            self.tight[index] = (torch.maximum(held[0], lower), torch.minimum(held[1], upper))
+        return lower, upper
 
 
-def _recomputed(
-    graph: Graph,
-    box: Box,
-    index: int,
-    before: list[int],
-    intervals: Intervals,
-    slopes: dict[tuple[int, int], Tensor],
-    root: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Both ends of the intervals of an activation's unstable neurons with its own slopes, never looser than before."""
-    activation = graph.activation(index)
-    wanted = activation.unstable(*root).flatten(1)
-    count = int(wanted.sum(1).max())
-    neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
-    ends = []
-    for side, sign in enumerate((1.0, -1.0)):
-        lines = _lines(graph, intervals, slopes, index, side)
-        signs = root[0].new_full(neurons.shape, sign)
-        found = sign * neuron_bounds(graph, box, activation.inputs[0], neurons, signs, lines)
-        kept = root[side].flatten(1)
-        tighter = torch.maximum if side == 0 else torch.minimum
-        ends.append(kept.scatter(1, neurons, tighter(found, kept.gather(1, neurons))).view(root[0].shape))
-    return ends[0], ends[1]
+def _chosen(mask: Tensor) -> Tensor:
+    """Numbers of the neurons of a mask [batch, n], as many for every image as the fullest has: [batch, rows]."""
+    count = int(mask.sum(1).max())
+    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
