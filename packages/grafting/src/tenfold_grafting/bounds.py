@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold_grafting.arithmetic import node_error
+from tenfold_grafting.arithmetic import gamma, node_error
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Operation, Pad, Scale
 from tenfold_grafting.relaxation import Lines, relax
@@ -279,7 +279,7 @@ def relaxations(graph: Graph, intervals: Intervals) -> dict[int, Lines]:
 
 
 def crown_intervals(
-    graph: Graph, box: Box, *, intersect: bool = True, elements: int | None = None
+    graph: Graph, box: Box, *, intersect: bool = True, rigorous: bool = False, elements: int | None = None
 ) -> tuple[Intervals, dict[int, Lines]]:
     """CROWN bounds of every pre-activation, layer by layer, and the lines they give.
 
@@ -288,6 +288,7 @@ def crown_intervals(
         box: the inputs.
         intersect: compute rows only for neurons that interval arithmetic from the layers before leaves unstable, and
             keep the tighter of the two bounds everywhere; otherwise CROWN's bound alone, for every neuron.
+        rigorous: widen everything by what rounding may have cost.
         elements: numbers that one chunk of rows may hold at a node; default: by the memory there is.
 
     """
@@ -297,6 +298,7 @@ def crown_intervals(
     lines: dict[int, Lines] = {}
     at_centre = graph.values(box.centre) if intersect else []
     screen = _Screen(graph, box) if intersect and graph.dtype == torch.float64 else None
+    errors: list[Tensor] = []
     for index, node in enumerate(graph.nodes):
         depth = max((mixing[i] for i in node.inputs), default=0)
         if isinstance(node, Activation):
@@ -306,17 +308,63 @@ def crown_intervals(
                 if screen is not None:
                     lower, upper = screen.refined(node, intervals, (lower, upper), at_centre[source], elements)
                 centre = at_centre[source] if at_centre else None
-                lower, upper = _refined(graph, box, node, lines, (lower, upper), elements, centre)
+                refined = _refined(graph, box, node, lines, (lower, upper), elements, centre)
+                lower, upper = _less_error(refined, (lower, upper), errors[source]) if rigorous else refined
             intervals[index] = (torch.minimum(lower, upper), torch.maximum(lower, upper))
             lines[index] = relax(node, *intervals[index])
             values.append(node.interval(*intervals[index]))
             depth += 1
         else:
             values.append(_interval(node, values, box))
+        if rigorous:
+            ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
+            values[index] = _rounded_out(node, values[index], ranges)
+            errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, _length(graph)))
         if screen is not None:
             screen.append(node, [values[i] for i in node.inputs])
         mixing.append(depth + (isinstance(node, Add) or (isinstance(node, Affine) and node.mixes)))
     return intervals, lines
+
+
+def _less_error(refined: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], error: Tensor) -> tuple[Tensor, Tensor]:
+    """Refined ends less the rounding error of their backward pass, where that still improves on the interval before."""
+    return torch.maximum(refined[0] - error, before[0]), torch.minimum(refined[1] + error, before[1])
+
+
+def _length(graph: Graph) -> int:
+    return torch.Size(graph.input_shape).numel()
+
+
+def _rounded_out(
+    node: Operation, interval: tuple[Tensor, Tensor], ranges: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """An interval of interval arithmetic, widened by the rounding errors of the one operation that gave it."""
+    if isinstance(node, Input):
+        return interval
+    magnitudes = [torch.maximum(lower.abs(), upper.abs()) for lower, upper in ranges]
+    if isinstance(node, Affine):
+        size = node.absolute(magnitudes[0])
+        constant = node.magnitude()
+        error = gamma(node.length + 8, size.dtype) * (size if constant is None else size + constant)
+    else:
+        error = gamma(8, magnitudes[0].dtype) * torch.maximum(interval[0].abs(), interval[1].abs())
+        error = error + gamma(8, error.dtype) * torch.stack(magnitudes).sum(0)
+    return interval[0] - error, interval[1] + error
+
+
+def margin_errors(graph: Graph, box: Box, intervals: Intervals) -> list[Tensor]:
+    """What a backward pass from each node may be off by in the graph's arithmetic (see `arithmetic`)."""
+    values: list[tuple[Tensor, Tensor]] = []
+    errors: list[Tensor] = []
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node, Activation):
+            values.append(node.interval(*intervals[index]))
+            ranges = [intervals[index]]
+        else:
+            values.append(_interval(node, values, box))
+            ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
+        errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, _length(graph)))
+    return errors
 
 
 def _refined(

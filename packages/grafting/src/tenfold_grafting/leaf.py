@@ -77,7 +77,7 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
         if found.status == 0 and found.fun > 0:  # t < 0 at best: no point satisfies all signs
             duals = torch.from_numpy(-np.minimum(found.ineqlin.marginals, 0.0)) / scale
             # sum duals (g x + h) < 0 everywhere on the box, though every factor should be >= 0
-            least = dual_bound(target.new_zeros(inputs)[None][0], target.new_zeros(()), duals)
+            least = dual_bound(target.new_zeros(inputs), target.new_zeros(()), duals)
             if least > 0:
                 return Leaf("verified", bound=float("inf"))
     best = linprog(
