@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tenfold_grafting.adversarial import adversarial_loss, attacked, grad_align, trades, two_group_sgd
 from tenfold_grafting.bounds import Box, bound_margins, crown_intervals, ibp, margin_spec
-from tenfold_grafting.graph import trace
 from tenfold_grafting.grafting import GraftedReLU, graft_activation, graft_parameters
+from tenfold_grafting.graph import trace
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown_joint
 from tenfold_grafting.scores import significance
 from tenfold_grafting.selection import keep_masks
@@ -270,7 +270,7 @@ def check_scores(case: Case) -> None:
     state = {e.removeprefix("state/"): tensor(case, e) for e in case if e.startswith("state/")}
     model = described(cfg["arch"].partition(";")[0], {}, case["in/x"].shape[1:])
     weighted = [m for m in model if list(m.parameters())]
-    for (name, module) in zip(dict.fromkeys(key.rpartition(".")[0] for key in state), weighted, strict=True):
+    for name, module in zip(dict.fromkeys(key.rpartition(".")[0] for key in state), weighted, strict=True):
         module.load_state_dict({"weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]})
     counts = tensor(case, "in/counts")
     x = tensor(case, "in/x").repeat_interleave(counts, 0)
@@ -303,5 +303,3 @@ def test_parity(path: Path) -> None:
     kind = str(np.asarray(case["kind"]).reshape(-1)[0])
     assert kind in CHECKS, f"unknown kind {kind!r}"
     CHECKS[kind](case)
-
-

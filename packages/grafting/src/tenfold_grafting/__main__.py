@@ -1,4 +1,4 @@
-"""``python -m tenfold_grafting``, and what torchrun starts."""
+"""``python -m tenfold_grafting``, also the entry for torchrun."""
 
 from tenfold_grafting.cli import main
 

@@ -22,7 +22,7 @@ Labels = Int[Tensor, " batch"]
 def attacked(
     model: nn.Module, x: Images, y: Labels, eps: float, step: float, steps: int, start: Images | None = None
 ) -> Images:
-    """x + delta, a perturbation that raises the cross entropy, found in evaluation mode by signed steps.
+    """X + delta, a perturbation that raises the cross entropy, found in evaluation mode by signed steps.
 
     Args:
         model: of pixels.
@@ -133,7 +133,7 @@ def rs_loss(model: nn.Module, x: Images, eps: float, *, by_layer: bool = True) -
 def certified_loss(
     model: nn.Module, x: Images, y: Labels, eps: float, *, kappa: float = 0.5, crown: float = 0.0
 ) -> Tensor:
-    """kappa CE(clean) + (1 - kappa) CE(worst case), with worst margins of IBP, or mixed with those of CROWN-IBP.
+    """Kappa CE(clean) + (1 - kappa) CE(worst case), with worst margins of IBP, or mixed with those of CROWN-IBP.
 
     Args:
         model: of pixels.

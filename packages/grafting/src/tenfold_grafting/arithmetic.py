@@ -19,7 +19,7 @@ from tenfold_grafting.operations import Activation, Add, Affine, Input, Operatio
 
 
 def gamma(length: int, dtype: torch.dtype) -> float:
-    """n u / (1 - n u), with u = 2^-24 or 2^-53.
+    """N u / (1 - n u), with u = 2^-24 or 2^-53.
 
     Raises:
         ValueError: the sum is too long for the arithmetic: nothing can be said.

@@ -120,8 +120,9 @@ def robust_mask(
             if kind == "pgd":
                 length = eps / 4 if step is None else step
                 attack(
-                    lambda x, y: x
-                    + pgd(lambda z: cross_entropy(model(z), y), x, eps=eps, step_size=length, steps=steps)
+                    lambda x, y: (
+                        x + pgd(lambda z: cross_entropy(model(z), y), x, eps=eps, step_size=length, steps=steps)
+                    )
                 )
                 continue
             attack(lambda x, y: apgd(lambda z: cross_entropy(model(z), y, reduction="none"), x, eps, steps)[0])

@@ -54,7 +54,11 @@ def babsr_scores(
     score = problem.row.new_full((len(domains), problem.size), -torch.inf)
     backup = score.clone()
     for index, (neurons, part) in problem.slots.items():
-        a = observed[index][:, 0] if index in observed else problem.row.new_zeros(len(domains), *problem.graph.nodes[index].shape)
+        a = (
+            observed[index][:, 0]
+            if index in observed
+            else problem.row.new_zeros(len(domains), *problem.graph.nodes[index].shape)
+        )
         lower, upper = intervals[index]
         slope = upper.clamp(min=0) / (upper.clamp(min=0) - lower.clamp(max=0)).clamp(min=1e-12)
         bias = layer_bias(problem.graph, index)

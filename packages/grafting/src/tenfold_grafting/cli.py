@@ -8,7 +8,8 @@ COMMANDS = {
     ),
     "train": Command("tenfold_grafting.train:train", "train a base network, choose neurons, graft or prune, fine-tune"),
     "eval": Command(
-        "tenfold_grafting.evaluate:evaluate", "standard, robust and verified accuracy of a checkpoint, ours or the authors'"
+        "tenfold_grafting.evaluate:evaluate",
+        "standard, robust and verified accuracy of a checkpoint, ours or the authors'",
     ),
     "certify": Command(
         "tenfold_grafting.certify:certify", "verify a checkpoint or ONNX model image by image, one JSON line each"

@@ -108,7 +108,8 @@ def load_data(config: DataConfig) -> Data:
         return data
     cut = len(data.train.labels) - held
     train, validation = (
-        Split(data.train.images[part], data.train.labels[part], data.train.top) for part in (slice(cut), slice(cut, None))
+        Split(data.train.images[part], data.train.labels[part], data.train.top)
+        for part in (slice(cut), slice(cut, None))
     )
     return Data(train, validation, validation if config.validate else data.test, data.classes)
 

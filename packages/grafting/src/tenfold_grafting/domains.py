@@ -49,9 +49,7 @@ class Problem:
         """The problem in single precision, to optimise in; nothing is claimed from it."""
         intervals = {i: (low.float(), high.float()) for i, (low, high) in self.intervals.items()}
         box = Box(self.box.lower.float(), self.box.upper.float())
-        return dataclasses.replace(
-            self, graph=self.graph.single, box=box, row=self.row.float(), intervals=intervals
-        )
+        return dataclasses.replace(self, graph=self.graph.single, box=box, row=self.row.float(), intervals=intervals)
 
     def scattered(self, vectors: Tensor, index: int, missing: float = 0.0) -> Tensor:
         """Vectors of domains as values of a layer's neurons, [domains, *shape]."""

@@ -13,8 +13,8 @@ from tenfold_grafting.attacks import robust_mask
 from tenfold_grafting.bounds import bound_margins, margin_spec
 from tenfold_grafting.compat import load_official_checkpoint
 from tenfold_grafting.data import NORMALISATION, DataConfig, load_data, resolve
-from tenfold_grafting.graph import Graph, Normalise, trace
 from tenfold_grafting.grafting import graft
+from tenfold_grafting.graph import Graph, Normalise, trace
 from tenfold_grafting.networks import create_network
 from tenfold_grafting.scores import unstable_per_layer
 from tenfold_grafting.specification import ball, check_eps, pixel_box

@@ -53,7 +53,9 @@ class Normalise(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         if len(mean) != len(std) or not all(s > 0 for s in std):
-            raise UserError(f"a normalisation needs as many means as positive standard deviations, got {mean} and {std}")
+            raise UserError(
+                f"a normalisation needs as many means as positive standard deviations, got {mean} and {std}"
+            )
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float64), persistent=False)
 
@@ -173,7 +175,7 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, live: bool = False) -
     builder = _Builder(model, tuple(input_shape))
     for node in traced.nodes:
         builder.visit(node)
-    graph = _absorb_normalisation(builder.graph())
+    graph = absorb_normalisation(builder.graph())
     if len(graph.nodes[-1].shape) != 1:
         raise UserError(f"the network gives {graph.nodes[-1].shape} numbers an input, expected a vector of logits")
     return graph
@@ -318,7 +320,7 @@ class _Builder:
         )
 
     def _batch_norm(self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> None:
-        """gamma (x - mu) / sqrt(v + eps) + beta, folded into the layer before it if nobody else reads that."""
+        """Gamma (x - mu) / sqrt(v + eps) + beta, folded into the layer before it if nobody else reads that."""
         if module.running_mean is None or module.running_var is None:
             self._refuse(node, f"has no running statistics, layer {name!r}")
         assert module.running_mean is not None
@@ -358,7 +360,7 @@ class _Builder:
 _POOL = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False}
 
 
-def _absorb_normalisation(graph: Graph) -> Graph:
+def absorb_normalisation(graph: Graph) -> Graph:
     """The graph without a positive scale that is the input's only reader: the box takes it."""
     readers = [i for i, node in enumerate(graph.nodes) if 0 in node.inputs]
     if readers != [1] or not isinstance(first := graph.nodes[1], Scale) or not bool((first.factor > 0).all()):

@@ -63,7 +63,7 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
     limits = list(zip(lower.tolist(), upper.tolist(), strict=True))
 
     def dual_bound(row: Tensor, constant: Tensor, duals: Tensor) -> float:
-        """min over the box of (row - duals G) x + constant - duals h: sound for any duals >= 0."""
+        """Min over the box of (row - duals G) x + constant - duals h: sound for any duals >= 0."""
         reduced = row - duals @ g
         least = torch.where(reduced > 0, reduced * lower, reduced * upper).sum()
         return float(least + constant - duals @ h)
@@ -81,7 +81,11 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
             if least > 0:
                 return Leaf("verified", bound=float("inf"))
     best = linprog(
-        target[0].numpy(), A_ub=-g.numpy() if len(g) else None, b_ub=h.numpy() if len(g) else None, bounds=limits, method="highs"
+        target[0].numpy(),
+        A_ub=-g.numpy() if len(g) else None,
+        b_ub=h.numpy() if len(g) else None,
+        bounds=limits,
+        method="highs",
     )
     if best.status != 0:
         return Leaf("unknown")

@@ -225,7 +225,7 @@ class Scale(Affine):
         return values.reshape(-1, *(1 for _ in self.shape[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """factor x + shift."""
+        """Factor x + shift."""
         return x * self._wide(self.factor) + self._wide(self.shift)
 
     def absolute(self, x: Tensor) -> Tensor:

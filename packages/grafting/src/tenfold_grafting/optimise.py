@@ -179,7 +179,9 @@ class _Joint:
             if index in self.unstable and any(i < index for i in self.unstable):
                 current[index] = self._recomputed(index, current, base)
             base[index] = relax(self.graph.activation(index), *current[index])
-        return backward(self.graph, self.graph.output, self.spec, self._lines(self.graph.output, current, base), self.box)
+        return backward(
+            self.graph, self.graph.output, self.spec, self._lines(self.graph.output, current, base), self.box
+        )
 
     def _lines(self, start: int, current: Intervals, base: dict[int, Lines]) -> dict[int, Lines]:
         lines = dict(base)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tenfold_grafting.bounds import crown_intervals, exact_arithmetic, ibp
-from tenfold_grafting.graph import Graph, trace
 from tenfold_grafting.grafting import activation_modules, pre_activations
+from tenfold_grafting.graph import Graph, trace
 from tenfold_grafting.optimise import alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
 from tenfold_shared.attacks import fgsm, held
@@ -163,4 +163,3 @@ def unstable_per_layer(
 ) -> Sequence[float]:
     """The mean number of unstable, ungrafted neurons of every activation layer."""
     return [float(share.sum()) for share in instability(model, images, eps, bounds=bounds).values()]
-

@@ -96,9 +96,7 @@ def select_neurons(
     """
     names = list(instability)
     if scope == "local":
-        return {
-            name: _select([name], instability, significance, ratio, gammas, rank)[name] for name in names
-        }
+        return {name: _select([name], instability, significance, ratio, gammas, rank)[name] for name in names}
     return _select(names, instability, significance, ratio, gammas, rank)
 
 

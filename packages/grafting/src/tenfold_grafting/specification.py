@@ -31,7 +31,9 @@ class Property:
 
         """
         if tuple(self.lower.shape) != graph.input_shape or self.upper.shape != self.lower.shape:
-            raise UserError(f"the property has inputs of shape {tuple(self.lower.shape)}, the network {graph.input_shape}")
+            raise UserError(
+                f"the property has inputs of shape {tuple(self.lower.shape)}, the network {graph.input_shape}"
+            )
         if self.rows.dim() != 2 or self.rows.shape[1] != graph.classes or len(self.constant) != len(self.rows):
             raise UserError(
                 f"the property has rows of shape {tuple(self.rows.shape)}, the network gives {graph.classes} logits"
@@ -68,7 +70,9 @@ def check_pixels(images: Float[Tensor, "batch *input"]) -> None:
     """
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
-        raise UserError(f"the images range over [{low:g}, {high:g}], expected pixels in [0, 1] before any normalisation")
+        raise UserError(
+            f"the images range over [{low:g}, {high:g}], expected pixels in [0, 1] before any normalisation"
+        )
 
 
 def pixel_box(graph: Graph, images: Float[Tensor, "batch *input"], eps: float) -> Box:
@@ -83,11 +87,9 @@ def ball(image: Float[Tensor, "*input"], label: int, eps: float, classes: int = 
     check_pixels(image)
     pixels = image.double()
     rows = margin_spec(torch.tensor([label], device=image.device), classes)[0]
-    return Property(
-        (pixels - eps).clamp(min=0), (pixels + eps).clamp(max=1), rows, rows.new_zeros(len(rows))
-    )
+    return Property((pixels - eps).clamp(min=0), (pixels + eps).clamp(max=1), rows, rows.new_zeros(len(rows)))
 
 
 def margins(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch wrong"]:
-    """logit of the label minus each other logit, the wrong classes in increasing order."""
+    """Logit of the label minus each other logit, the wrong classes in increasing order."""
     return (margin_spec(labels, logits.shape[1]).to(logits) @ logits[:, :, None])[..., 0]

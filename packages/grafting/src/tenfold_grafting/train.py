@@ -26,8 +26,8 @@ from tenfold_grafting.adversarial import (
 from tenfold_grafting.attacks import robust_mask
 from tenfold_grafting.data import NORMALISATION, Data, DataConfig, load_data, training_batches
 from tenfold_grafting.evaluate import Evaluation, check_fit, load_model, measure_network
-from tenfold_grafting.graph import Normalise
 from tenfold_grafting.grafting import activation_shapes, graft, graft_parameters, grafted_masks
+from tenfold_grafting.graph import Normalise
 from tenfold_grafting.networks import create_network
 from tenfold_grafting.scores import BoundName, Significance, instability, scored_images, significance
 from tenfold_grafting.selection import GAMMAS, Masks, Rank, Scope, load_masks, random_selection, select_neurons
@@ -240,9 +240,7 @@ def _measure(run: Run, recipe: Recipe, data: Data, model: nn.Module) -> dict[str
 
 def new_network(recipe: Recipe, data: Data) -> nn.Sequential:
     """Normalisation and a freshly initialised network."""
-    model = nn.Sequential(
-        Normalise(*NORMALISATION[recipe.data.name]), create_network(recipe.arch, data.classes)
-    )
+    model = nn.Sequential(Normalise(*NORMALISATION[recipe.data.name]), create_network(recipe.arch, data.classes))
     check_fit(model, data.shape)
     return model
 
@@ -316,9 +314,7 @@ def _masks(recipe: Recipe, settings: Selection, data: Data, model: nn.Module) ->
     unstable = instability(model, images, recipe.training.eps, bounds=settings.bounds)
     gammas = {"instability": [math.inf], "insignificance": [0.0]}.get(settings.criterion, settings.gammas)
     named = dict(zip(significant, unstable.values(), strict=True))
-    masks = select_neurons(
-        named, significant, settings.ratio, gammas=gammas, rank=settings.rank, scope=settings.scope
-    )
+    masks = select_neurons(named, significant, settings.ratio, gammas=gammas, rank=settings.rank, scope=settings.scope)
     return {name: mask.float().cpu() for name, mask in masks.items()}
 
 
@@ -375,9 +371,7 @@ def _note_epoch(session: Session, model: nn.Module, name: str) -> None:
     for x, y in zip(images.split(500), labels.split(500), strict=True):
         pixels, target = x.float().to(run.device), y.to(run.device)
         length, t = recipe.training.step, recipe.training
-        robust.append(
-            robust_mask(model, pixels, target, t.eps, steps=recipe.validation_steps, restarts=1, step=length)
-        )
+        robust.append(robust_mask(model, pixels, target, t.eps, steps=recipe.validation_steps, restarts=1, step=length))
     accuracy = 100 * float(torch.cat(robust).double().mean())
     before = run.logged(name, "validation_ra")
     run.log(validation_ra=accuracy)
@@ -387,7 +381,13 @@ def _note_epoch(session: Session, model: nn.Module, name: str) -> None:
 
 
 def objective(
-    session: Session, wrapped: nn.Module, plain: nn.Module, x: Tensor, y: Tensor, draws: torch.Generator, progress: float
+    session: Session,
+    wrapped: nn.Module,
+    plain: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    draws: torch.Generator,
+    progress: float,
 ) -> Tensor:
     """The loss of a batch.
 
@@ -441,5 +441,3 @@ def save(session: Session, model: nn.Sequential, name: str, about: dict[str, Any
         std=list(std),
         **about,
     )
-
-

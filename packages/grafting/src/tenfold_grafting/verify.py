@@ -29,7 +29,9 @@ from tenfold_shared.errors import RunFailure, UserError
 
 Mode = Literal["fast", "checked", "rigorous"]
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown", "bab"]
-Status = Literal["verified-incomplete", "verified-bab", "attacked", "falsified-bab", "timeout", "unknown", "leaf-unknown"]
+Status = Literal[
+    "verified-incomplete", "verified-bab", "attacked", "falsified-bab", "timeout", "unknown", "leaf-unknown"
+]
 
 FAST_MARGIN = 1e-4
 """In single precision a bound is believed from here on (times 1 + its constant)."""
@@ -354,5 +356,3 @@ class _Decision:
         wide = (-1, *(1 for _ in point.shape[2:]))
         shift, factor = (t.double().reshape(wide) for t in (self.prefix.shift, self.prefix.factor))
         return (point.double() - shift) / factor
-
-

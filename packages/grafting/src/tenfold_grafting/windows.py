@@ -50,8 +50,11 @@ class Windows:
         blocks = views[:, :, : self.grid[0], : self.grid[1]].permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
         position = self.places[..., 0] * self.grid[1] + self.places[..., 1]
         if blocks.shape[0] == 1:
-            return blocks[0].reshape(blocks.shape[1], -1).index_select(0, position.flatten()).view(
-                *position.shape, *blocks.shape[2:]
+            return (
+                blocks[0]
+                .reshape(blocks.shape[1], -1)
+                .index_select(0, position.flatten())
+                .view(*position.shape, *blocks.shape[2:])
             )
         base = torch.arange(len(position), device=position.device)[:, None] * blocks.shape[1]
         flat = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
@@ -123,23 +126,21 @@ class Windows:
         corner = [min(a, b) for a, b in zip(self.origin, other.origin, strict=True)]
         end = [
             max(a + m, b + n)
-            for a, m, b, n in zip(
-                self.origin, self.values.shape[3:], other.origin, other.values.shape[3:], strict=True
-            )
+            for a, m, b, n in zip(self.origin, self.values.shape[3:], other.origin, other.values.shape[3:], strict=True)
         ]
         summed = None
         for part in (self, other):
             top, left = (o - c for o, c in zip(part.origin, corner, strict=True))
-            bottom, right = (
-                e - o - n for e, o, n in zip(end, part.origin, part.values.shape[3:], strict=True)
-            )
+            bottom, right = (e - o - n for e, o, n in zip(end, part.origin, part.values.shape[3:], strict=True))
             wide = F.pad(part.values, (left, right, top, bottom))
             summed = wide if summed is None else summed + wide
         assert summed is not None
         return dataclasses.replace(self, values=summed, origin=(corner[0], corner[1]))
 
 
-def unit_windows(shape: tuple[int, int, int], neurons: Int[Tensor, "batch rows"], signs: Float[Tensor, "batch rows"]) -> Windows:
+def unit_windows(
+    shape: tuple[int, int, int], neurons: Int[Tensor, "batch rows"], signs: Float[Tensor, "batch rows"]
+) -> Windows:
     """Rows for neurons of a map, numbered as in its flattened form: the neuron itself, times a sign."""
     channels, height, width = shape
     channel = neurons // (height * width)
@@ -148,7 +149,9 @@ def unit_windows(shape: tuple[int, int, int], neurons: Int[Tensor, "batch rows"]
     return Windows(unit[..., None, None], places, (height, width), (0, 0), (1, 1), shape)
 
 
-def filter_windows(conv: Conv, units: Windows, neurons: Int[Tensor, "batch rows"], signs: Float[Tensor, "batch rows"]) -> Windows:
+def filter_windows(
+    conv: Conv, units: Windows, neurons: Int[Tensor, "batch rows"], signs: Float[Tensor, "batch rows"]
+) -> Windows:
     """What `units`, single neurons of a convolution's output, are at its input: the filters themselves."""
     if conv.groups != 1 or conv.dilation != (1, 1):
         return units.through(conv)
