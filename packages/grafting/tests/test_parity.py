@@ -108,7 +108,7 @@ def described(text: str, state: dict[str, Tensor], shape: tuple[int, ...]) -> nn
         elif kind == "linear":
             made = nn.Linear(*map(int, numbers))
         else:
-            made = {"graft": lambda: GraftedReLU(x.shape[1:]), "flatten": nn.Flatten, "relu": nn.ReLU}[kind]()
+            made = GraftedReLU(x.shape[1:]) if kind == "graft" else {"flatten": nn.Flatten, "relu": nn.ReLU}[kind]()
         layers.append(made)
         x = made(x).detach()
     model = nn.Sequential(*layers).double()

@@ -68,3 +68,20 @@ def node_error(
     error = node.absolute(before[0]) + gamma(node.length + 8, dtype) * node.absolute(magnitude)
     constant_or_none = node.magnitude()
     return error if constant_or_none is None else error + gamma(size + 8, dtype) * constant_or_none
+
+
+def rounded_out(
+    node: Operation, interval: tuple[Tensor, Tensor], ranges: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """An interval of interval arithmetic, widened by the rounding errors of the one operation that gave it."""
+    if isinstance(node, Input):
+        return interval
+    magnitudes = [torch.maximum(lower.abs(), upper.abs()) for lower, upper in ranges]
+    if isinstance(node, Affine):
+        size = node.absolute(magnitudes[0])
+        constant = node.magnitude()
+        error = gamma(node.length + 8, size.dtype) * (size if constant is None else size + constant)
+    else:
+        error = gamma(8, magnitudes[0].dtype) * torch.maximum(interval[0].abs(), interval[1].abs())
+        error = error + gamma(8, error.dtype) * torch.stack(magnitudes).sum(0)
+    return interval[0] - error, interval[1] + error

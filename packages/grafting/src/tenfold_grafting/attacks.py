@@ -115,6 +115,7 @@ def robust_mask(
             with torch.no_grad():
                 robust[left] = model(bad).argmax(1) == labels[left]
 
+    length = eps / 4 if step is None else step
     with held(model):
         for _ in range(restarts):
             if kind == "pgd":
@@ -134,6 +135,10 @@ def robust_mask(
                 for rank in range(1, classes):
                     attack(lambda x, y, rank=rank: _targeted(model, x, y, eps, steps, rank))
     return robust
+
+
+def _loss(model: nn.Module, labels: Tensor) -> Model:
+    return lambda images: cross_entropy(model(images), labels)
 
 
 def _targeted(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, rank: int) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold_grafting.arithmetic import gamma, node_error
+from tenfold_grafting.arithmetic import node_error, rounded_out
 from tenfold_grafting.graph import Graph
-from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Operation, Pad, Scale
+from tenfold_grafting.operations import Activation, Add, Affine, Conv, Linear, Operation, Pad, Scale, interval_of
 from tenfold_grafting.relaxation import Lines, relax
 from tenfold_grafting.windows import Windows, filter_windows, unit_windows
 
@@ -89,18 +89,8 @@ def ibp(graph: Graph, box: Box) -> tuple[Intervals, tuple[Tensor, Tensor]]:
     for index, node in enumerate(graph.nodes):
         if isinstance(node, Activation):
             intervals[index] = values[node.inputs[0]]
-        values.append(_interval(node, values, box))
+        values.append(interval_of(node, values, box.lower, box.upper))
     return intervals, values[-1]
-
-
-def _interval(node: object, values: list[tuple[Tensor, Tensor]], box: Box) -> tuple[Tensor, Tensor]:
-    if isinstance(node, Input):
-        return box.lower, box.upper
-    if isinstance(node, Add):
-        (a, b), (c, d) = values[node.inputs[0]], values[node.inputs[1]]
-        return a + c, b + d
-    assert isinstance(node, Affine | Activation)
-    return node.interval(*values[node.inputs[0]])
 
 
 def merged_last_layer(graph: Graph, spec: Float[Tensor, "batch rows classes"]) -> tuple[Tensor, Tensor, int]:
@@ -116,7 +106,7 @@ def ibp_margins(graph: Graph, box: Box, spec: Float[Tensor, "batch rows classes"
     rows, constant, node = merged_last_layer(graph, spec)
     values: list[tuple[Tensor, Tensor]] = []
     for operation in graph.nodes[: node + 1]:
-        values.append(_interval(operation, values, box))
+        values.append(interval_of(operation, values, box.lower, box.upper))
     lower, upper = (v.flatten(1)[:, :, None] for v in values[node])
     flat = rows.flatten(2)
     return constant + (flat.clamp(min=0) @ lower + flat.clamp(max=0) @ upper)[..., 0]
@@ -315,11 +305,11 @@ def crown_intervals(
             values.append(node.interval(*intervals[index]))
             depth += 1
         else:
-            values.append(_interval(node, values, box))
+            values.append(interval_of(node, values, box.lower, box.upper))
         if rigorous:
             ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
-            values[index] = _rounded_out(node, values[index], ranges)
-            errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, _length(graph)))
+            values[index] = rounded_out(node, values[index], ranges)
+            errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, graph.input_size))
         if screen is not None:
             screen.append(node, [values[i] for i in node.inputs])
         mixing.append(depth + (isinstance(node, Add) or (isinstance(node, Affine) and node.mixes)))
@@ -331,27 +321,6 @@ def _less_error(refined: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], e
     return torch.maximum(refined[0] - error, before[0]), torch.minimum(refined[1] + error, before[1])
 
 
-def _length(graph: Graph) -> int:
-    return torch.Size(graph.input_shape).numel()
-
-
-def _rounded_out(
-    node: Operation, interval: tuple[Tensor, Tensor], ranges: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """An interval of interval arithmetic, widened by the rounding errors of the one operation that gave it."""
-    if isinstance(node, Input):
-        return interval
-    magnitudes = [torch.maximum(lower.abs(), upper.abs()) for lower, upper in ranges]
-    if isinstance(node, Affine):
-        size = node.absolute(magnitudes[0])
-        constant = node.magnitude()
-        error = gamma(node.length + 8, size.dtype) * (size if constant is None else size + constant)
-    else:
-        error = gamma(8, magnitudes[0].dtype) * torch.maximum(interval[0].abs(), interval[1].abs())
-        error = error + gamma(8, error.dtype) * torch.stack(magnitudes).sum(0)
-    return interval[0] - error, interval[1] + error
-
-
 def margin_errors(graph: Graph, box: Box, intervals: Intervals) -> list[Tensor]:
     """What a backward pass from each node may be off by in the graph's arithmetic (see `arithmetic`)."""
     values: list[tuple[Tensor, Tensor]] = []
@@ -361,9 +330,9 @@ def margin_errors(graph: Graph, box: Box, intervals: Intervals) -> list[Tensor]:
             values.append(node.interval(*intervals[index]))
             ranges = [intervals[index]]
         else:
-            values.append(_interval(node, values, box))
+            values.append(interval_of(node, values, box.lower, box.upper))
             ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
-        errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, _length(graph)))
+        errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, graph.input_size))
     return errors
 
 

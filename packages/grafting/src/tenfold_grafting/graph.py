@@ -79,6 +79,11 @@ class Graph:
         return len(self.nodes) - 1
 
     @property
+    def input_size(self) -> int:
+        """How many numbers an input has."""
+        return torch.Size(self.input_shape).numel()
+
+    @property
     def classes(self) -> int:
         """How many numbers the network gives."""
         return self.nodes[-1].shape[0]

@@ -145,11 +145,11 @@ def milp_minimum(graph: Graph, box: Box, row: Tensor, intervals: Intervals) -> f
             ends = [end.flatten().tolist() for end in intervals[index]]
             for k in range(sizes[index]):
                 y, z, (least, most) = start + k, before[0] + k, (ends[0][k], ends[1][k])
-                if node.mask is not None and node.slope is not None and node.intercept is not None:
-                    if float(node.mask.flatten()[k]):
-                        slope, shift = float(node.slope.flatten()[k]), float(node.intercept.flatten()[k])
-                        constrain({y: 1.0, z: -slope}, shift, shift)
-                        continue
+                grafted = node.mask is not None and bool(node.mask.flatten()[k])
+                if grafted and node.slope is not None and node.intercept is not None:
+                    slope, shift = float(node.slope.flatten()[k]), float(node.intercept.flatten()[k])
+                    constrain({y: 1.0, z: -slope}, shift, shift)
+                    continue
                 if k in unstable[index]:
                     low[binary], high[binary], low[y] = 0.0, 1.0, 0.0
                     constrain({y: 1.0, z: -1.0}, 0.0, np.inf)

@@ -188,7 +188,7 @@ class _Reader:
         if kind == "Constant":
             self.constants[output] = torch.from_numpy(self.onnx.numpy_helper.to_array(attributes["value"]).copy())
             return
-        if kind == "Identity" or kind == "Dropout":
+        if kind in ("Identity", "Dropout"):
             self.index[output] = self.index[node.input[0]]
             return
         known = [i for i in node.input if i in self.index]

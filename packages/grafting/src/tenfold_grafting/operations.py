@@ -353,9 +353,17 @@ class Activation(Operation):
         return crossing if self.mask is None else crossing & (self.mask == 0)
 
 
-def describe(operation: Operation) -> str:
-    """Name and kind of an operation, for messages."""
-    return f"{operation.name} ({type(operation).__name__.lower()})"
+def interval_of(
+    node: Operation, values: list[tuple[Tensor, Tensor]], lower: Tensor, upper: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The interval of a node, given those of all nodes before it and the box of the input."""
+    if isinstance(node, Input):
+        return lower, upper
+    if isinstance(node, Add):
+        (a, b), (c, d) = values[node.inputs[0]], values[node.inputs[1]]
+        return a + c, b + d
+    assert isinstance(node, Affine | Activation)
+    return node.interval(*values[node.inputs[0]])
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
