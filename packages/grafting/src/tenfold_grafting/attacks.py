@@ -119,12 +119,7 @@ def robust_mask(
     with held(model):
         for _ in range(restarts):
             if kind == "pgd":
-                length = eps / 4 if step is None else step
-                attack(
-                    lambda x, y: (
-                        x + pgd(lambda z: cross_entropy(model(z), y), x, eps=eps, step_size=length, steps=steps)
-                    )
-                )
+                attack(lambda x, y: x + pgd(_loss(model, y), x, eps=eps, step_size=length, steps=steps))
                 continue
             attack(lambda x, y: apgd(lambda z: cross_entropy(model(z), y, reduction="none"), x, eps, steps)[0])
             attack(lambda x, y: apgd(lambda z: dlr(model(z), y), x, eps, steps)[0])
