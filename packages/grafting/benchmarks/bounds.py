@@ -9,7 +9,9 @@ random weights and random images. One thread, double precision, nine margins.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from tenfold_grafting.optimise import alpha_crown, alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
 from tenfold_grafting.zoo import load_images, load_network
 
+METHODS: tuple[Literal["ibp", "crown-ibp", "crown"], ...] = ("ibp", "crown-ibp", "crown")
 NETWORKS = {
     "cifar_cnn_a_adv": ("cnn_a", 2 / 255, "images_cifar10_sdp200"),
     "cifar_resnet2b": ("resnet2b", 2 / 255, "images_cifar10_sdp200"),
@@ -112,6 +115,34 @@ def domains_per_second(graph: Graph, box: Box, spec: Tensor) -> float:
     return 64 / seconds(lambda: beta_crown(single, start, BetaSettings(10)), 1)
 
 
+def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool) -> None:
+    """One network's lines."""
+    graph, boxes, specs = problem(name, folder, batch)
+    box, spec = boxes[:1], specs[:1]
+
+    def line(method: str, one: float, more: str) -> None:
+        print(f"  {name:<16} {method:<24} {one:10.4f} {more}")
+
+    with torch.no_grad():
+        for method in METHODS:
+            one = seconds(partial(bound_margins, graph, box, spec, method), rounds)
+            many = seconds(partial(bound_margins, graph, boxes, specs, method), rounds) / len(boxes)
+            line(method, one, f"single {many:8.4f} batched ({one / many:.1f} x)")
+        intervals, _ = crown_intervals(graph, box)
+        every, _ = crown_intervals(graph, boxes)
+    calls = [("alpha-crown, 20", alpha_crown)]
+    if name == "mnist_mlp_6x100":
+        calls.append(("alpha-crown joint, 20", alpha_crown_joint))
+    for method, call in calls:
+        one = seconds(partial(call, graph, box, spec, intervals), 1)
+        many = seconds(partial(call, graph, boxes, specs, every), 1) / len(boxes)
+        line(method, one, f"single {many:8.4f} batched ({one / many:.1f} x), after the intermediate bounds")
+    line("beta-crown", domains_per_second(graph, box, spec), "subdomains a second")
+    if dense and name != "cifar_resnet2b":
+        with torch.no_grad():
+            line("crown, dense matrices", seconds(partial(dense_crown, graph, box, spec), 1), "single")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,33 +155,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("seconds an image, double precision, nine margins, one thread")
     for name in args.networks:
-        graph, boxes, specs = problem(name, args.folder, args.batch)
-        box, spec = boxes[:1], specs[:1]
-        with torch.no_grad():
-            rows: dict[str, tuple[Callable[[Box, Tensor], object], bool]] = {
-                method: (lambda b, s, m=method: bound_margins(graph, b, s, m), True)  # type: ignore[misc]
-                for method in ("ibp", "crown-ibp", "crown")
-            }
-            intervals, _ = crown_intervals(graph, box)
-        for method, (call, _) in rows.items():
-            with torch.no_grad():
-                one = seconds(lambda call=call: call(box, spec), args.rounds)  # type: ignore[misc]
-                many = seconds(lambda call=call: call(boxes, specs), args.rounds) / len(boxes)  # type: ignore[misc]
-            print(f"  {name:<16} {method:<24} {one:8.4f} single {many:8.4f} batched ({one / many:.1f} x)")
-        final = seconds(lambda: alpha_crown(graph, box, spec, intervals), 1)
-        print(f"  {name:<16} {'alpha-crown, 20':<24} {final:8.4f} single (intermediate bounds fixed)")
-        if name == "mnist_mlp_6x100":
-            every, _ = crown_intervals(graph, boxes)
-            one = seconds(lambda: alpha_crown_joint(graph, box, spec, intervals), 1)
-            many = seconds(lambda: alpha_crown_joint(graph, boxes, specs, every), 1) / len(boxes)
-            print(
-                f"  {name:<16} {'alpha-crown joint, 20':<24} {one:8.4f} single {many:8.4f} batched ({one / many:.1f} x)"
-            )
-        print(f"  {name:<16} {'beta-crown':<24} {domains_per_second(graph, box, spec):8.1f} subdomains a second")
-        if not args.no_dense and name != "cifar_resnet2b":
-            with torch.no_grad():
-                dense = seconds(lambda: dense_crown(graph, box, spec), 1)
-            print(f"  {name:<16} {'crown, dense matrices':<24} {dense:8.4f} single")
+        report(name, args.folder, args.batch, args.rounds, not args.no_dense)
 
 
 if __name__ == "__main__":
