@@ -20,6 +20,6 @@ class TestConformance(Conformance):
         "50",
         *QUICK,
     ]
-    reproduce = ["mini-selection-robust", "--arms", "random", "--seeds", "1"]
+    reproduce = ["mini-prune", "--seeds", "1"]
     needs_data = ["--config", "cifar10-cnn-b"]
     eval_options = QUICK

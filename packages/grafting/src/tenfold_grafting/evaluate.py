@@ -119,7 +119,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         count = config.evaluation.images or None
         images, labels = data.test.pixels(count)
         found = measure_network(model.to(run.device), images.to(run.device), labels.to(run.device), config.evaluation)
-        for name in ("verifier_seconds", "call_seconds"):
+        for name in ("verifier_seconds", "call_seconds", "seconds_per_call"):
             found.pop(name)
         if run.is_main:
             known = {key: about[key] for key in ("arch", "method", "selection") if key in about}

@@ -59,7 +59,8 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
     inputs = target.shape[1]
     g = torch.cat(gradients) if gradients else target.new_zeros(0, inputs)
     h = torch.cat(constants) if constants else target.new_zeros(0)
-    lower, upper = problem.box.lower.flatten(), problem.box.upper.flatten()
+    lower, upper = problem.box.lower.flatten().cpu(), problem.box.upper.flatten().cpu()
+    target, offset, g, h = target.cpu(), offset.cpu(), g.cpu(), h.cpu()
     limits = list(zip(lower.tolist(), upper.tolist(), strict=True))
 
     def dual_bound(row: Tensor, constant: Tensor, duals: Tensor) -> float:
@@ -94,7 +95,8 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
     if bound > 0:
         return Leaf("verified", bound=bound)
     point = torch.minimum(torch.maximum(torch.from_numpy(best.x), lower), upper).view(problem.box.lower.shape)
-    margin = float((problem.graph.values(point)[-1] @ problem.row[0, 0]) + problem.constant)
+    there = problem.graph.values(point.to(problem.row.device))[-1]
+    margin = float(there @ problem.row[0, 0] + problem.constant)
     return Leaf("falsified", point, bound) if margin < 0 else Leaf("unknown", point, bound)
 
 

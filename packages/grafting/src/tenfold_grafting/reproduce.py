@@ -50,7 +50,7 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
 
 def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) -> Measurement:
     recipe = load_recipe("tenfold_grafting", str(arm.recipe), Recipe, **arm.options)
-    if recipe.method not in ("base", "published") and recipe.pretrained is None:
+    if recipe.method != "published" and recipe.pretrained is None:
         recipe = dataclasses.replace(recipe, pretrained=base_run(recipe, seed, options, folder))
     with Run("grafting", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
         _, found = run_recipe(run, recipe)

@@ -266,7 +266,9 @@ def base_network(session: Session) -> nn.Sequential:
 def fine_tuned(session: Session, model: nn.Sequential) -> nn.Sequential:
     """The network after the second phase, with lines (or zeros) on the chosen neurons."""
     recipe, settings = session.recipe, session.recipe.selection
-    plain = session.run.unwrap(model).to(session.run.device)
+    plain = new_network(recipe, session.data)  # anew: what a phase has wrapped around the trained one stays with it
+    plain.load_state_dict(session.run.unwrap(model).state_dict())
+    plain = plain.to(session.run.device)
     if recipe.method != "finetune":
         masks = choose_masks(session, plain)
         lines = {"slope": settings.slope, "bias": settings.intercept}

@@ -174,11 +174,10 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
     reached = torch.empty(0)
     with exact_arithmetic():
         if settings.attack_steps:
-            reached, points = _attack(double, prop, settings)
+            reached, worst = _attack(double, prop, settings)
             if bool((reached < 0).any()):
-                worst = int(reached.argmin())
                 seconds = time.monotonic() - started
-                return Verdict("attacked", [], reached.tolist(), 0, seconds, points[worst].cpu())
+                return Verdict("attacked", [], reached.tolist(), 0, seconds, worst.cpu())
         run = _Decision(graph, prop, settings, reached, started)
         status = run.decide()
     bounds = run.best
@@ -190,7 +189,7 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
 
 
 def _attack(graph: Graph, prop: Property, settings: VerifySettings) -> tuple[Tensor, Tensor]:
-    """The margins that the attack reached, evaluated in double precision, and the pixels."""
+    """The smallest value of every margin at the points that were found, in double precision, and the worst point."""
     rows, constant = prop.rows.to(graph.device, graph.dtype), prop.constant.to(graph.device, graph.dtype)
     single, low = graph.single, prop.lower.to(graph.device).float()
     high = prop.upper.to(graph.device).float()
@@ -204,7 +203,7 @@ def _attack(graph: Graph, prop: Property, settings: VerifySettings) -> tuple[Ten
     )
     points = torch.minimum(torch.maximum(points.double(), prop.lower.to(points.device)), prop.upper.to(points.device))
     found = graph(points) @ rows.T + constant
-    return found.diagonal(), points
+    return found.amin(0), points[int(found.amin(1).argmin())]
 
 
 class _Decision:
