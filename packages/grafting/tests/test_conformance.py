@@ -16,8 +16,8 @@ class TestConformance(Conformance):
         "2",
         "--finetune.epochs",
         "1",
-        "--selection.images",
-        "50",
+        "--selection.criterion",
+        "random",
         *QUICK,
     ]
     reproduce = ["mini-prune", "--seeds", "1"]

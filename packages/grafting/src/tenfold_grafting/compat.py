@@ -154,13 +154,16 @@ def recognise(state: Mapping[str, Tensor]) -> Recognised:
 
     """
     classes, grafted = _classes(state), any(name.startswith(ACTIVATION) for name in state)
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith(ACTIVATION)}
     misfits: dict[str, list[str]] = {}
     for arch in ARCHITECTURES:
-        model = _build(arch, classes, grafted)
-        names = official_names(model)
-        misfits[arch] = _misfits(state, {names[key]: tensor for key, tensor in model.state_dict().items()})
+        with torch.device("meta"):  # shapes alone: some of the networks are large
+            base = create_network(arch, classes)
+        prefix = "layer" if grafted and isinstance(base, nn.Sequential) else ""
+        misfits[arch] = _misfits(weights, {prefix + key: tensor for key, tensor in base.state_dict().items()})
         if not misfits[arch]:
-            load_state(model, state)
+            model = _build(arch, classes, grafted)
+            load_state(model, state, arch)
             return Recognised(arch, model)
     nearest = min(misfits, key=lambda arch: len(misfits[arch]))
     raise _refuse(f"any known architecture, the nearest being {nearest}", misfits[nearest])

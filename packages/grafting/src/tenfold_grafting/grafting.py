@@ -38,12 +38,11 @@ class _GraftBackward(torch.autograd.Function):
         ctx.save_for_backward(gradient, z, mask, slope)
         grafted = mask != 0
         ctx.at_zero = at_zero
-        on_line = torch.where(grafted, gradient, 0.0)
         return (
             torch.where(grafted, slope, _step(z, at_zero)) * gradient,
             None,
-            (on_line * z).sum(0),
-            on_line.sum(0),
+            torch.where(grafted, gradient * z, 0.0).sum(0),
+            torch.where(grafted, gradient, 0.0).sum(0),
         )
 
     @staticmethod
