@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tenfold_grafting.bounds import Box, Intervals, backward
+from tenfold_grafting.bounds import Box, Intervals, backward, chunk_elements
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.relaxation import Lines, relax
 
@@ -135,8 +135,22 @@ def base_lines(problem: Problem, signs: Tensor) -> dict[int, Lines]:
     return {i: relax(problem.graph.activation(i), *ends) for i, ends in split_intervals(problem, signs).items()}
 
 
+def chunk_size(problem: Problem) -> int:
+    """How many domains are bounded at once, so that the coefficients of the widest layer fit into memory."""
+    widest = max(torch.Size(node.shape).numel() for node in problem.graph.nodes)
+    return max(1, 4 * chunk_elements(problem.row) // widest)
+
+
+def chunks(problem: Problem, domains: Domains) -> list[Domains]:
+    """The domains in parts that are bounded at once."""
+    step = chunk_size(problem)
+    return [domains[i : i + step] for i in range(0, len(domains), step)]
+
+
 def evaluate(problem: Problem, domains: Domains, observe: dict[int, Tensor] | None = None) -> Float[Tensor, " domains"]:
-    """The bounds that the domains' alpha and beta give, in the problem's arithmetic."""
+    """The bounds that the domains' alpha and beta give, in the problem's arithmetic, a chunk at a time."""
+    if observe is None and len(domains) > chunk_size(problem):
+        return torch.cat([evaluate(problem, part) for part in chunks(problem, domains)])
     with torch.no_grad():
         alpha, beta = (v.to(problem.row).clamp(0, c) for v, c in ((domains.alpha, 1.0), (domains.beta, torch.inf)))
         lines = domain_lines(problem, domains.signs, alpha, beta)
@@ -164,6 +178,8 @@ def beta_crown(problem: Problem, domains: Domains, settings: BetaSettings) -> Do
 
     The bounds are those of the problem's arithmetic.
     """
+    if len(domains) > chunk_size(problem):
+        return Domains.joined([beta_crown(problem, part, settings) for part in chunks(problem, domains)])
     alpha = domains.alpha.to(problem.row).clone().requires_grad_()
     beta = domains.beta.to(problem.row).clone().requires_grad_()
     best = domains.lower.to(problem.row).clone()

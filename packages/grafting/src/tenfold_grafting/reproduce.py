@@ -176,7 +176,7 @@ def _unstable(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> None
         )
         colour = COLOURS[layer % len(COLOURS)]
         axes.bar(list(arms), height.numpy(), bottom=bottom.numpy(), label=f"layer {layer + 1}", color=colour)
-        bottom += height
+        bottom = bottom + height
     axes.tick_params(axis="x", rotation=20)
     axes.set_ylabel("unstable neurons an image")
     axes.legend()
