@@ -12,6 +12,9 @@ started with E(x) = gamma |x|. The dot products with biases and intercepts are a
 rounded up generously: the errors are far below the bounds they are subtracted from.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -85,3 +88,15 @@ def rounded_out(
         error = gamma(8, magnitudes[0].dtype) * torch.maximum(interval[0].abs(), interval[1].abs())
         error = error + gamma(8, error.dtype) * torch.stack(magnitudes).sum(0)
     return interval[0] - error, interval[1] + error
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """No TF32, no autocast: bounds hold for the arithmetic they are stated for."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -5,22 +5,20 @@ of the specified margins; an activation is replaced by its lower line where its 
 line where it is negative.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold_grafting.arithmetic import node_error, rounded_out
+from tenfold_grafting.arithmetic import exact_arithmetic, node_error, rounded_out
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.operations import Activation, Add, Affine, Conv, Linear, Operation, Pad, Scale, interval_of
 from tenfold_grafting.relaxation import Lines, relax
 from tenfold_grafting.windows import Windows, filter_windows, unit_windows
 
-Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 Intervals = dict[int, tuple[Tensor, Tensor]]
 """Activation's node -> (lower, upper) of its pre-activation, each [batch, *shape]."""
 
@@ -65,18 +63,6 @@ class Box:
     def radius(self) -> Tensor:
         """Half widths."""
         return (self.upper - self.lower) / 2
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """No TF32, no autocast: bounds hold for the arithmetic they are stated for."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 # -- interval arithmetic --------------------------------------------------------------------------------------------------

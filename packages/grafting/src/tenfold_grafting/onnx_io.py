@@ -4,7 +4,7 @@ The input of the model is pixels; the normalisation is part of it. Writing and r
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from tenfold_grafting.operations import (
     Scale,
 )
 from tenfold_shared.errors import UserError
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 OPSET = 17
 
@@ -142,7 +139,7 @@ def read_onnx(path: Path) -> Graph:
 class _Reader:
     """Builds operations from the nodes of an ONNX graph, which are in topological order."""
 
-    def __init__(self, onnx: Any, model: "ModelProto"):
+    def __init__(self, onnx: Any, model: Any):
         self.onnx, self.body = onnx, model.graph
         self.constants = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy()) for w in self.body.initializer}
         inputs = [value for value in self.body.input if value.name not in self.constants]

@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold_grafting.bounds import Box, margin_spec
@@ -88,8 +88,3 @@ def ball(image: Float[Tensor, "*input"], label: int, eps: float, classes: int = 
     pixels = image.double()
     rows = margin_spec(torch.tensor([label], device=image.device), classes)[0]
     return Property((pixels - eps).clamp(min=0), (pixels + eps).clamp(max=1), rows, rows.new_zeros(len(rows)))
-
-
-def margins(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "batch wrong"]:
-    """Logit of the label minus each other logit, the wrong classes in increasing order."""
-    return (margin_spec(labels, logits.shape[1]).to(logits) @ logits[:, :, None])[..., 0]

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tenfold_grafting.arithmetic import exact_arithmetic
 from tenfold_grafting.attacks import margin_attack
 from tenfold_grafting.bounds import (
     Box,
     Intervals,
     crown_intervals,
     crown_margins,
-    exact_arithmetic,
     ibp,
     ibp_margins,
     margin_errors,

@@ -35,7 +35,7 @@ class Windows:
         """Which part of the map a window is."""
         return self.values.shape[3] * self.values.shape[4] / (self.shape[1] * self.shape[2])
 
-    def gather(self, maps: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch rows channels kh kw"]:
+    def gather(self, maps: Float[Tensor, "boxes mapped height width"]) -> Float[Tensor, "batch rows mapped kh kw"]:
         """What each row's window shows of maps; zero outside of them."""
         size = self.values.shape[3:]
         before = [max(0, -o) for o in self.origin]
@@ -60,7 +60,7 @@ class Windows:
         flat = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
         return flat.index_select(0, (position + base).flatten()).view(*position.shape, *blocks.shape[2:])
 
-    def inside(self) -> Float[Tensor, "1 rows_or_one channels kh kw"]:
+    def inside(self) -> Float[Tensor, "batch rows 1 kh kw"]:
         """1 inside of the map, 0 outside, for every row."""
         ones = self.values.new_ones(len(self.places), 1, *self.shape[1:])
         return self.gather(ones)
