@@ -357,3 +357,45 @@ def test_windows_outside_of_the_map_are_zero() -> None:
     assert windows.overhangs
     assert float(windows.masked().values.sum()) == 4
     assert torch.equal(windows.dense(), torch.ones(1, 1, 1, 2, 2))
+
+
+class Skip(nn.Module):
+    """Three inputs, a few neurons, a sum around one of the layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 2)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu1(self.first(x))
+        return self.last(self.relu2(self.second(x)) + x)
+
+
+def test_hundreds_of_tiny_networks_at_their_worst_points() -> None:
+    """Wide weights, every corner of the box and the best of a descent from each: nothing falls below any bound."""
+    eye2 = torch.eye(2, dtype=torch.float64)[None]
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).double()
+    for seed in range(300):
+        torch.manual_seed(seed)
+        model: nn.Module = Skip(2 + seed % 4).double()
+        for parameter in model.parameters():
+            parameter.data *= 1 + seed % 5
+        if seed % 3 == 0:
+            masks = {name: (torch.rand(2 + seed % 4) < 0.5).float() for name in ("relu1", "relu2")}
+            model = graft(model, masks, slope=float(torch.randn(())), bias=float(torch.randn(()))).double()
+        graph = trace(model, (3,))
+        box = random_box(seed, (3,), radius=2.0 ** (seed % 6 - 4), batch=1)
+        share = corners.clone()
+        with torch.no_grad():
+            bounds = [bound_margins(graph, box, eye2, method)[0] for method in METHODS]
+            for step in (0.0, 0.2, 0.1, 0.05):  # a coordinate search from every corner
+                for axis in range(3):
+                    for sign in (-1.0, 1.0):
+                        moved = share.clone()
+                        moved[:, axis] = (moved[:, axis] + sign * step).clamp(0, 1)
+                        both = [graph.values(box.lower + p * (box.upper - box.lower))[-1][:, 0] for p in (share, moved)]
+                        share = torch.where((both[1] < both[0])[:, None], moved, share)
+            values = graph.values(box.lower + torch.cat([share, corners]) * (box.upper - box.lower))[-1]
+        for bound in bounds:
+            assert bool((values >= bound - 1e-11 * (1 + values.abs().max())).all())
