@@ -22,6 +22,7 @@ from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_grafting.zoo import load_images, load_network
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
 
 
 def grafted(name: str):
@@ -208,23 +209,18 @@ def test_svhn_layout(tmp_path: Path) -> None:
         load_data(DataConfig("svhn", root=tmp_path))
 
 
-class OneProcess:
-    """What `objective` asks of a run."""
-
-    world, rank = 1, 0
-
-
 @pytest.mark.parametrize("name", [n for n in recipes("tenfold_grafting") if not n.startswith("published")])
-def test_every_recipe_steps(name: str) -> None:
+def test_every_recipe_steps(name: str, tmp_path: Path) -> None:
     """Built at full size and stepped once on generated images of the right shape."""
     recipe = load_recipe("tenfold_grafting", name, Recipe)
     model = create_network(recipe.arch)
     shape = architecture(recipe.arch).input_shape
     if "17m" in name:
         recipe.training.grad_align = 0.0  # its second derivatives take a while
-    session = Session(OneProcess(), recipe, None)  # type: ignore[arg-type]
     x, y = torch.rand(2, *shape), torch.tensor([0, 1])
-    loss = objective(session, model, model, x, y, torch.Generator().manual_seed(0), 0.9)
-    loss.backward()
+    with Run("grafting", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True)) as run:
+        session = Session(run, recipe, load_data(DataConfig()))  # the loss does not look at the images of the session
+        loss = objective(session, model, model, x, y, torch.Generator().manual_seed(0), 0.9)
+        loss.backward()
     assert torch.isfinite(loss)
     assert any(float(p.grad.abs().sum()) > 0 for p in model.parameters() if p.grad is not None)

@@ -181,7 +181,11 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
         run = _Decision(graph, prop, settings, reached, started)
         status = run.decide()
     bounds = run.best
-    if len(reached) and bool((bounds.double().cpu() > reached.double().cpu()).any()):
+    # Where a bound is exact, both are sums of the same terms and differ by the rounding of double precision.
+    limits = reached.double().cpu()
+    if settings.arithmetic != "rigorous":
+        limits = limits + 1e-9 * (1 + limits.abs())
+    if len(limits) and bool((bounds.double().cpu() > limits).any()):
         raise RunFailure("a lower bound lies above a value that the attack reached: the engine is unsound here")
     return Verdict(
         status, bounds.tolist(), reached.tolist(), run.visited, time.monotonic() - started, run.counterexample
@@ -302,9 +306,10 @@ class _Decision:
                 )
             leaves = neurons < 0
             for number in leaves.nonzero(as_tuple=True)[0].tolist():
-                status = self._leaf(problem, picked[number : number + 1])
+                status, least = self._leaf(problem, picked[number : number + 1])
                 if status != "verified-bab":
                     return status
+                closed = min(closed, least)
             parents = picked[~leaves]
             if not len(parents):
                 continue
@@ -328,8 +333,8 @@ class _Decision:
         if not len(queue) and closed < torch.inf:
             self.best[row] = max(float(self.best[row]), closed)
 
-    def _leaf(self, problem: Problem, leaf: Domains) -> Status:
-        """The exact answer for a fully decided domain."""
+    def _leaf(self, problem: Problem, leaf: Domains) -> tuple[Status, float]:
+        """The exact answer for a fully decided domain, and the bound that it rests on."""
         double = problem
         if self.settings.arithmetic == "fast":
             graph = problem.graph.to(torch.float64)
@@ -337,16 +342,16 @@ class _Decision:
             intervals = {i: (low.double(), high.double()) for i, (low, high) in problem.intervals.items()}
             double = dataclasses.replace(problem, graph=graph, box=box, row=problem.row.double(), intervals=intervals)
         found = solve_leaf(double, leaf)
-        loss = self.exact.domain_loss(problem, leaf) if self.exact.errors is not None else None
-        if found.status == "verified" and (loss is None or found.bound > 2 * float(loss)):
-            return "verified-bab"
+        loss = 2 * float(self.exact.domain_loss(problem, leaf)) if self.exact.errors is not None else 0.0
+        if found.status == "verified" and found.bound > loss:
+            return "verified-bab", found.bound - loss
         if found.status == "falsified" and found.point is not None:
             pixels = self._pixels(found.point)[0].cpu()
             value = double.graph(pixels[None].to(double.graph.device))[0] @ double.row[0, 0] + problem.constant
             if float(value) < 0:
                 self.counterexample = pixels
-                return "falsified-bab"
-        return "leaf-unknown"
+                return "falsified-bab", found.bound
+        return "leaf-unknown", found.bound
 
     def _pixels(self, point: Tensor) -> Tensor:
         """Pixels of a normalised point."""
