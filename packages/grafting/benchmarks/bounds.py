@@ -21,7 +21,7 @@ from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown
 from tenfold_grafting.graph import Graph, Normalise, trace
 from tenfold_grafting.networks import architecture, create_network, mlp
 from tenfold_grafting.operations import Activation, Add, Affine
-from tenfold_grafting.optimise import alpha_crown, alpha_crown_joint
+from tenfold_grafting.optimise import Optimised, alpha_crown, alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
 from tenfold_grafting.zoo import load_images, load_network
 
@@ -130,13 +130,13 @@ def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool)
             line(method, one, f"single {many:8.4f} batched ({one / many:.1f} x)")
         intervals, _ = crown_intervals(graph, box)
         every, _ = crown_intervals(graph, boxes)
-    calls = [("alpha-crown, 20", alpha_crown)]
+    calls: list[tuple[str, Callable[..., Optimised]]] = [("alpha-crown, 20", alpha_crown)]
     if name == "mnist_mlp_6x100":
         calls.append(("alpha-crown joint, 20", alpha_crown_joint))
-    for method, call in calls:
+    for title, call in calls:
         one = seconds(partial(call, graph, box, spec, intervals), 1)
         many = seconds(partial(call, graph, boxes, specs, every), 1) / len(boxes)
-        line(method, one, f"single {many:8.4f} batched ({one / many:.1f} x), after the intermediate bounds")
+        line(title, one, f"single {many:8.4f} batched ({one / many:.1f} x), after the intermediate bounds")
     line("beta-crown", domains_per_second(graph, box, spec), "subdomains a second")
     if dense and name != "cifar_resnet2b":
         with torch.no_grad():

@@ -376,7 +376,7 @@ def test_hundreds_of_tiny_networks_at_their_worst_points() -> None:
     """Wide weights, every corner of the box and the best of a descent from each: nothing falls below any bound."""
     eye2 = torch.eye(2, dtype=torch.float64)[None]
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).double()
-    for seed in range(300):
+    for seed in range(200):
         torch.manual_seed(seed)
         model: nn.Module = Skip(2 + seed % 4).double()
         for parameter in model.parameters():

@@ -98,6 +98,17 @@ def test_fully_grafted_network_visits_no_domain() -> None:
     assert verdict.status in ("verified-incomplete", "falsified-bab")
 
 
+def test_an_exact_bound_meets_the_attack_that_reaches_it() -> None:
+    """Where nothing is unstable the attack ends in the corner whose value the bound is; rounding is no contradiction."""
+    for seed in range(12):
+        graph, prop = small(seed)
+        middle = (prop.lower + prop.upper) / 2
+        tight = ball(middle, int(graph(middle[None]).argmax()), 1e-5, 3)
+        verdict = verify(graph, tight, VerifySettings(attack_steps=5, attack_restarts=1))
+        assert verdict.verified
+        assert all(b <= a + 1e-9 for b, a in zip(verdict.bounds, verdict.attack_margins, strict=True))
+
+
 def test_grafted_neurons_are_never_split() -> None:
     model, shape = random_network(4, "residual", grafted=True)
     graph = trace(model, shape)

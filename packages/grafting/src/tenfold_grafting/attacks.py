@@ -3,6 +3,7 @@ form, and the verifier's multi-target attack with Adam-signed steps.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -128,7 +129,7 @@ def robust_mask(
                 classes = model(images[:1]).shape[1]
             if classes >= 4:
                 for rank in range(1, classes):
-                    attack(lambda x, y, rank=rank: _targeted(model, x, y, eps, steps, rank))
+                    attack(partial(_targeted, model, eps=eps, steps=steps, rank=rank))
     return robust
 
 

@@ -62,7 +62,8 @@ def to_official(model: nn.Module, *, epoch: int = 0, best_sa: float = 0.0, best_
 
 
 def _read(source: Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    where, content = "the checkpoint", source
+    where = "the checkpoint"
+    content: Any = source
     if isinstance(source, Path):
         where = str(source)
         content = _load(source)

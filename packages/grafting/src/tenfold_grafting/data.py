@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold_grafting.zoo import load_images as load_arrays
-from tenfold_shared.batches import Batches, Flip, RandomCrop
+from tenfold_shared.batches import Augmentation, Batches, Flip, RandomCrop
 from tenfold_shared.download import data_root, missing
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import load_images
@@ -155,7 +155,7 @@ def _svhn(root: Path, part: str, download: bool) -> Split:
 def training_batches(data: Data, name: str, batch_size: int, run: Run) -> Batches:
     """Shuffled batches of pixels; CIFAR's are cropped and flipped."""
     assert data.train is not None
-    augment = [RandomCrop(4), Flip()] if name == "cifar10" else []
+    augment: list[Augmentation] = [RandomCrop(4), Flip()] if name == "cifar10" else []
     return Batches(
         data.train.images,
         data.train.labels,

@@ -249,7 +249,8 @@ class _Builder:
         if isinstance(module, nn.Conv2d):
             self._convolution(node, module, name)
         elif isinstance(module, nn.Linear):
-            bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
+            own = dict(module.named_parameters(recurse=False))
+            bias = own.get("bias", module.weight.new_zeros(module.out_features))
             self._affine(node, Linear, name, weight=module.weight, bias=bias)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             self._batch_norm(node, module, name)
@@ -292,10 +293,10 @@ class _Builder:
         elif target in ("view", "reshape") and len(node.args) > 1:
             sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
             source = self.nodes[self._source(node)].shape
-            wanted = tuple(sizes[1:])  # type: ignore[index]
+            wanted = tuple(sizes[1:])
             if not all(isinstance(size, int) for size in wanted):
                 self._refuse(node, "takes its shape from the data")
-            shape = torch.zeros(1, *source, device="meta").reshape(1, *wanted).shape[1:]  # type: ignore[arg-type]
+            shape = torch.zeros(1, *source, device="meta").reshape(1, *wanted).shape[1:]
             self._affine(node, Reshape, node.name, shape=tuple(shape))
         elif target == "avg_pool2d":
             options = dict(zip(("kernel_size", "stride", "padding", "ceil_mode"), node.args[1:], strict=False))
@@ -330,8 +331,8 @@ class _Builder:
             self._refuse(node, f"has no running statistics, layer {name!r}")
         assert module.running_mean is not None
         assert module.running_var is not None
-        weight = torch.ones_like(module.running_var) if module.weight is None else module.weight
-        bias = torch.zeros_like(module.running_var) if module.bias is None else module.bias
+        weight = module.weight if module.affine else torch.ones_like(module.running_var)
+        bias = module.bias if module.affine else torch.zeros_like(module.running_var)
         factor = weight / (module.running_var + module.eps).sqrt()
         shift = bias - module.running_mean * factor
         source = self._source(node)

@@ -4,7 +4,7 @@ Every value of alpha gives a sound bound, so the best bound seen is kept for eve
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -100,7 +100,7 @@ def _bound(
     return backward(graph, graph.output, spec, lines, box)
 
 
-def _ascend(bound, parameters: list[Tensor], settings: AlphaSettings) -> Iterator[Tensor]:  # type: ignore[no-untyped-def]
+def _ascend(bound: Callable[[], Tensor], parameters: list[Tensor], settings: AlphaSettings) -> Iterator[Tensor]:
     """Bounds along projected gradient ascent on their sum; parameters are slopes, kept in [0, 1]."""
     if settings.iterations < 1:
         raise ValueError(f"alpha-CROWN takes 1 or more iterations, got {settings.iterations}")

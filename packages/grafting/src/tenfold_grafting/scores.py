@@ -1,6 +1,7 @@
 """What a neuron matters and how often it is unstable (section 2.2)."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,10 @@ from tenfold_shared.attacks import fgsm, held
 Significance = Literal["gradient", "magnitude", "variance"]
 BoundName = Literal["ibp", "crown-ibp", "crown", "alpha"]
 Batch = tuple[Tensor, Tensor]
+
+
+def _attack_loss(model: nn.Module, labels: Tensor, images: Tensor) -> Tensor:
+    return cross_entropy(model(images), labels)
 
 
 def scored_images(images: int, count: int = 1000) -> Int[np.ndarray, " count"]:
@@ -58,9 +63,7 @@ def significance(
         for images, labels in batches:
             x = images
             if fgsm_eps:
-                x = x + fgsm(
-                    lambda attacked, y=labels: cross_entropy(model(attacked), y), x, eps=fgsm_eps, step_size=fgsm_step
-                )
+                x = x + fgsm(partial(_attack_loss, model, labels), x, eps=fgsm_eps, step_size=fgsm_step)
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 values = _activation_outputs(model, x) if post_activation else _with_logits(model, x)

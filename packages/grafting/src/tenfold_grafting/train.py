@@ -274,12 +274,13 @@ def fine_tuned(session: Session, model: nn.Sequential) -> nn.Sequential:
         lines = {"slope": settings.slope, "bias": settings.intercept}
         if recipe.method == "prune":
             lines = {"slope": 0.0, "bias": 0.0}
-        plain = graft(plain, masks, trainable=recipe.method == "graft", **lines)
+        grafted = graft(plain, masks, trainable=recipe.method == "graft", **lines)
+        assert isinstance(grafted, nn.Sequential)
+        plain = grafted
         if not settings.train_weights:
             _, weights = graft_parameters(plain)
             for weight in weights:
                 weight.requires_grad_(False)
-    assert isinstance(plain, nn.Sequential)
     fit(session, plain, "finetune", recipe.finetune)
     return plain
 
