@@ -21,6 +21,7 @@ from tenfold_grafting.bounds import (
 from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate
 from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Normalise, UnsupportedOperationError, trace
+from tenfold_grafting.networks import architecture, create_network
 from tenfold_grafting.operations import Activation, Add
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown, alpha_crown_joint
 from tenfold_grafting.relaxation import relax
@@ -327,6 +328,13 @@ def test_batch_norm_is_folded_only_for_a_single_reader() -> None:
     assert "Scale" in [type(node).__name__ for node in graph.nodes]
     x = torch.rand(4, 3).double()
     torch.testing.assert_close(graph(x), shared(x).detach())
+
+
+@pytest.mark.parametrize("name", ["cnn_b", "resnet2b", "resnet4b"])
+def test_the_papers_networks_are_traced(name) -> None:
+    model, shape = create_network(name).double().eval(), architecture(name).input_shape
+    x = torch.rand(2, *shape).double()
+    torch.testing.assert_close(trace(model, shape)(x), model(x).detach())
 
 
 def test_refused_networks() -> None:

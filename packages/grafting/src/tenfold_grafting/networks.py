@@ -7,9 +7,12 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tenfold_shared.errors import UserError
+
+Value = Tensor | fx.Proxy
+"""What flows through a network: tensors, or stand-ins for them while `graph.trace` reads its operations."""
 
 
 class Residual(nn.Module):
@@ -25,7 +28,7 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride))
         self.relu2 = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Value) -> Value:
         """The block's output [batch, outputs, h / stride, w / stride]."""
         return self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
 
@@ -58,7 +61,7 @@ class ResNet(nn.Module):
         self.relu2 = nn.ReLU()
         self.linear2 = nn.Linear(100, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Value) -> Value:
         """Logits [batch, classes] of images [batch, 3, 32, 32]."""
         x = self.relu1(self.conv1(x))
         for number in range(1, self.groups + 1):
