@@ -246,6 +246,7 @@ def decided(graph: Graph, images: Tensor, labels: Tensor, e: Evaluation) -> dict
     return {
         "verify_images": len(images),
         "time_limit": e.verify.timeout,
+        "domain_limit": e.verify.max_domains,
         "va": 100 * verified / len(images) if len(images) else None,
         "statuses": statuses,
         "domains": domains,

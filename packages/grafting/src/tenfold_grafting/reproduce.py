@@ -129,7 +129,8 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
 
 def _considered(arms: Mapping[str, list[Mapping[str, Any]]]) -> str:
     first = next(iter(arms.values()))[0]
-    return f"Verified accuracy: the first {first['verify_images']} images, at most {first['time_limit']:g} s each."
+    limits = f"{first['time_limit']:g} s and {first['domain_limit']} subdomains"
+    return f"Verified accuracy: the first {first['verify_images']} images, at most {limits} each."
 
 
 def _mean(seeds: list[Mapping[str, Any]], name: str) -> float:
