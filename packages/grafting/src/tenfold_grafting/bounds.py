@@ -1,0 +1,495 @@
+"""Bounds of a network on a box (section 2.6): interval arithmetic, CROWN-IBP and CROWN.
+
+CROWN carries rows of coefficients backwards from the outputs to the input: at every node, sum A z + c is a lower bound
+of the specified margins; an activation is replaced by its lower line where its coefficient is positive and by its upper
+line where it is negative.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tenfold_grafting.arithmetic import exact_arithmetic, node_error, rounded_out
+from tenfold_grafting.graph import Graph
+from tenfold_grafting.operations import Activation, Add, Affine, Conv, Linear, Operation, Pad, Scale, interval_of
+from tenfold_grafting.relaxation import Lines, relax
+from tenfold_grafting.windows import Windows, filter_windows, unit_windows
+
+Intervals = dict[int, tuple[Tensor, Tensor]]
+"""Activation's node -> (lower, upper) of its pre-activation, each [batch, *shape]."""
+
+SCREENED_FROM = 64
+"""Neurons of a layer from which on a pass in single precision comes first."""
+
+WINDOW_SHARE = 0.6
+"""Windows that cover more of a map than this are written out: from there on the dense pass is the quicker one."""
+
+
+@dataclasses.dataclass
+class Box:
+    """All inputs with lower <= x <= upper, normalised, [batch, *input_shape]."""
+
+    lower: Float[Tensor, "batch *input"]
+    upper: Float[Tensor, "batch *input"]
+
+    def __len__(self) -> int:
+        """How many boxes."""
+        return len(self.lower)
+
+    def __getitem__(self, index: slice | Tensor) -> "Box":
+        """Some of the boxes."""
+        return Box(self.lower[index], self.upper[index])
+
+    def to(self, dtype: torch.dtype) -> "Box":
+        """The box in another arithmetic, not smaller than it was."""
+        if dtype == self.lower.dtype:
+            return self
+        lower, upper = self.lower.to(dtype), self.upper.to(dtype)
+        low, high = torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf)
+        lower = torch.where(lower.to(self.lower.dtype) > self.lower, torch.nextafter(lower, low), lower)
+        upper = torch.where(upper.to(self.upper.dtype) < self.upper, torch.nextafter(upper, high), upper)
+        return Box(lower, upper)
+
+    @property
+    def centre(self) -> Tensor:
+        """Midpoints."""
+        return (self.lower + self.upper) / 2
+
+    @property
+    def radius(self) -> Tensor:
+        """Half widths."""
+        return (self.upper - self.lower) / 2
+
+
+# -- interval arithmetic --------------------------------------------------------------------------------------------------
+
+
+def ibp(graph: Graph, box: Box) -> tuple[Intervals, tuple[Tensor, Tensor]]:
+    """Interval arithmetic: the pre-activation intervals, and the range of the outputs [batch, classes]."""
+    values: list[tuple[Tensor, Tensor]] = []
+    intervals: Intervals = {}
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node, Activation):
+            intervals[index] = values[node.inputs[0]]
+        values.append(interval_of(node, values, box.lower, box.upper))
+    return intervals, values[-1]
+
+
+def merged_last_layer(graph: Graph, spec: Float[Tensor, "batch rows classes"]) -> tuple[Tensor, Tensor, int]:
+    """C W and C b of a last linear layer, and the node it reads: margins lose nothing to interval arithmetic there."""
+    last = graph.nodes[-1]
+    if not isinstance(last, Linear):
+        return spec, spec.new_zeros(spec.shape[:2]), graph.output
+    return spec @ last.weight, spec @ last.bias, last.inputs[0]
+
+
+def ibp_margins(graph: Graph, box: Box, spec: Float[Tensor, "batch rows classes"]) -> Float[Tensor, "batch rows"]:
+    """Interval lower bounds of C f(x), with the specification merged into a last linear layer."""
+    rows, constant, node = merged_last_layer(graph, spec)
+    values: list[tuple[Tensor, Tensor]] = []
+    for operation in graph.nodes[: node + 1]:
+        values.append(interval_of(operation, values, box.lower, box.upper))
+    lower, upper = (v.flatten(1)[:, :, None] for v in values[node])
+    flat = rows.flatten(2)
+    return constant + (flat.clamp(min=0) @ lower + flat.clamp(max=0) @ upper)[..., 0]
+
+
+# -- the backward pass ----------------------------------------------------------------------------------------------------
+
+
+def backward(
+    graph: Graph,
+    start: int,
+    rows: Tensor | Windows,
+    lines: Mapping[int, Lines],
+    box: Box,
+    observe: dict[int, Tensor] | None = None,
+) -> Float[Tensor, "batch rows"]:
+    """Lower bounds of A z at a node, over the box.
+
+    Args:
+        graph: the network.
+        start: the node at which `rows` are coefficients.
+        rows: A, [batch, rows, *shape of the node] or its windows.
+        lines: relaxation of every activation before the node.
+        box: the inputs, as many as the batch or one for all.
+        observe: receives the coefficients at the output of every activation (node -> [batch, rows, *shape]).
+
+    """
+    coefficients, constant = input_coefficients(graph, start, rows, lines, observe)
+    return constant + concretise(coefficients, box)
+
+
+def input_coefficients(
+    graph: Graph,
+    start: int,
+    rows: Tensor | Windows,
+    lines: Mapping[int, Lines],
+    observe: dict[int, Tensor] | None = None,
+) -> tuple[Tensor | Windows, Tensor]:
+    """(A, c) with A x + c <= the rows at the node, for every input x of the box that the lines were made for."""
+    pending: dict[int, Tensor | Windows] = {start: rows}
+    values = rows.values if isinstance(rows, Windows) else rows
+    constant = values.new_zeros(values.shape[:2])
+    for index in range(start, 0, -1):
+        current = pending.pop(index, None)
+        if current is None:
+            continue
+        node = graph.nodes[index]
+        if isinstance(node, Add):
+            for source in node.inputs:
+                _push(pending, source, current)
+            continue
+        if isinstance(current, Windows) and not isinstance(node, Activation | Conv | Pad | Scale):
+            current = current.dense()
+        if isinstance(node, Activation):
+            if observe is not None:
+                current = _dense(current)
+                observe[index] = current
+            current, added = _through_activation(current, lines[index])
+            constant = constant + added
+        else:
+            assert isinstance(node, Affine)
+            if isinstance(current, Windows):
+                current, added_or_none = _windows_through(current, node)
+            else:
+                flat = current.flatten(0, 1)
+                added_or_none = node.constant(flat)
+                current = node.transpose(flat).unflatten(0, current.shape[:2])
+            if added_or_none is not None:
+                constant = constant + added_or_none.view(constant.shape)
+        if isinstance(current, Windows) and current.covers > WINDOW_SHARE:
+            current = current.dense()
+        _push(pending, node.inputs[0], current)
+    return pending[0], constant
+
+
+def _dense(rows: Tensor | Windows) -> Tensor:
+    return rows.dense() if isinstance(rows, Windows) else rows
+
+
+def _push(pending: dict[int, Tensor | Windows], node: int, rows: Tensor | Windows) -> None:
+    """Add rows to what has reached a node; several readers of one node are summed before it is passed."""
+    if node not in pending:
+        pending[node] = rows
+        return
+    there = pending[node]
+    if isinstance(there, Windows) and isinstance(rows, Windows):
+        pending[node] = there.plus(rows)
+    else:
+        pending[node] = _dense(there) + _dense(rows)
+
+
+def _windows_through(rows: Windows, node: Affine) -> tuple[Windows, Tensor | None]:
+    rows = rows.masked()  # neurons outside of the map do not exist
+    flat = rows.values.flatten(0, 1)
+    if isinstance(node, Conv):
+        return rows.through(node), flat.flatten(2).sum(2) @ node.bias
+    if isinstance(node, Pad):
+        channels, height, width = node.in_shape
+        return rows.padded_away(node.sides, (channels, height, width)), None
+    assert isinstance(node, Scale)
+    scaled = rows.values * node.factor[:, None, None]
+    return dataclasses.replace(rows, values=scaled), flat.flatten(2).sum(2) @ node.shift
+
+
+def _through_activation(rows: Tensor | Windows, lines: Lines) -> tuple[Tensor | Windows, Tensor]:
+    """A+ lower line + A- upper line: the coefficients before the activation, and what its intercepts add."""
+    if isinstance(rows, Windows) and lines.lower_slope.dim() == lines.upper_slope.dim() and lines.shift is None:
+        values, added = _through_lines(
+            rows.values,
+            rows.gather(lines.lower_slope),
+            rows.gather(lines.upper_slope),
+            None if lines.lower_intercept is None else rows.gather(lines.lower_intercept),
+            rows.gather(lines.upper_intercept),
+        )
+        return dataclasses.replace(rows, values=values), added
+    dense = _dense(rows)
+    rowwise = lines.lower_slope.dim() == dense.dim()
+    values, added = _through_lines(
+        dense,
+        lines.lower_slope if rowwise else lines.lower_slope[:, None],
+        lines.upper_slope[:, None],
+        None if lines.lower_intercept is None else lines.lower_intercept[:, None],
+        lines.upper_intercept[:, None],
+    )
+    return values if lines.shift is None else values - lines.shift[:, None], added
+
+
+def _through_lines(
+    rows: Tensor, lower: Tensor, upper: Tensor, lower_intercept: Tensor | None, upper_intercept: Tensor
+) -> tuple[Tensor, Tensor]:
+    negative = rows.clamp(max=0)
+    if lower_intercept is None:
+        added = _dot(negative, upper_intercept)
+    else:
+        added = _dot(negative, upper_intercept - lower_intercept) + _dot(rows, lower_intercept)
+    return torch.addcmul(rows * lower, negative, upper - lower), added
+
+
+def _dot(rows: Tensor, values: Tensor) -> Tensor:
+    """Sum over all but the first two dimensions; values have one row for all or one each."""
+    if values.shape[1] == 1 and len(values) in (1, len(rows)):
+        return torch.matmul(rows.flatten(2), values.flatten(2).transpose(1, 2))[..., 0]
+    return (rows * values).flatten(2).sum(2)
+
+
+def concretise(rows: Tensor | Windows, box: Box) -> Float[Tensor, "batch rows"]:
+    """The minimum of A x over the box: A centre - |A| radius."""
+    if isinstance(rows, Windows):
+        centre, radius = rows.gather(box.centre), rows.gather(box.radius)
+        return (rows.values * centre - rows.values.abs() * radius).flatten(2).sum(2)
+    return _dot(rows, box.centre[:, None]) - _dot(rows.abs(), box.radius[:, None])
+
+
+# -- intermediate bounds --------------------------------------------------------------------------------------------------
+
+
+def relaxations(graph: Graph, intervals: Intervals) -> dict[int, Lines]:
+    """The default lines of every activation with an interval."""
+    return {index: relax(graph.activation(index), *interval) for index, interval in intervals.items()}
+
+
+def crown_intervals(
+    graph: Graph, box: Box, *, intersect: bool = True, rigorous: bool = False, elements: int | None = None
+) -> tuple[Intervals, dict[int, Lines]]:
+    """CROWN bounds of every pre-activation, layer by layer, and the lines they give.
+
+    Args:
+        graph: the network.
+        box: the inputs.
+        intersect: compute rows only for neurons that interval arithmetic from the layers before leaves unstable, and
+            keep the tighter of the two bounds everywhere; otherwise CROWN's bound alone, for every neuron.
+        rigorous: widen everything by what rounding may have cost.
+        elements: numbers that one chunk of rows may hold at a node; default: by the memory there is.
+
+    """
+    values: list[tuple[Tensor, Tensor]] = []
+    mixing: list[int] = []  # maps on the way that read several inputs; interval arithmetic is exact through one
+    intervals: Intervals = {}
+    lines: dict[int, Lines] = {}
+    at_centre = graph.values(box.centre) if intersect else []
+    screen = _Screen(graph, box) if intersect and graph.dtype == torch.float64 else None
+    errors: list[Tensor] = []
+    for index, node in enumerate(graph.nodes):
+        depth = max((mixing[i] for i in node.inputs), default=0)
+        if isinstance(node, Activation):
+            source = node.inputs[0]
+            lower, upper = values[source]
+            if mixing[source] > 1:
+                if screen is not None:
+                    lower, upper = screen.refined(node, intervals, (lower, upper), at_centre[source], elements)
+                centre = at_centre[source] if at_centre else None
+                refined = _refined(graph, box, node, lines, (lower, upper), elements, centre)
+                lower, upper = _less_error(refined, (lower, upper), errors[source]) if rigorous else refined
+            intervals[index] = (torch.minimum(lower, upper), torch.maximum(lower, upper))
+            lines[index] = relax(node, *intervals[index])
+            values.append(node.interval(*intervals[index]))
+            depth += 1
+        else:
+            values.append(interval_of(node, values, box.lower, box.upper))
+        if rigorous:
+            ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
+            values[index] = rounded_out(node, values[index], ranges)
+            errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, graph.input_size))
+        if screen is not None:
+            screen.append(node, [values[i] for i in node.inputs])
+        mixing.append(depth + (isinstance(node, Add) or (isinstance(node, Affine) and node.mixes)))
+    return intervals, lines
+
+
+def _less_error(refined: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], error: Tensor) -> tuple[Tensor, Tensor]:
+    """Refined ends less the rounding error of their backward pass, where that still improves on the interval before."""
+    return torch.maximum(refined[0] - error, before[0]), torch.minimum(refined[1] + error, before[1])
+
+
+def margin_errors(graph: Graph, box: Box, intervals: Intervals) -> list[Tensor]:
+    """What a backward pass from each node may be off by in the graph's arithmetic (see `arithmetic`)."""
+    values: list[tuple[Tensor, Tensor]] = []
+    errors: list[Tensor] = []
+    for index, node in enumerate(graph.nodes):
+        if isinstance(node, Activation):
+            values.append(node.interval(*intervals[index]))
+            ranges = [intervals[index]]
+        else:
+            values.append(interval_of(node, values, box.lower, box.upper))
+            ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
+        errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, graph.input_size))
+    return errors
+
+
+def _refined(
+    graph: Graph,
+    box: Box,
+    node: Activation,
+    lines: Mapping[int, Lines],
+    interval: tuple[Tensor, Tensor],
+    elements: int | None,
+    centre: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The interval of an activation's input after a backward pass from the neurons that need one.
+
+    With the neurons' values at the box's centre, a first pass bounds unstable neurons on the side that could make them
+    stable, a second one those that remain on the other; a stable neuron's other end matters to nothing.
+    """
+    lower, upper = (bound.flatten(1) for bound in interval)
+    source, shape = node.inputs[0], interval[0].shape
+    if centre is None:
+        every = torch.arange(lower.shape[1], device=lower.device).expand(len(lower), -1)
+        plus = torch.ones_like(lower)
+        lower = neuron_bounds(graph, box, source, every, plus, lines, elements)
+        return lower.view(shape), -neuron_bounds(graph, box, source, every, -plus, lines, elements).view(shape)
+    side = torch.where(centre.flatten(1) > 0, 1.0, -1.0).to(lower.dtype)
+    for signs in (side, -side):
+        wanted = node.unstable(lower.view(shape), upper.view(shape)).flatten(1)
+        count = int(wanted.sum(1).max())
+        if count == 0:
+            break
+        neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        sign = signs.gather(1, neurons)
+        bound = neuron_bounds(graph, box, source, neurons, sign, lines, elements)
+        low, high = lower.gather(1, neurons), upper.gather(1, neurons)
+        lower = lower.scatter(1, neurons, torch.where(sign > 0, torch.maximum(low, bound), low))
+        upper = upper.scatter(1, neurons, torch.where(sign < 0, torch.minimum(high, -bound), high))
+    return lower.view(shape), upper.view(shape)
+
+
+class _Screen:
+    """A first pass in single precision, less its rounding error, that finds most of the stable neurons at a fraction of
+    the cost; what it leaves is bounded in double precision.
+    """
+
+    def __init__(self, graph: Graph, box: Box):
+        self.graph, self.box = graph.single, box.to(torch.float32)
+        self.exact = box
+        self.errors: list[Tensor] = []
+
+    def append(self, node: Operation, ranges: list[tuple[Tensor, Tensor]]) -> None:
+        """Take notice of a node whose inputs' ranges are known."""
+        before = [self.errors[i] for i in node.inputs]
+        ranges = ranges or [(self.exact.lower, self.exact.upper)]
+        self.errors.append(node_error(node, before, ranges, torch.float32, 0))
+
+    def refined(
+        self,
+        node: Activation,
+        intervals: Intervals,
+        interval: tuple[Tensor, Tensor],
+        centre: Tensor,
+        elements: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The interval with the bounds of the side on which a neuron may be stable."""
+        lower, upper = (bound.flatten(1) for bound in interval)
+        wanted = node.unstable(*interval).flatten(1)
+        count = int(wanted.sum(1).max())
+        if count < SCREENED_FROM:
+            return interval
+        neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        sign = torch.where(centre.flatten(1) > 0, 1.0, -1.0).to(lower.dtype).gather(1, neurons)
+        single = {
+            index: relax(activation, low.float(), high.float())
+            for index, (low, high) in intervals.items()
+            for activation in [self.graph.activation(index)]
+        }
+        error = self.errors[node.inputs[0]].flatten(1).gather(1, neurons)
+        found = neuron_bounds(self.graph, self.box, node.inputs[0], neurons, sign.float(), single, elements)
+        bound = found.to(lower.dtype) - error
+        low, high = lower.gather(1, neurons), upper.gather(1, neurons)
+        lower = lower.scatter(1, neurons, torch.where(sign > 0, torch.maximum(low, bound), low))
+        upper = upper.scatter(1, neurons, torch.where(sign < 0, torch.minimum(high, -bound), high))
+        return lower.view(interval[0].shape), upper.view(interval[0].shape)
+
+
+def neuron_bounds(
+    graph: Graph,
+    box: Box,
+    source: int,
+    neurons: Int[Tensor, "batch rows"],
+    signs: Float[Tensor, "batch rows"],
+    lines: Mapping[int, Lines],
+    elements: int | None = None,
+) -> Float[Tensor, "batch rows"]:
+    """Lower bounds of sign * z for chosen neurons (numbered in the flattened node), in chunks of rows."""
+    elements = elements or chunk_elements(box.lower)
+    widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: source + 1])
+    step = max(1, elements // (len(box) * widest))
+    parts = []
+    for chosen, sign in zip(neurons.split(step, 1), signs.split(step, 1), strict=True):
+        start, rows, constant = _start_rows(graph, source, chosen, sign)
+        parts.append(backward(graph, start, rows, lines, box) + constant)
+    return torch.cat(parts, 1)
+
+
+def _start_rows(graph: Graph, source: int, neurons: Tensor, signs: Tensor) -> tuple[int, Tensor | Windows, Tensor]:
+    """Rows for single neurons of a node, taken one operation further where that is a look-up: (node, rows, constant)."""
+    node = graph.nodes[source]
+    none = signs.new_zeros(neurons.shape)
+    if isinstance(node, Linear):
+        return node.inputs[0], node.weight[neurons] * signs[..., None], node.bias[neurons] * signs
+    if len(node.shape) == 3:
+        channels, height, width = node.shape
+        units = unit_windows((channels, height, width), neurons, signs)
+        if isinstance(node, Conv):
+            rows = filter_windows(node, units, neurons, signs)
+            return node.inputs[0], rows, node.bias[neurons // (height * width)] * signs
+        return source, units, none
+    unit = torch.nn.functional.one_hot(neurons, torch.Size(node.shape).numel()).to(signs.dtype) * signs[..., None]
+    return source, unit.view(*neurons.shape, *node.shape), none
+
+
+def chunk_elements(like: Tensor) -> int:
+    """Numbers one chunk of rows may hold at a node: of the memory that is free on a GPU, or what stays near a CPU."""
+    if like.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(like.device)
+        return max(1 << 22, free // (10 * like.element_size()))
+    return 1 << 22
+
+
+# -- margins --------------------------------------------------------------------------------------------------------------
+
+
+def margin_spec(labels: Int[Tensor, " batch"], classes: int) -> Float[Tensor, "batch rows classes"]:
+    """Rows e_y - e_j for the wrong classes j in increasing order."""
+    eye = torch.eye(classes, dtype=torch.float64, device=labels.device)
+    others = torch.arange(classes, device=labels.device).expand(len(labels), -1)
+    others = others[others != labels[:, None]].view(len(labels), classes - 1)
+    return eye[labels][:, None] - eye[others]
+
+
+def crown_margins(
+    graph: Graph, box: Box, spec: Float[Tensor, "batch rows classes"], lines: Mapping[int, Lines]
+) -> Float[Tensor, "batch rows"]:
+    """CROWN's lower bounds of C f(x), given the lines of every activation."""
+    return backward(graph, graph.output, spec.to(box.lower), lines, box)
+
+
+def bound_margins(
+    graph: Graph,
+    box: Box,
+    spec: Float[Tensor, "batch rows classes"],
+    method: Literal["ibp", "crown-ibp", "crown"] = "crown",
+    *,
+    intersect: bool = True,
+) -> Float[Tensor, "batch rows"]:
+    """Sound lower bounds of C f(x) over the box.
+
+    Args:
+        graph: the network.
+        box: the inputs, normalised (see `specification.pixel_box`).
+        spec: C, as `margin_spec` makes it.
+        method: interval arithmetic; CROWN on its intervals; or CROWN with CROWN's intermediate bounds.
+        intersect: see `crown_intervals`.
+
+    """
+    spec = spec.to(box.lower)
+    with exact_arithmetic():
+        if method == "ibp":
+            return ibp_margins(graph, box, spec)
+        if method == "crown-ibp":
+            return crown_margins(graph, box, spec, relaxations(graph, ibp(graph, box)[0]))
+        _, lines = crown_intervals(graph, box, intersect=intersect)
+        return crown_margins(graph, box, spec, lines)

@@ -1,0 +1,256 @@
+"""What a network is worth (section 9): standard, robust and verified accuracy, unstable neurons, the verifier's time."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tenfold_grafting.attacks import robust_mask
+from tenfold_grafting.bounds import bound_margins, margin_spec
+from tenfold_grafting.compat import load_official_checkpoint
+from tenfold_grafting.data import NORMALISATION, DataConfig, load_data, resolve
+from tenfold_grafting.grafting import graft
+from tenfold_grafting.graph import Graph, Normalise, trace
+from tenfold_grafting.networks import create_network
+from tenfold_grafting.scores import unstable_per_layer
+from tenfold_grafting.specification import ball, check_eps, pixel_box
+from tenfold_grafting.verify import VerifySettings, verify
+from tenfold_grafting.zoo import load_network
+from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.errors import RunFailure, UserError
+from tenfold_shared.run import Run, RunOptions
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What is measured, and on how many images."""
+
+    eps: float = 0.1
+    """Radius of the balls, in pixel units."""
+    images: int = 0
+    """Images for accuracies, CROWN and unstable neurons; 0: all of the evaluation set."""
+    verify_images: int = 20
+    """The first images, which the verifier decides; 0: none, -1: as many as `images`."""
+    attack: Literal["pgd", "auto"] = "pgd"
+    """Attack of the robust accuracy: PGD, or APGD on three losses."""
+    attack_steps: int = 40
+    """Its steps."""
+    attack_restarts: int = 3
+    """Its restarts."""
+    attack_step: float = 0.0
+    """Length of a PGD step; 0: eps / 4."""
+    bounds: Literal["ibp", "crown-ibp", "crown"] = "crown"
+    """Bounds of the incomplete verified accuracy and of the unstable neurons."""
+    verify: VerifySettings = dataclasses.field(default_factory=VerifySettings)
+    """The verifier."""
+
+    def __post_init__(self) -> None:
+        """Refuse a radius or numbers that mean nothing."""
+        check_eps(self.eps)
+        if self.images < 0 or self.verify_images < -1 or self.attack_restarts < 1 or self.attack_steps < 0:
+            raise UserError("--evaluation takes 0 or more images and steps, and at least one restart")
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """What to evaluate."""
+
+    checkpoint: Path
+    """A run's folder, a .safetensors file of ours, a .pth, .pth.tar or .pt of the authors', or a verification .npz."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The images."""
+    arch: str = ""
+    """Architecture, where the checkpoint's keys do not tell."""
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    """What is measured."""
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The weights of a run's folder, or the file itself."""
+    return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
+
+
+def load_model(checkpoint: Path, data: str = "", arch: str = "") -> tuple[nn.Sequential, dict[str, Any]]:
+    """Normalisation and network of a checkpoint, and what the checkpoint says about itself.
+
+    Args:
+        checkpoint: see `EvalConfig`.
+        data: the data set whose normalisation an authors' checkpoint was trained with; ours say so themselves.
+        arch: architecture of an authors' checkpoint; recognised by its keys.
+
+    Raises:
+        UserError: unreadable, or of no known architecture (the keys that do not fit are named).
+
+    """
+    path = weights_file(resolve(checkpoint))
+    if path.suffix == ".npz":
+        model, meta = load_network(path)
+        return model, meta
+    if path.suffix == ".safetensors":
+        state, about = load_weights(path)
+        if not {"arch", "mean", "std"} <= set(about):
+            raise UserError(f"{path} does not say which network it holds: it was not written by this package")
+        network = create_network(about["arch"], about["classes"])
+        masks = {key.removesuffix(".mask"): mask for key, mask in state.items() if key.endswith(".mask")}
+        network = graft(network, masks) if masks else network
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit {about['arch']}: {' '.join(str(error).split())[:300]}") from error
+        return nn.Sequential(Normalise(about["mean"], about["std"]), network).eval(), about
+    network = load_official_checkpoint(path, arch or None)
+    mean, std = NORMALISATION["cifar10" if data in ("", "arrays") else data]
+    first = next(m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    if isinstance(first, nn.Conv2d) and first.in_channels != len(mean):
+        mean, std = NORMALISATION["mnist"]
+    return nn.Sequential(Normalise(mean, std), network).eval(), {"arch": arch or "recognised by its keys"}
+
+
+def evaluate(config: EvalConfig, options: RunOptions) -> None:
+    """Print accuracies, verified accuracies and unstable neurons of a checkpoint as one JSON line."""
+    model, about = load_model(config.checkpoint, config.data.name, config.arch)
+    data = load_data(config.data)
+    with Run.evaluation("grafting", options) as run:
+        check_fit(model, data.shape)
+        count = config.evaluation.images or None
+        images, labels = data.test.pixels(count)
+        found = measure_network(model.to(run.device), images.to(run.device), labels.to(run.device), config.evaluation)
+        for name in ("verifier_seconds", "call_seconds", "seconds_per_call"):
+            found.pop(name)
+        if run.is_main:
+            known = {key: about[key] for key in ("arch", "method", "selection") if key in about}
+            print(json.dumps({**known, **found}))
+
+
+def check_fit(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Refuse images that the network does not take.
+
+    Raises:
+        UserError: naming the shape.
+
+    """
+    try:
+        with torch.no_grad():
+            weight = next(model.parameters())
+            model(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device))
+    except RuntimeError as error:
+        raise UserError(
+            f"the network does not take images of shape {shape}: choose another checkpoint or --data.name "
+            f"({' '.join(str(error).split())[:160]})"
+        ) from error
+
+
+@torch.no_grad()
+def standard_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Clean top-1 accuracy in per cent."""
+    weight = next(model.parameters())
+    parts = [model(part.to(weight)).argmax(1) for part in images.split(500)]
+    return 100 * float((torch.cat(parts) == labels).double().mean())
+
+
+def measure_network(
+    model: nn.Module,
+    images: Float[Tensor, "n channels height width"],
+    labels: Int[Tensor, " n"],
+    evaluation: Evaluation,
+) -> dict[str, Any]:
+    """SA, RA, incomplete and complete VA in per cent of all images considered, UNR, and the verifier's statuses.
+
+    Raises:
+        RunFailure: an image is verified and attacked at once, or VA <= RA <= SA does not hold on the same images.
+
+    """
+    training = model.training
+    model.eval()
+    try:
+        return _measured(model, images, labels, evaluation)
+    finally:
+        model.train(training)
+
+
+def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation) -> dict[str, Any]:
+    weight = next(model.parameters())
+    parts = []
+    for x, y in zip(images.split(500), labels.split(500), strict=True):
+        parts.append(
+            robust_mask(
+                model,
+                x.to(weight),
+                y,
+                e.eps,
+                kind=e.attack,
+                steps=e.attack_steps,
+                restarts=e.attack_restarts,
+                step=e.attack_step or None,
+            )
+        )
+    robust = torch.cat(parts)
+    graph = trace(model, images.shape[1:]).to(torch.float64)
+    proved = incomplete_verified(graph, images, labels, e.eps, e.bounds)
+    if bool((proved & ~robust).any()):
+        raise RunFailure("an image is verified by its bounds and attacked as well: the engine is unsound here")
+    unstable = unstable_per_layer(graph, images[:100], e.eps, bounds=e.bounds)
+    found: dict[str, Any] = {
+        "images": len(images),
+        "eps": e.eps,
+        "sa": standard_accuracy(model, images, labels),
+        "ra": 100 * float(robust.double().mean()),
+        "bounds": e.bounds,
+        "incomplete_va": 100 * float(proved.double().mean()),
+        "unr": 100 * sum(unstable) / graph.neurons,
+        "unstable_per_layer": unstable,
+    }
+    count = len(images) if e.verify_images < 0 else min(e.verify_images, len(images))
+    return found | decided(graph, images[:count], labels[:count], e)
+
+
+def incomplete_verified(
+    graph: Graph, images: Tensor, labels: Tensor, eps: float, bounds: Literal["ibp", "crown-ibp", "crown"]
+) -> Tensor:
+    """Which images are classified correctly and proved robust by bounds alone, in the graph's arithmetic."""
+    found = []
+    with torch.no_grad():
+        for x, y in zip(images.split(20), labels.split(20), strict=True):
+            right = graph(x).argmax(1) == y
+            proved = torch.zeros_like(right)
+            if bool(right.any()):
+                spec = margin_spec(y[right], graph.classes)
+                lower = bound_margins(graph, pixel_box(graph, x[right], eps), spec, bounds)
+                proved[right] = (lower > 0).all(1)
+            found.append(proved)
+    return torch.cat(found)
+
+
+def decided(graph: Graph, images: Tensor, labels: Tensor, e: Evaluation) -> dict[str, Any]:
+    """The verifier's statuses, verified accuracy and times on images."""
+    statuses: dict[str, int] = {}
+    seconds, calls = [], []
+    domains = 0
+    for x, y in zip(images, labels.tolist(), strict=True):
+        if int(graph(x[None]).argmax()) != y:
+            status = "wrong"
+        else:
+            verdict = verify(graph, ball(x, y, e.eps, graph.classes), e.verify)
+            status = verdict.status
+            domains += verdict.domains
+            if status != "attacked":
+                calls.append(verdict.seconds)
+            if verdict.verified:
+                seconds.append(verdict.seconds)
+        statuses[status] = statuses.get(status, 0) + 1
+    verified = sum(count for status, count in statuses.items() if status.startswith("verified"))
+    return {
+        "verify_images": len(images),
+        "time_limit": e.verify.timeout,
+        "domain_limit": e.verify.max_domains,
+        "va": 100 * verified / len(images) if len(images) else None,
+        "statuses": statuses,
+        "domains": domains,
+        "verifier_seconds": seconds,
+        "call_seconds": calls,
+        "seconds_per_call": sum(calls) / len(calls) if calls else None,
+    }

@@ -1,0 +1,362 @@
+"""Deciding a property: attack, CROWN, alpha-CROWN, then branch and bound to completeness (section 2.6)."""
+
+import dataclasses
+import time
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tenfold_grafting.arithmetic import exact_arithmetic
+from tenfold_grafting.attacks import margin_attack
+from tenfold_grafting.bounds import (
+    Box,
+    Intervals,
+    crown_intervals,
+    crown_margins,
+    ibp,
+    ibp_margins,
+    margin_errors,
+    relaxations,
+)
+from tenfold_grafting.branching import Reduce, Rule, choose_neurons
+from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate
+from tenfold_grafting.graph import Graph
+from tenfold_grafting.leaf import solve_leaf
+from tenfold_grafting.optimise import AlphaSettings, alpha_crown
+from tenfold_grafting.specification import Property
+from tenfold_shared.errors import RunFailure, UserError
+
+Mode = Literal["fast", "checked", "rigorous"]
+Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown", "bab"]
+Status = Literal[
+    "verified-incomplete", "verified-bab", "attacked", "falsified-bab", "timeout", "unknown", "leaf-unknown"
+]
+
+FAST_MARGIN = 1e-4
+"""In single precision a bound is believed from here on (times 1 + its constant)."""
+
+
+@dataclasses.dataclass
+class VerifySettings:
+    """How a property is decided."""
+
+    method: Method = "bab"
+    """The strongest method that is tried; only ``bab`` is complete."""
+    arithmetic: Mode = "checked"
+    """fast: single precision, with a small margin. checked: every claim is evaluated in double precision. rigorous: double
+    precision, less a bound on its own rounding errors."""
+    timeout: float = 300.0
+    """Seconds an image, for all its margins together."""
+    max_domains: int = 5_000_000
+    """Subdomains an image."""
+    batch: int = 256
+    """Subdomains that are split at a time."""
+    branching: Rule = "kfsb"
+    """How the neuron to split is chosen."""
+    candidates: int = 3
+    """Candidates that fsb and kfsb try, by score and by backup score each."""
+    reduce: Reduce = "min"
+    """Which of a pair of values BaBSR's score and the filter take."""
+    give_up: float = -100.0
+    """No branch and bound below this bound, as in the released code."""
+    alpha: AlphaSettings = dataclasses.field(default_factory=AlphaSettings)
+    """The first alpha-CROWN pass."""
+    beta: BetaSettings = dataclasses.field(default_factory=BetaSettings)
+    """beta-CROWN in every subdomain."""
+    attack_steps: int = 100
+    """Steps of the attack that comes first; 0 leaves it out."""
+    attack_restarts: int = 5
+    """Its restarts."""
+
+    def __post_init__(self) -> None:
+        """Refuse what decides nothing."""
+        for name in ("timeout", "max_domains", "batch", "candidates"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--verify.{name} takes more than 0, got {getattr(self, name)}")
+        if self.attack_steps < 0 or self.attack_restarts < 1:
+            raise UserError("--verify.attack_steps takes 0 or more and --verify.attack_restarts 1 or more")
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What came out for one property."""
+
+    status: Status
+    bounds: list[float]
+    """The best lower bound of every margin (a bound of the whole box)."""
+    attack_margins: list[float]
+    """The smallest value of every margin that an attack reached; empty where none was made."""
+    domains: int
+    """Subdomains that were bounded."""
+    seconds: float
+    counterexample: Tensor | None = None
+    """Pixels at which a margin is negative, in double precision."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether the property was proved."""
+        return self.status in ("verified-incomplete", "verified-bab")
+
+    @property
+    def falsified(self) -> bool:
+        """Whether a counter-example was found."""
+        return self.status in ("attacked", "falsified-bab")
+
+    def plain(self) -> dict[str, Any]:
+        """Everything but the counter-example, in JSON's types."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "counterexample"}
+
+
+class _Arithmetic:
+    """Evaluates and believes bounds in one of the three modes."""
+
+    def __init__(self, graph: Graph, prop: Property, mode: Mode):
+        self.mode = mode
+        self.graph = graph.to(torch.float32 if mode == "fast" else torch.float64)
+        self.box = prop.box(self.graph)
+        if mode == "rigorous":  # normalisation rounds
+            low, high = (torch.full_like(self.box.lower, s * torch.inf) for s in (-1, 1))
+            self.box = Box(torch.nextafter(self.box.lower, low), torch.nextafter(self.box.upper, high))
+        self.spec = prop.rows[None].to(self.graph.device, self.graph.dtype)
+        self.constant = prop.constant.to(self.graph.device, self.graph.dtype)
+        self.errors: list[Tensor] | None = None
+        self.intervals: Intervals = {}
+
+    def start(self, crown: bool) -> None:
+        """Compute the intermediate bounds."""
+        if crown:
+            self.intervals, _ = crown_intervals(self.graph, self.box, rigorous=self.mode == "rigorous")
+        else:
+            self.intervals, _ = ibp(self.graph, self.box)
+        if self.mode == "rigorous":
+            self.errors = margin_errors(self.graph, self.box, self.intervals)
+
+    def loss(self, rows: Tensor, constant: Tensor) -> Tensor:
+        """What rounding may have added to a bound of each row [rows, classes]."""
+        if self.mode == "fast":
+            return FAST_MARGIN * (1 + constant.abs())
+        if self.errors is None:
+            return rows.new_zeros(len(rows))
+        return rows.abs() @ self.errors[-1][0]
+
+    def domain_loss(self, problem: Problem, domains: Domains) -> Tensor:
+        """The same for subdomains, whose multipliers bring in errors of their own."""
+        constant = problem.row.new_tensor([problem.constant])
+        loss = self.loss(problem.row[0], constant).expand(len(domains))
+        if self.errors is None:
+            return loss
+        for index, (neurons, part) in problem.slots.items():
+            lower, upper = (end.flatten(1)[0, neurons] for end in problem.intervals[index])
+            size = torch.maximum(lower.abs(), upper.abs()) * 8 * torch.finfo(lower.dtype).eps
+            error = self.errors[problem.graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
+            loss = loss + domains.beta[:, part].to(error) @ (error + size)
+        return loss
+
+
+def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None) -> Verdict:
+    """Decide a property, or say how far it got.
+
+    Args:
+        graph: the network, in any arithmetic; its weights are what is verified.
+        prop: the property.
+        settings: methods, arithmetic and limits.
+
+    Raises:
+        UserError: a property that does not fit the network.
+        RunFailure: a bound lies above a value that the attack reached: a defect, nothing may be believed.
+
+    """
+    settings = settings or VerifySettings()
+    prop = prop.checked(graph)
+    started = time.monotonic()
+    double = graph.to(torch.float64)
+    reached = torch.empty(0)
+    with exact_arithmetic():
+        if settings.attack_steps:
+            reached, worst = _attack(double, prop, settings)
+            if bool((reached < 0).any()):
+                seconds = time.monotonic() - started
+                return Verdict("attacked", [], reached.tolist(), 0, seconds, worst.cpu())
+        run = _Decision(graph, prop, settings, reached, started)
+        status = run.decide()
+    bounds = run.best
+    # Where a bound is exact, both are sums of the same terms and differ by the rounding of double precision.
+    limits = reached.double().cpu()
+    if settings.arithmetic != "rigorous":
+        limits = limits + 1e-9 * (1 + limits.abs())
+    if len(limits) and bool((bounds.double().cpu() > limits).any()):
+        raise RunFailure("a lower bound lies above a value that the attack reached: the engine is unsound here")
+    return Verdict(
+        status, bounds.tolist(), reached.tolist(), run.visited, time.monotonic() - started, run.counterexample
+    )
+
+
+def _attack(graph: Graph, prop: Property, settings: VerifySettings) -> tuple[Tensor, Tensor]:
+    """The smallest value of every margin at the points that were found, in double precision, and the worst point."""
+    rows, constant = prop.rows.to(graph.device, graph.dtype), prop.constant.to(graph.device, graph.dtype)
+    single, low = graph.single, prop.lower.to(graph.device).float()
+    high = prop.upper.to(graph.device).float()
+    _, points = margin_attack(
+        lambda x: single(x) @ rows.float().T + constant.float(),
+        low,
+        high,
+        steps=settings.attack_steps,
+        restarts=settings.attack_restarts,
+        generator=torch.Generator().manual_seed(0),
+    )
+    points = torch.minimum(torch.maximum(points.double(), prop.lower.to(points.device)), prop.upper.to(points.device))
+    found = graph(points) @ rows.T + constant
+    return found.amin(0), points[int(found.amin(1).argmin())]
+
+
+class _Decision:
+    """The way of one property through the methods."""
+
+    def __init__(self, graph: Graph, prop: Property, settings: VerifySettings, reached: Tensor, started: float):
+        self.settings, self.reached = settings, reached
+        self.deadline = started + settings.timeout
+        self.exact = _Arithmetic(graph, prop, settings.arithmetic)
+        rows = len(prop.rows)
+        self.best = self.exact.spec.new_full((rows,), -torch.inf)
+        self.visited = 0
+        self.counterexample: Tensor | None = None
+        self.prefix = self.exact.graph.prefix
+
+    def decide(self) -> Status:
+        settings, exact = self.settings, self.exact
+        with torch.no_grad():
+            exact.start(crown=settings.method not in ("ibp", "crown-ibp"))
+            if settings.method == "ibp":
+                found = ibp_margins(exact.graph, exact.box, exact.spec)[0]
+                loss = exact.loss(exact.spec[0], exact.constant) * (2 if exact.errors is not None else 1)
+            else:
+                found = crown_margins(exact.graph, exact.box, exact.spec, relaxations(exact.graph, exact.intervals))[0]
+                loss = exact.loss(exact.spec[0], exact.constant)
+            self.best = torch.maximum(self.best, found + exact.constant - loss)
+        if self._all_proved():
+            return "verified-incomplete"
+        if settings.method in ("ibp", "crown-ibp", "crown"):
+            return "unknown"
+        alphas = self._alpha()
+        if self._all_proved():
+            return "verified-incomplete"
+        if settings.method == "alpha-crown":
+            return "unknown"
+        if float(self.best.min()) <= settings.give_up:
+            return "unknown"
+        (open_rows,) = (~(self.best > 0)).nonzero(as_tuple=True)
+        if len(self.reached):
+            open_rows = open_rows[self.reached.to(open_rows.device)[open_rows].argsort()]
+        for row in open_rows.tolist():
+            status = self._branch(row, alphas)
+            if status != "verified-bab":
+                return status
+        return "verified-bab"
+
+    def _all_proved(self) -> bool:
+        return bool((self.best > 0).all())
+
+    def _alpha(self) -> dict[int, Tensor]:
+        """alpha-CROWN in single precision; its slopes are evaluated in the mode's arithmetic. [1, rows, *shape]"""
+        exact = self.exact
+        graph = exact.graph.single
+        box = Box(exact.box.lower.float(), exact.box.upper.float())
+        intervals = {i: (low.float(), high.float()) for i, (low, high) in exact.intervals.items()}
+        found = alpha_crown(graph, box, exact.spec.float(), intervals, self.settings.alpha)
+        with torch.no_grad():
+            lines = relaxations(exact.graph, exact.intervals)
+            for i, alpha in found.alphas.items():
+                crossing = exact.graph.activation(i).unstable(*exact.intervals[i])[:, None]
+                slope = torch.where(crossing, alpha.to(exact.spec).clamp(0, 1), lines[i].lower_slope[:, None])
+                lines[i] = lines[i]._replace(lower_slope=slope)
+            bound = crown_margins(exact.graph, exact.box, exact.spec, lines)[0]
+        self.best = torch.maximum(self.best, bound + exact.constant - exact.loss(exact.spec[0], exact.constant))
+        return found.alphas
+
+    def _branch(self, row: int, alphas: dict[int, Tensor]) -> Status:
+        """Branch and bound of one margin."""
+        exact, settings = self.exact, self.settings
+        constant = float(exact.constant[row])
+        problem = Problem.make(exact.graph, exact.box, exact.spec[0, row], constant, exact.intervals)
+        single = problem.single()
+        alpha = single.adaptive()
+        for i, (neurons, part) in problem.slots.items():
+            if i in alphas:
+                alpha[part] = alphas[i][0, row].flatten()[neurons]
+        root = Domains(
+            torch.zeros(1, problem.size, dtype=torch.int8, device=alpha.device),
+            alpha[None],
+            torch.zeros_like(alpha)[None],
+            self.best[row : row + 1].float(),
+        )
+        queue = root
+        closed = torch.inf  # the least bound of a domain that has been dropped
+        while len(queue):
+            if time.monotonic() > self.deadline or self.visited >= settings.max_domains:
+                self._note(row, queue, closed)
+                return "timeout"
+            order = queue.lower.argsort()
+            picked, queue = queue[order[: settings.batch]], queue[order[settings.batch :]]
+            if problem.size == 0:
+                neurons = torch.full((1,), -1)
+            else:
+                neurons = choose_neurons(
+                    single, picked, settings.branching, candidates=settings.candidates, reduce=settings.reduce
+                )
+            leaves = neurons < 0
+            for number in leaves.nonzero(as_tuple=True)[0].tolist():
+                status, least = self._leaf(problem, picked[number : number + 1])
+                if status != "verified-bab":
+                    return status
+                closed = min(closed, least)
+            parents = picked[~leaves]
+            if not len(parents):
+                continue
+            children = beta_crown(single, parents.split(neurons[~leaves]), settings.beta)
+            self.visited += len(children)
+            likely = children.lower > 0
+            if bool(likely.any()):
+                checked = evaluate(problem, children[likely]) - exact.domain_loss(problem, children[likely])
+                children.lower[likely] = checked.float().clamp(max=torch.finfo(torch.float32).max)
+                proved = torch.zeros_like(likely)
+                proved[likely] = checked > 0
+                if bool(proved.any()):
+                    closed = min(closed, float(checked[checked > 0].min()))
+                children = children[~proved]
+            queue = Domains.joined([queue, children])
+        self._note(row, queue, closed)
+        return "verified-bab"
+
+    def _note(self, row: int, queue: Domains, closed: float) -> None:
+        """The margin's bound over the whole box after branching; open domains were bounded in single precision only."""
+        if not len(queue) and closed < torch.inf:
+            self.best[row] = max(float(self.best[row]), closed)
+
+    def _leaf(self, problem: Problem, leaf: Domains) -> tuple[Status, float]:
+        """The exact answer for a fully decided domain, and the bound that it rests on."""
+        double = problem
+        if self.settings.arithmetic == "fast":
+            graph = problem.graph.to(torch.float64)
+            box = problem.box.to(torch.float64)
+            intervals = {i: (low.double(), high.double()) for i, (low, high) in problem.intervals.items()}
+            double = dataclasses.replace(problem, graph=graph, box=box, row=problem.row.double(), intervals=intervals)
+        found = solve_leaf(double, leaf)
+        loss = 2 * float(self.exact.domain_loss(problem, leaf)) if self.exact.errors is not None else 0.0
+        if found.status == "verified" and found.bound > loss:
+            return "verified-bab", found.bound - loss
+        if found.status == "falsified" and found.point is not None:
+            pixels = self._pixels(found.point)[0].cpu()
+            value = double.graph(pixels[None].to(double.graph.device))[0] @ double.row[0, 0] + problem.constant
+            if float(value) < 0:
+                self.counterexample = pixels
+                return "falsified-bab", found.bound
+        return "leaf-unknown", found.bound
+
+    def _pixels(self, point: Tensor) -> Tensor:
+        """Pixels of a normalised point."""
+        if self.prefix is None:
+            return point
+        wide = (-1, *(1 for _ in point.shape[2:]))
+        shift, factor = (t.double().reshape(wide) for t in (self.prefix.shift, self.prefix.factor))
+        return (point.double() - shift) / factor

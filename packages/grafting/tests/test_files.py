@@ -1,0 +1,226 @@
+"""Checkpoints in the authors' layout, ONNX and VNN-LIB out and in, certification to JSON lines, recipes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nets import random_network
+
+from tenfold_grafting import cli
+from tenfold_grafting.compat import CheckpointError, load_official_checkpoint, official_names, to_official
+from tenfold_grafting.data import DataConfig, load_data
+from tenfold_grafting.grafting import activation_shapes, graft
+from tenfold_grafting.graph import Normalise, trace
+from tenfold_grafting.networks import architecture, create_network
+from tenfold_grafting.specification import ball
+from tenfold_grafting.train import Recipe, Session, objective
+from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
+from tenfold_grafting.zoo import load_images, load_network
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+
+
+def grafted(name: str):
+    model = create_network(name)
+    shapes = activation_shapes(model, architecture(name).input_shape)
+    return graft(model, {layer: (torch.rand(shape) < 0.5).float() for layer, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("name", ["cnn_b", "mnist_8x200", "mnist_8x200_bn", "resnet4b", "resnet2b"])
+def test_authors_layout_round_trip(name: str, tmp_path: Path) -> None:
+    for model in (create_network(name), grafted(name)):
+        torch.save(to_official(model, epoch=3, best_sa=80.0), tmp_path / "c.pth.tar")
+        again = load_official_checkpoint(tmp_path / "c.pth.tar")
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], tensor)
+
+
+def test_authors_names() -> None:
+    names = official_names(grafted("cnn_b"))
+    assert names["1.weight"] == "layer1.weight"
+    assert {v.split(".")[0] for v in names.values() if v.startswith("linear_")} == {
+        f"linear_masked_relu{i}" for i in (2, 4, 7)
+    }
+    names = official_names(grafted("resnet4b"))
+    assert names["conv1.weight"] == "conv1.weight"
+    assert {v.split(".")[0] for v in names.values() if v.startswith("linear_")} == {
+        f"linear_masked_relu{i}" for i in range(1, 11)
+    }
+    assert set(official_names(create_network("cnn_b")).values()) >= {"1.weight", "8.bias"}
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    state = to_official(create_network("cnn_b"))["state_dict"]
+    state.pop("3.bias")
+    torch.save(state, tmp_path / "partial.pth")
+    with pytest.raises(CheckpointError, match=r"missing 3\.bias"):
+        load_official_checkpoint(tmp_path / "partial.pth")
+    (tmp_path / "broken.pth").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        load_official_checkpoint(tmp_path / "broken.pth")
+    torch.save([{"a": 1}], tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="no state dict"):
+        load_official_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "residual"])
+def test_onnx_round_trip(kind: str, tmp_path: Path) -> None:
+    """What is written, read again, is the same function; ONNX's own reference evaluation agrees."""
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415
+
+    from tenfold_grafting.onnx_io import read_onnx, write_onnx  # noqa: PLC0415
+
+    model, shape = random_network(2, kind, grafted=True)
+    if len(shape) == 3:
+        model = torch.nn.Sequential(Normalise([0.1, 0.2], [0.5, 0.7]), model)
+    graph = trace(model, shape)
+    path = tmp_path / "network.onnx"
+    write_onnx(graph, path)
+    x = torch.rand(3, *shape).double()
+    (reference,) = ReferenceEvaluator(onnx.load(str(path))).run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(reference, graph(x).numpy(), atol=1e-10)
+    np.testing.assert_allclose(read_onnx(path)(x).numpy(), reference, atol=1e-10)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="no valid ONNX"):
+        read_onnx(path)
+
+
+def test_vnnlib_round_trip(tmp_path: Path) -> None:
+    prop = ball(torch.rand(1, 2, 2), 1, 0.1, 4)
+    prop.constant[0] = 0.25
+    path = tmp_path / "p.vnnlib"
+    write_vnnlib(prop, path, "a test")
+    again = read_vnnlib(path, (1, 2, 2), 4)
+    for name in ("lower", "upper", "rows", "constant"):
+        torch.testing.assert_close(getattr(again, name), getattr(prop, name), rtol=0, atol=0)
+    text = path.read_text()
+    for change, message in (
+        (text[: len(text) // 2], "truncated|parenthesis"),
+        (text.replace("(declare-const Y_3 Real)\n", ""), "outputs"),
+        (text.replace("(assert (>= X_0 ", "(assert (>= X_1 "), "without bounds"),
+        (text.replace("<= Y_1 Y_2", "sin Y_1 Y_2"), "only and, or"),
+    ):
+        path.write_text(change)
+        with pytest.raises(UserError, match=message):
+            read_vnnlib(path, (1, 2, 2), 4)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["tenfold-grafting", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    return int(leaving.value.code or 0)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Path:
+    """A small random network in the verification layout, and digits to certify it on."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.ReLU(), torch.nn.Linear(12, 10))
+    with torch.no_grad():  # a network that knows one class per bright row, so that some images are right
+        model[1].weight.mul_(0.2)
+    meta = {
+        "arch": [["flatten"], ["linear", 64, 12], ["relu"], ["linear", 12, 10]],
+        "input_shape": [1, 8, 8], "mean": [0.0], "std": [1.0], "eps": 0.05, "classes": 10,
+    }  # fmt: skip
+    arrays = {f"w/{key}": tensor.numpy() for key, tensor in model.state_dict().items()}
+    np.savez(tmp_path / "net.npz", meta=np.array([json.dumps(meta)]), **arrays)
+    return tmp_path / "net.npz"
+
+
+CERTIFY = ["--eps", "0.01", "--end", "12", "--verify.timeout", "30", "--device", "cpu", "--quiet"]
+
+
+def test_certify_resumes_and_shards(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ["certify", "--model", str(network), *CERTIFY, "--name", "whole"]
+    assert run(monkeypatch, tmp_path, *whole) == 0
+    results = tmp_path / "runs" / "grafting" / "whole" / "results.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(12))
+    assert all({"status", "seconds"} <= set(line) for line in lines)
+    assert run(monkeypatch, tmp_path, *whole) == 2
+    cut = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(cut[:5]) + cut[5][:10])
+    assert run(monkeypatch, tmp_path, *whole, "--resume") == 0
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["index"], line["status"]) for line in again] == [(line["index"], line["status"]) for line in lines]
+    found = {}
+    for shard in (0, 1):
+        arguments = [*whole[:-1], "parts", "--shard", str(shard), "--shards", "2"]
+        assert run(monkeypatch, tmp_path, *arguments) == 0
+        file = results.parent.parent / "parts" / f"results-{shard}of2.jsonl"
+        found |= {line["index"]: line["status"] for line in map(json.loads, file.read_text().splitlines())}
+    assert found == {line["index"]: line["status"] for line in lines}
+
+
+def test_export_then_certify(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnx")
+    arguments = ["export", "--model", str(network), "--folder", "out", "--images", "1", "--eps", "0.01"]
+    assert run(monkeypatch, tmp_path, *arguments) == 0
+    arguments = ["certify", "--model", "out/network.onnx", "--property", "out/property-0.vnnlib", "--device", "cpu"]
+    assert run(monkeypatch, tmp_path, *arguments, "--verify.timeout", "30", "--quiet", "--name", "vnn") == 0
+    line = json.loads((tmp_path / "runs" / "grafting" / "vnn" / "results.jsonl").read_text())
+    images, labels = load_data(DataConfig()).test.pixels(1)
+    right = int(load_network(network)[0].double()(images).argmax()) == int(labels[0])
+    assert right or line["status"] == "attacked"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--eps", "0"), ("--verify.timeout", "0"), ("--shard", "3"), ("--model", "missing.npz")],
+)
+def test_certify_refuses(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option, capsys) -> None:
+    assert run(monkeypatch, tmp_path, "certify", "--model", str(network), *option) == 2
+    assert option[0].rpartition(".")[2].lstrip("-").split("_")[0] in capsys.readouterr().err or "missing" in option[1]
+
+
+def test_arrays_and_networks_that_are_none(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 3), np.float32), y=np.zeros(2, np.int64))
+    with pytest.raises(UserError, match="expected x uint8"):
+        load_images(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="no readable network"):
+        load_network(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="no images"):
+        load_images(tmp_path / "none.npz")
+
+
+def test_svhn_layout(tmp_path: Path) -> None:
+    from scipy.io import savemat  # noqa: PLC0415
+
+    for part in ("train", "test"):
+        labels = np.arange(1, 11, dtype=np.uint8).repeat(600)[:, None]
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": np.zeros((32, 32, 3, 6000), np.uint8), "y": labels})
+    data = load_data(DataConfig("svhn", root=tmp_path))
+    assert data.train is not None
+    assert data.validation is not None
+    assert (len(data.train.labels), len(data.validation.labels), len(data.test.labels)) == (1000, 5000, 6000)
+    assert int(data.test.labels.max()) == 9
+    (tmp_path / "test_32x32.mat").write_bytes(b"short")
+    with pytest.raises(UserError, match="truncated or corrupted"):
+        load_data(DataConfig("svhn", root=tmp_path))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="SVHN is not there"):
+        load_data(DataConfig("svhn", root=tmp_path))
+
+
+@pytest.mark.parametrize("name", [n for n in recipes("tenfold_grafting") if not n.startswith("published")])
+def test_every_recipe_steps(name: str, tmp_path: Path) -> None:
+    """Built at full size and stepped once on generated images of the right shape."""
+    recipe = load_recipe("tenfold_grafting", name, Recipe)
+    model = create_network(recipe.arch)
+    shape = architecture(recipe.arch).input_shape
+    if "17m" in name:
+        recipe.training.grad_align = 0.0  # its second derivatives take a while
+    x, y = torch.rand(2, *shape), torch.tensor([0, 1])
+    with Run("grafting", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True)) as run:
+        session = Session(run, recipe, load_data(DataConfig()))  # the loss does not look at the images of the session
+        loss = objective(session, model, model, x, y, torch.Generator().manual_seed(0), 0.9)
+        loss.backward()
+    assert torch.isfinite(loss)
+    assert any(float(p.grad.abs().sum()) > 0 for p in model.parameters() if p.grad is not None)

@@ -1,0 +1,171 @@
+"""Complete verification: agreement with a mixed-integer solver, limits, modes, and counter-examples that are ones."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from nets import random_network
+from torch import nn
+
+from tenfold_grafting.bounds import crown_intervals
+from tenfold_grafting.branching import choose_neurons
+from tenfold_grafting.domains import BetaSettings, Domains, Problem
+from tenfold_grafting.grafting import activation_shapes, graft
+from tenfold_grafting.graph import Normalise, trace
+from tenfold_grafting.leaf import milp_minimum, solve_leaf
+from tenfold_grafting.specification import Property, ball
+from tenfold_grafting.verify import VerifySettings, verify
+from tenfold_shared.errors import RunFailure, UserError
+
+QUICK = BetaSettings(iterations=4, lr_alpha=0.1, lr_beta=0.2)
+
+
+def small(seed: int) -> tuple:
+    """A network of few neurons, its graph and a property that may hold or not."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+    for parameter in model.parameters():
+        parameter.data *= 2
+    graph = trace(model, (4,))
+    x = torch.rand(4, dtype=torch.float64)
+    return graph, ball(x, int(graph(x[None]).argmax()), 0.12, 3)
+
+
+@pytest.mark.parametrize("branching", ["babsr", "fsb", "kfsb"])
+def test_branch_and_bound_agrees_with_a_mixed_integer_solver(branching) -> None:
+    """The same answer on every network, and no bound above the exact minimum."""
+    statuses = set()
+    for seed in range(8):
+        graph, prop = small(seed)
+        intervals, _ = crown_intervals(graph, prop.box(graph))
+        exact = [milp_minimum(graph, prop.box(graph), row, intervals) for row in prop.rows]
+        settings = VerifySettings(branching=branching, beta=QUICK, timeout=600, attack_steps=0)
+        verdict = verify(graph, prop, settings)
+        statuses.add(verdict.status)
+        assert verdict.verified == (min(exact) > 0), (seed, verdict, exact)
+        assert verdict.falsified == (min(exact) < 0)
+        assert all(bound <= value + 1e-6 for bound, value in zip(verdict.bounds, exact, strict=True))
+        if verdict.counterexample is not None:
+            margins = graph(verdict.counterexample[None])[0] @ prop.rows.T
+            assert float(margins.min()) < 0
+            assert bool((verdict.counterexample >= prop.lower - 1e-9).all())
+            assert bool((verdict.counterexample <= prop.upper + 1e-9).all())
+    assert len(statuses) > 1
+
+
+@pytest.mark.parametrize("arithmetic", ["fast", "checked", "rigorous"])
+def test_arithmetics_agree_away_from_zero(arithmetic) -> None:
+    for seed in range(6):
+        graph, prop = small(seed)
+        settings = VerifySettings(beta=QUICK, timeout=600, attack_steps=10, attack_restarts=1)
+        reference = verify(graph, prop, settings)
+        assert verify(graph, prop, dataclasses.replace(settings, arithmetic=arithmetic)).verified == reference.verified
+
+
+def test_leaves_are_exact() -> None:
+    """At a fully decided leaf the linear program meets the minimum over the leaf's points, and an empty leaf is empty."""
+    found = set()
+    for seed in range(6):
+        graph, prop = small(seed)
+        box = prop.box(graph)
+        intervals, _ = crown_intervals(graph, box)
+        problem = Problem.make(graph, box, prop.rows[0], 0.0, intervals)
+        x = prop.lower + torch.rand(4, dtype=torch.float64) * (prop.upper - prop.lower)
+        values = graph.values(x[None])
+        signs = torch.zeros(2, problem.size, dtype=torch.int8)
+        for index, (neurons, part) in problem.slots.items():
+            z = values[graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
+            signs[0, part] = torch.where(z >= 0, 1, -1).to(torch.int8)
+        signs[1] = -signs[0]
+        zero = torch.zeros(2, problem.size, dtype=torch.float64)
+        domains = Domains(signs, zero, zero, torch.zeros(2, dtype=torch.float64))
+        here = solve_leaf(problem, domains[:1])
+        assert here.bound <= float(values[-1][0] @ prop.rows[0]) + 1e-9
+        found.add(here.status)
+        found.add(solve_leaf(problem, domains[1:]).status)
+        assert choose_neurons(problem, domains).tolist() == [-1, -1]
+    assert "verified" in found
+
+
+def test_fully_grafted_network_visits_no_domain() -> None:
+    model, shape = random_network(0, "conv")
+    masks = {name: torch.ones(s) for name, s in activation_shapes(model, shape).items()}
+    graph = trace(graft(model, masks).eval(), shape)
+    x = torch.rand(shape, dtype=torch.float64)
+    verdict = verify(graph, ball(x, int(graph(x[None]).argmax()), 0.02, 3), VerifySettings(attack_steps=0))
+    assert verdict.domains == 0
+    assert verdict.status in ("verified-incomplete", "falsified-bab")
+
+
+def test_an_exact_bound_meets_the_attack_that_reaches_it() -> None:
+    """Where nothing is unstable the attack ends in the corner whose value the bound is; rounding is no contradiction."""
+    for seed in range(12):
+        graph, prop = small(seed)
+        middle = (prop.lower + prop.upper) / 2
+        tight = ball(middle, int(graph(middle[None]).argmax()), 1e-5, 3)
+        verdict = verify(graph, tight, VerifySettings(attack_steps=5, attack_restarts=1))
+        assert verdict.verified
+        assert all(b <= a + 1e-9 for b, a in zip(verdict.bounds, verdict.attack_margins, strict=True))
+
+
+def test_grafted_neurons_are_never_split() -> None:
+    model, shape = random_network(4, "residual", grafted=True)
+    graph = trace(model, shape)
+    x = torch.rand(shape, dtype=torch.float64)
+    prop = ball(x, 0, 0.2, 3)
+    intervals, _ = crown_intervals(graph, prop.box(graph))
+    problem = Problem.make(graph, prop.box(graph), prop.rows[0], 0.0, intervals)
+    for index, (neurons, _) in problem.slots.items():
+        mask = graph.activation(index).mask
+        assert mask is not None
+        assert not bool(mask.flatten()[neurons].any())
+
+
+def test_limits() -> None:
+    graph, prop = small(3)
+    hard = dataclasses.replace(prop, constant=prop.constant - 0.3)
+    verdict = verify(graph, hard, VerifySettings(attack_steps=0, max_domains=2, batch=1, beta=QUICK))
+    assert verdict.status in ("timeout", "falsified-bab", "verified-incomplete", "verified-bab")
+    assert verdict.domains <= 4
+    for name in ("timeout", "max_domains", "batch"):
+        with pytest.raises(UserError, match=name):
+            VerifySettings(**{name: 0})
+
+
+def test_contradiction_is_a_hard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound above what the attack reached is never reported as a result."""
+    graph, prop = small(0)
+    module = sys.modules["tenfold_grafting.verify"]  # the package gives its name to the function
+    monkeypatch.setattr(module, "crown_margins", lambda *a: torch.full((1, 2), 1e9, dtype=torch.float64))
+    with pytest.raises(RunFailure, match="unsound"):
+        verify(graph, dataclasses.replace(prop, constant=prop.constant + 50), VerifySettings(attack_steps=3))
+
+
+def test_refused_properties() -> None:
+    graph, prop = small(0)
+    with pytest.raises(UserError, match="inputs of shape"):
+        verify(graph, dataclasses.replace(prop, lower=prop.lower[:2], upper=prop.upper[:2]))
+    with pytest.raises(UserError, match="gives 3 logits"):
+        verify(graph, dataclasses.replace(prop, rows=prop.rows[:, :2]))
+    with pytest.raises(UserError, match="empty"):
+        verify(graph, Property(prop.upper, prop.lower, prop.rows, prop.constant))
+    with pytest.raises(UserError, match="not finite"):
+        verify(graph, dataclasses.replace(prop, constant=prop.constant * float("nan")))
+    for eps in (0.0, -1.0, 2.0):
+        with pytest.raises(UserError, match="eps"):
+            ball(torch.rand(4), 0, eps, 3)
+    with pytest.raises(UserError, match="pixels in"):
+        ball(torch.rand(4) + 1, 0, 0.1, 3)
+
+
+def test_normalised_counterexample_is_in_pixels() -> None:
+    model = nn.Sequential(Normalise([0.3], [0.2]), nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    graph = trace(model, (1, 2, 2))
+    x = torch.full((1, 2, 2), 0.5, dtype=torch.float64)
+    label = int(graph(x[None]).argmax())
+    verdict = verify(graph, ball(x, label, 0.5, 2), VerifySettings(attack_steps=0, beta=QUICK))
+    if verdict.counterexample is not None:
+        assert float(verdict.counterexample.min()) >= -1e-9
+        assert float(verdict.counterexample.max()) <= 1 + 1e-9
+        assert int(graph(verdict.counterexample[None]).argmax()) != label
