@@ -28,7 +28,6 @@ from tenfold_cilqud.objective import (
 from tenfold_cilqud.protocol import new_samples, saved_samples, seen_samples
 from tenfold_cilqud.query import query
 from tenfold_cilqud.robust import Robust, attack_labelled, rft_delta, rkd_delta, rtc_delta, rtc_term
-from tenfold_shared.attacks import input_gradient  # noqa: F401
 from tenfold_shared.testing import Fixture, load_fixture, parity_files
 
 FILES = parity_files(__file__)
@@ -212,10 +211,10 @@ def train_steps(case: Fixture) -> None:
     take = kd_step if case.meta["kind"] == "train_step_kd" else first_step
     start, end = entries(case, "state/"), entries(case, "out/state/")
     if all(torch.equal(value, end[name]) for name, value in start.items()):
-        start = undo_steps(case, take, end)
+        start = find_start(case, end)
     net, losses, accuracy = run_steps(case, take, start)
     close(losses, case.arrays["out/losses"], 1e-9)
-    close(accuracy, case.arrays["out/train_acc"], 1e-9)
+    close(accuracy, case.arrays["out/train_acc"], 1e-7)  # the release counts it in single precision
     for name, value in net.state_dict().items():
         close(value, end[name], 1e-9)
 
@@ -238,31 +237,33 @@ def run_steps(case: Fixture, take, start: dict[str, torch.Tensor]):
     return net, losses, 100 * right / total
 
 
-def undo_steps(case: Fixture, take, end: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state before the steps, from the one after them, for fixtures whose `state/*` is the one after them too.
+def state_of_seed(case: Fixture, seed: int) -> dict[str, torch.Tensor]:
+    """The random start of the fixtures: torch's default initialisation, then norms drawn by a generator of their own."""
+    torch.manual_seed(seed)
+    cfg = case.meta
+    net = PreActResNet(cfg["classes_per_task"], cfg["num_tasks"], width=cfg["width"]).double()
+    draw = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for norm in norms(net):
+            size = norm.weight.shape
+            norm.weight.copy_(1 + 0.1 * torch.randn(size, generator=draw, dtype=torch.float64))
+            norm.bias.copy_(0.1 * torch.randn(size, generator=draw, dtype=torch.float64))
+            norm.running_mean.copy_(0.1 * torch.randn(size, generator=draw, dtype=torch.float64))
+            norm.running_var.copy_(0.5 + torch.rand(size, generator=draw, dtype=torch.float64))
+    return net.state_dict()
 
-    With small steps theta -> F(theta) is close to the identity: theta <- theta - (F(theta) - end) contracts to the
-    start. The losses of the steps, which the end does not determine unless F is right, remain an independent check, and
-    so do the counters: as many passes before the steps as the statistics' counters say, none.
+
+def find_start(case: Fixture, end: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state before the steps, for fixtures whose `state/*` is, entry by entry, the one after them.
+
+    The fixtures' networks start from a seed, and a few small steps leave the stem's weights close to it: the seed is the
+    one whose stem correlates. A wrong one could not give the losses and the final state to nine digits.
     """
-    start = {name: value.clone() for name, value in end.items()}
-    passes = case.meta["steps"] * (5 if case.meta["kind"] == "train_step_kd" else 2)
-    keep = 0.9**passes  # running statistics move apart from everything else: r_end = keep r_start + (something)
-    for name in start:
-        if name.endswith("num_batches_tracked"):
-            start[name] = end[name] - passes
-            assert start[name] == 0
-    for _ in range(60):
-        reached = run_steps(case, take, start)[0].state_dict()
-        furthest = 0.0
-        for name, value in reached.items():
-            if value.is_floating_point():
-                gap = value - end[name]
-                furthest = max(furthest, float(gap.abs().max()))
-                start[name] = start[name] - (gap / keep if "running_" in name else gap)
-        if furthest < 1e-13:
-            return start
-    raise AssertionError(f"no start found from which the steps end where they should: {furthest:.1e} apart")
+    stem = end["conv1.weight"]
+    seeds, draw, bound = range(3000), torch.Generator(), stem[0].numel() ** -0.5  # the default's for a convolution
+    drawn = torch.stack([torch.empty(stem.numel()).uniform_(-bound, bound, generator=draw.manual_seed(s)) for s in seeds])
+    likeness = torch.cosine_similarity(drawn.double(), stem.reshape(1, -1))
+    return state_of_seed(case, seeds[int(likeness.argmax())])
 
 
 def composition(case: Fixture) -> None:
