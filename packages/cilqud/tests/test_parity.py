@@ -27,7 +27,7 @@ from tenfold_cilqud.objective import (
 )
 from tenfold_cilqud.protocol import new_samples, saved_samples, seen_samples
 from tenfold_cilqud.query import query
-from tenfold_cilqud.robust import Robust, attack_labelled, rft_delta, rkd_delta, rtc_delta, rtc_term
+from tenfold_cilqud.robust import Robust, labelled_attack, rft_attack, rkd_attack, rtc_attack, rtc_term, worst_cases
 from tenfold_shared.testing import Fixture, load_fixture, parity_files
 
 FILES = parity_files(__file__)
@@ -280,7 +280,6 @@ def robust_terms(case: Fixture) -> None:
     student, teacher = (network(case, f"state/{who}/").eval() for who in ("student", "teacher"))
     noise, old = tensor(case, "in/delta0") / cfg["eps"], cfg["old_tasks"]
     settings = Robust(adv="madry", eps=cfg["eps"], step_size=cfg["alpha"], steps=cfg["steps"])
-    weights = Weights(temperature=cfg["T"], distance="l2")
     with torch.no_grad():
         features = teacher.features(x)
         answered = Answered(x, teacher.logits(features, old), teacher.logits(features, old, "aux"), features, len(x))
@@ -298,12 +297,13 @@ def robust_terms(case: Fixture) -> None:
     def rtc(images):
         return rtc_term(student, x, images, old + 1, len(x))
 
-    deltas = {
-        "at": attack_labelled(student, labelled, old + 1, ("main",), settings, noise).x - x,
-        "rkd": rkd_delta(student, answered, old, weights, settings, noise, "main"),
-        "rft": rft_delta(student, answered, weights, settings, noise),
-        "rtc": rtc_delta(student, x, old + 1, settings, noise),
+    attacks = {
+        "at": labelled_attack(student, labelled, old + 1, ("main",), settings, noise),
+        "rkd": rkd_attack(student, answered, old, cfg["T"], noise),
+        "rft": rft_attack(answered, "l2", noise),
+        "rtc": rtc_attack(student, x, old + 1, noise),
     }
+    deltas = dict(zip(attacks, worst_cases(student, list(attacks.values()), settings), strict=True))
     for name, loss in {"at": at, "rkd": rkd, "rft": rft, "rtc": rtc}.items():
         expected = tensor(case, f"out/{name}_delta")
         assert ((deltas[name] - expected).abs() > 1e-9).double().mean() <= 1e-3, name

@@ -1,6 +1,7 @@
 """The loss of a step for CIL-QUD, RCIL-QUD and the baselines, and what a baseline does when a task ends."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +30,17 @@ from tenfold_cilqud.objective import (
     transfer_term,
 )
 from tenfold_cilqud.protocol import Samples
-from tenfold_cilqud.robust import attack_labelled, rft_delta, rkd_delta, rtc_delta, rtc_term
+from tenfold_cilqud.robust import (
+    Attack,
+    labelled_attack,
+    rft_attack,
+    rkd_attack,
+    rtc_attack,
+    rtc_term,
+    with_delta,
+    worst_cases,
+)
 from tenfold_cilqud.session import Session, Task, features_of
-from tenfold_cilqud.streams import Stream
 
 Loss = Callable[[Task, int], Terms]
 
@@ -39,55 +48,116 @@ Loss = Callable[[Task, int], Terms]
 # --- CIL-QUD ---------------------------------------------------------------------------------------------------------------
 
 
-def attacked(task: Task, batch: Labelled, whole: int, stream: Stream, step: int, heads: tuple[Head, ...]) -> Labelled:
-    """A labelled batch as the recipe trains on it."""
-    settings = task.session.recipe.robust
-    if settings.adv == "none":
-        return batch
-    noise = stream.noise(step, batch.x, whole, "attack")
-    return attack_labelled(task.session.net, batch, task.seen, heads, settings, noise)
+class Batches(NamedTuple):
+    """What a step of CIL-QUD trains on, at its worst case where the recipe says so."""
+
+    random: Labelled | None
+    balanced: list[tuple[float, Labelled]]
+    answered: Answered | None
+    images: dict[str, Tensor]
+    """Unlabeled images as each of their terms sees them: `main` and `aux` for KD, `ft`, `rtc`."""
 
 
 def cil_qud(task: Task, step: int) -> Terms:
     """L = (L_rs + K_aux) + w (L_cb + K_main) of section 2.2, every term at its worst case where the recipe says so."""
     net, recipe = task.session.net, task.session.recipe
     weights, heads = recipe.weights, recipe.heads
+    batches = batches_of(task, step)
     if task.index == 0:
-        batch, whole = task.random[step]
+        assert batches.random is not None
         if heads == "two":
-            return first_task_terms(net, attacked(task, batch, whole, task.random, step, ("main", "aux")), weights.trades)[0]
-        batch = attacked(task, batch, whole, task.random, step, ("main",))
-        return {"main": classification(net, batch, 1, "main", weights.trades)[0]}
+            return first_task_terms(net, batches.random, weights.trades)[0]
+        return {"main": classification(net, batches.random, 1, "main", weights.trades)[0]}
     terms: Terms = {}
-    if heads != "balanced":
-        head: Head = "aux" if heads == "two" else "main"
-        batch, whole = task.random[step]
-        batch = attacked(task, batch, whole, task.random, step, (head,))
-        if heads == "two":
-            terms["random"] = random_term(net, batch, task.seen, weights)[0]
-        else:
-            terms["random"] = classification(net, batch, task.seen, head, weights.trades)[0]
-    if heads != "random":
-        terms["balanced"] = balanced_term(net, balanced_parts(task, step), task.seen, weights)
-    if task.answers is not None:
-        terms |= unlabeled_terms(task, step, ("aux", "main") if heads == "two" else ("main",))
+    if batches.random is not None and heads == "two":
+        terms["random"] = random_term(net, batches.random, task.seen, weights)[0]
+    elif batches.random is not None:
+        terms["random"] = classification(net, batches.random, task.seen, "main", weights.trades)[0]
+    if batches.balanced:
+        terms["balanced"] = balanced_term(net, batches.balanced, task.seen, weights)
+    if batches.answered is not None:
+        terms |= unlabeled_terms(task, batches.answered, batches.images)
     return terms
 
 
-def balanced_parts(task: Task, step: int) -> list[tuple[float, Labelled]]:
-    """The class-balanced batches of a step, attacked as one, with their weights."""
-    drawn = [(weight, stream, *stream[step]) for weight, stream in task.balanced]
-    if task.session.recipe.robust.adv != "none":
-        noise = torch.cat([stream.noise(step, batch.x, whole, "attack") for _, stream, batch, whole in drawn])
-        whole = attack_labelled(
-            task.session.net, merged([batch for _, _, batch, _ in drawn]), task.seen, ("main",), task.session.recipe.robust, noise
+def unlabeled_terms(task: Task, batch: Answered, images: dict[str, Tensor]) -> Terms:
+    """L_LwF by KD and FT on the queried images, RKD and RFT where these are attacked, and RTC."""
+    net, recipe = task.session.net, task.session.recipe
+    weights, settings = recipe.weights, recipe.robust
+    terms: Terms = {}
+    if "kd" in recipe.distill:
+        heads: tuple[Head, ...] = ("aux", "main") if recipe.heads == "two" else ("main",)
+        # Both heads share a pass unless each is attacked on its own.
+        apart = settings.lwf == "attacked" and settings.rkd_attack == "per_head"
+        for own in [(head,) for head in heads] if apart else [heads]:
+            terms |= distillation_terms(net, batch._replace(x=images[own[-1]]), task.index, weights, own)
+    if "ft" in recipe.distill:
+        terms["ft"] = transfer_term(net, batch._replace(x=images["ft"]), weights)
+    if settings.gamma2:
+        value = rtc_term(
+            net, batch.x, images["rtc"], task.seen, batch.count, detach_clean=settings.rtc_detach_clean
         )
-        if task.together:
-            return [(1.0, whole)]
-        return list(zip([weight for weight, *_ in drawn], parted(whole, [batch for _, _, batch, _ in drawn]), strict=True))
-    if task.together:
-        return [(1.0, merged([batch for _, _, batch, _ in drawn]))]
-    return [(weight, batch) for weight, _, batch, _ in drawn]
+        terms["rtc"] = settings.gamma2 * value
+    return terms
+
+
+def batches_of(task: Task, step: int) -> Batches:
+    """The batches of a step, all attacks on them made at once."""
+    session, recipe = task.session, task.session.recipe
+    net, settings = session.net, recipe.robust
+    queue: dict[str, Attack] = {}
+    random: Labelled | None = None
+    if task.index == 0 or recipe.heads != "balanced":
+        random, whole = task.random[step]
+        own: tuple[Head, ...] = ("aux",) if recipe.heads == "two" else ("main",)
+        heads: tuple[Head, ...] = ("main", "aux") if task.index == 0 and recipe.heads == "two" else own
+        if settings.adv != "none":
+            noise = task.random.noise(step, random.x, whole, "attack")
+            queue["random"] = labelled_attack(net, random, task.seen, heads, settings, noise)
+    drawn = [(weight, stream, *stream[step]) for weight, stream in task.balanced]
+    balanced = [batch for _, _, batch, _ in drawn]
+    if settings.adv != "none":
+        for k, (_, stream, batch, whole) in enumerate(drawn):
+            noise = stream.noise(step, batch.x, whole, "attack")
+            queue[f"balanced-{k}"] = labelled_attack(net, batch, task.seen, ("main",), settings, noise)
+    answered, images = None, {}
+    if task.answers is not None:
+        if task.unlabeled is None:
+            task.unlabeled = task.answers.stream()
+        answered, whole = task.answers.batch(task.unlabeled, step)
+        images = dict.fromkeys(("main", "aux", "ft", "rtc"), answered.x)
+        queue |= unlabeled_attacks(task, answered, whole, step)
+    if queue:
+        deltas = dict(zip(queue, worst_cases(net, list(queue.values()), settings), strict=True))
+        if random is not None and "random" in deltas:
+            random = with_delta(random, deltas["random"], settings)
+        if settings.adv != "none":
+            balanced = [with_delta(batch, deltas[f"balanced-{k}"], settings) for k, batch in enumerate(balanced)]
+        images |= {name: images[name] + deltas[name] for name in images if name in deltas}
+    if task.together and balanced:
+        parts = [(1.0, merged(balanced))]
+    else:
+        parts = [(weight, batch) for (weight, *_), batch in zip(drawn, balanced, strict=True)]
+    return Batches(random, parts, answered, images)
+
+
+def unlabeled_attacks(task: Task, batch: Answered, whole: int, step: int) -> dict[str, Attack]:
+    """The attacks on unlabeled images by the term that they are for; one on the primary head serves both heads of KD
+    unless each has its own.
+    """
+    net, recipe, stream = task.session.net, task.session.recipe, task.unlabeled
+    assert stream is not None
+    settings, attacks = recipe.robust, {}
+    if settings.lwf == "attacked" and "kd" in recipe.distill:
+        both = settings.rkd_attack == "per_head" and recipe.heads == "two"
+        for head in (("main", "aux") if both else ("main",)):
+            noise = stream.noise(step, batch.x, whole, f"rkd-{head}")
+            attacks[head] = rkd_attack(net, batch, task.index, recipe.temperature, noise, head)  # type: ignore[arg-type]
+    if settings.lwf == "attacked" and "ft" in recipe.distill:
+        attacks["ft"] = rft_attack(batch, recipe.distance, stream.noise(step, batch.x, whole, "rft"))
+    if settings.gamma2:
+        attacks["rtc"] = rtc_attack(net, batch.x, task.seen, stream.noise(step, batch.x, whole, "rtc"))
+    return attacks
 
 
 def merged(batches: list[Labelled]) -> Labelled:
@@ -95,56 +165,8 @@ def merged(batches: list[Labelled]) -> Labelled:
     if len(batches) == 1:
         return batches[0]
     x, y = torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches])
-    return Labelled(x, y, sum(batch.count for batch in batches))
-
-
-def parted(whole: Labelled, batches: list[Labelled]) -> list[Labelled]:
-    """A merged batch taken apart again, with the counts that the parts had."""
-    sizes = [len(batch.y) for batch in batches]
-    images = whole.x.split(sizes)
-    worst = [None] * len(sizes) if whole.attacked is None else whole.attacked.split(sizes)
-    return [
-        batch._replace(x=x, attacked=extreme) for batch, x, extreme in zip(batches, images, worst, strict=True)
-    ]
-
-
-def unlabeled_terms(task: Task, step: int, heads: tuple[Head, ...]) -> Terms:
-    """L_LwF by KD and FT on the queried images, RKD and RFT where attacked, and RTC."""
-    net, recipe, answers = task.session.net, task.session.recipe, task.answers
-    assert answers is not None
-    if task.unlabeled is None:
-        task.unlabeled = answers.stream()
-    weights, settings, old, stream = recipe.weights, recipe.robust, task.index, task.unlabeled
-    batch, whole = answers.batch(stream, step)
-
-    def noise(what: str) -> Tensor:
-        return stream.noise(step, batch.x, whole, what)
-
-    terms: Terms = {}
-    if "kd" in recipe.distill and settings.lwf == "clean":
-        terms |= distillation_terms(net, batch, old, weights, heads)
-    elif "kd" in recipe.distill:
-        # One attack on the primary head serves both heads, or each head has its own, and its own pass.
-        rounds = [heads] if settings.rkd_attack == "shared" else [(head,) for head in heads]
-        for own in rounds:
-            target: Head = "main" if len(own) > 1 else own[0]
-            delta = rkd_delta(net, batch, old, weights, settings, noise(f"rkd-{target}"), target)
-            terms |= distillation_terms(net, batch._replace(x=batch.x + delta), old, weights, own)
-    if "ft" in recipe.distill:
-        held = batch
-        if settings.lwf == "attacked":
-            held = batch._replace(x=batch.x + rft_delta(net, batch, weights, settings, noise("rft")))
-        terms["ft"] = transfer_term(net, held, weights)
-    if settings.gamma2:
-        terms["rtc"] = settings.gamma2 * consistency_term(task, batch, noise("rtc"))
-    return terms
-
-
-def consistency_term(task: Task, batch: Answered, noise: Tensor) -> Tensor:
-    """RTC on an unlabeled batch."""
-    net, settings = task.session.net, task.session.recipe.robust
-    delta = rtc_delta(net, batch.x, task.seen, settings, noise)
-    return rtc_term(net, batch.x, batch.x + delta, task.seen, batch.count, detach_clean=settings.rtc_detach_clean)
+    worst = [batch.attacked for batch in batches if batch.attacked is not None]
+    return Labelled(x, y, sum(batch.count for batch in batches), torch.cat(worst) if worst else None)
 
 
 # --- baselines ---------------------------------------------------------------------------------------------------------------
@@ -154,7 +176,11 @@ def baseline(task: Task, step: int) -> Terms:
     """A baseline's loss on its labelled batch, primary head; the teacher sees the clean images."""
     session, recipe = task.session, task.session.recipe
     clean, whole = task.random[step]
-    batch = attacked(task, clean, whole, task.random, step, ("main",))
+    batch, settings = clean, recipe.robust
+    if settings.adv != "none":
+        noise = task.random.noise(step, clean.x, whole, "attack")
+        attack = labelled_attack(session.net, clean, task.seen, ("main",), settings, noise)
+        batch = with_delta(clean, worst_cases(session.net, [attack], settings)[0], settings)
     logits = session.net(batch.x, task.seen, "main")
     answers = None
     if task.teacher is not None and recipe.method in ("lwf", "icarl", "eeil", "bic", "wa"):

@@ -5,7 +5,8 @@ network in eval mode and leaves no gradient in its parameters (`tenfold_shared.a
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,13 +16,13 @@ from torch.nn.functional import cross_entropy
 from tenfold_cilqud.models import Head, IncrementalNet
 from tenfold_cilqud.objective import (
     Answered,
+    Distance,
     Labelled,
-    Weights,
     consistency,
     feature_transfer,
     knowledge_distillation,
 )
-from tenfold_shared.attacks import Loss, held, pgd, project
+from tenfold_shared.attacks import held, pgd, project
 from tenfold_shared.errors import UserError
 
 
@@ -61,71 +62,81 @@ class Robust:
         return self.adv != "none" or self.lwf == "attacked" or self.gamma2 > 0
 
 
-def worst_case(net: IncrementalNet, loss: Loss, x: Tensor, settings: Robust, noise: Tensor) -> Tensor:
-    """delta [b, c, h, w] from noise in [-1, 1] scaled to the ball; the network stands still meanwhile."""
-    start = project(x, settings.eps * noise, settings.eps)
+class Attack(NamedTuple):
+    """One inner maximisation: images, noise in [-1, 1] to start from, and what is raised, as a function of features.
+
+    Every term of the objective depends on the images through their features alone, so all attacks of a step share one
+    pass through the backbone.
+    """
+
+    x: Float[Tensor, "b c h w"]
+    noise: Float[Tensor, "b c h w"]
+    loss: Callable[[Tensor], Tensor]
+
+
+def worst_cases(net: IncrementalNet, attacks: Sequence[Attack], settings: Robust) -> list[Tensor]:
+    """delta of each attack. The network stands still in eval mode, where samples do not see one another, so that one
+    batch of all images gives what the attacks would give apart.
+    """
+    x = torch.cat([attack.x for attack in attacks])
+    sizes = [len(attack.x) for attack in attacks]
+    start = project(x, settings.eps * torch.cat([attack.noise for attack in attacks]), settings.eps)
+
+    def loss(images: Tensor) -> Tensor:
+        parts = net.features(images).split(sizes)
+        return torch.cat([attack.loss(features) for attack, features in zip(attacks, parts, strict=True)])
+
     with held(net):
-        return pgd(
-            loss, x, eps=settings.eps, step_size=settings.step_size, steps=settings.steps, start=start
-        )
+        delta = pgd(loss, x, eps=settings.eps, step_size=settings.step_size, steps=settings.steps, start=start)
+    return list(delta.split(sizes))
 
 
-def attack_labelled(
+def labelled_attack(
     net: IncrementalNet, batch: Labelled, tasks: int, heads: tuple[Head, ...], settings: Robust, noise: Tensor
-) -> Labelled:
-    """A labelled batch at its worst case for the heads and classes that its loss uses; TRADES keeps both images."""
-    if settings.adv == "none" or len(batch.x) == 0:
-        return batch
+) -> Attack:
+    """The worst case of labelled images for the heads and classes that their loss uses: of the cross entropy, or of the
+    divergence from the clean answer (TRADES, first head).
+    """
     if settings.adv == "trades":
-        with torch.no_grad(), held(net):
-            clean = net(batch.x, tasks, heads[0])
+        return rtc_attack(net, batch.x, tasks, noise, heads[0])
 
-        def loss(images: Tensor) -> Tensor:
-            return consistency(clean, net(images, tasks, heads[0]))
+    def loss(features: Tensor) -> Tensor:
+        values = [cross_entropy(net.logits(features, tasks, head), batch.y, reduction="none") for head in heads]
+        return torch.stack(values).sum(0)
 
-    else:
+    return Attack(batch.x, noise, loss)
 
-        def loss(images: Tensor) -> Tensor:
-            features = net.features(images)
-            values = [cross_entropy(net.logits(features, tasks, head), batch.y, reduction="none") for head in heads]
-            return torch.stack(values).sum(0)
 
-    attacked = batch.x + worst_case(net, loss, batch.x, settings, noise)
+def with_delta(batch: Labelled, delta: Tensor, settings: Robust) -> Labelled:
+    """A labelled batch at its worst case; TRADES keeps both images."""
+    attacked = batch.x + delta
     return batch._replace(attacked=attacked) if settings.adv == "trades" else batch._replace(x=attacked)
 
 
-def rkd_delta(
-    net: IncrementalNet, batch: Answered, old_tasks: int, weights: Weights, settings: Robust, noise: Tensor, head: Head
-) -> Tensor:
-    """RKD: argmax_delta KD(head(x + delta), teacher(x)) over the old classes."""
+def rkd_attack(
+    net: IncrementalNet, batch: Answered, old_tasks: int, temperature: float, noise: Tensor, head: Head = "main"
+) -> Attack:
+    """RKD: max over delta of KD(head(x + delta), teacher(x)) over the old classes."""
     answers = batch.main if head == "main" else batch.aux
 
-    def loss(images: Tensor) -> Tensor:
-        return knowledge_distillation(net(images, old_tasks, head), answers, weights.temperature)
+    def loss(features: Tensor) -> Tensor:
+        return knowledge_distillation(net.logits(features, old_tasks, head), answers, temperature)
 
-    return worst_case(net, loss, batch.x, settings, noise)
-
-
-def rft_delta(net: IncrementalNet, batch: Answered, weights: Weights, settings: Robust, noise: Tensor) -> Tensor:
-    """RFT: argmax_delta FT(phi(x + delta), phi_hat(x))."""
-
-    def loss(images: Tensor) -> Tensor:
-        return feature_transfer(net.features(images), batch.features, weights.distance)
-
-    return worst_case(net, loss, batch.x, settings, noise)
+    return Attack(batch.x, noise, loss)
 
 
-def rtc_delta(net: IncrementalNet, x: Tensor, tasks: int, settings: Robust, noise: Tensor) -> Tensor:
-    """RTC: argmax_delta KL(main(x) || main(x + delta)), the clean side fixed; needs a start other than 0, where the
+def rft_attack(batch: Answered, distance: Distance, noise: Tensor) -> Attack:
+    """RFT: max over delta of FT(phi(x + delta), phi_hat(x))."""
+    return Attack(batch.x, noise, lambda features: feature_transfer(features, batch.features, distance))
+
+
+def rtc_attack(net: IncrementalNet, x: Tensor, tasks: int, noise: Tensor, head: Head = "main") -> Attack:
+    """RTC: max over delta of KL(head(x) || head(x + delta)), the clean side fixed; needs a start other than 0, where the
     gradient vanishes.
     """
     with torch.no_grad(), held(net):
-        clean = net(x, tasks, "main")
-
-    def loss(images: Tensor) -> Tensor:
-        return consistency(clean, net(images, tasks, "main"))
-
-    return worst_case(net, loss, x, settings, noise)
+        clean = net(x, tasks, head)
+    return Attack(x, noise, lambda features: consistency(clean, net.logits(features, tasks, head)))
 
 
 def rtc_term(
@@ -135,10 +146,3 @@ def rtc_term(
     reference = net(clean, tasks, "main")
     reference = reference.detach() if detach_clean else reference
     return consistency(reference, net(attacked, tasks, "main")).sum() / count
-
-
-def attack_answered(
-    net: IncrementalNet, batch: Answered, old_tasks: int, weights: Weights, settings: Robust, noise: Tensor, head: Head
-) -> Float[Tensor, "b c h w"]:
-    """Unlabeled images at RKD's worst case for a head."""
-    return batch.x + rkd_delta(net, batch, old_tasks, weights, settings, noise, head)

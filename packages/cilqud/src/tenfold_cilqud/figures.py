@@ -1,0 +1,6 @@
+"""Figures."""
+
+
+def figures(claims, outcomes, folder):
+    """None yet."""
+    return []
