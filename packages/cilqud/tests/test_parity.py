@@ -261,7 +261,9 @@ def find_start(case: Fixture, end: dict[str, torch.Tensor]) -> dict[str, torch.T
     """
     stem = end["conv1.weight"]
     seeds, draw, bound = range(3000), torch.Generator(), stem[0].numel() ** -0.5  # the default's for a convolution
-    drawn = torch.stack([torch.empty(stem.numel()).uniform_(-bound, bound, generator=draw.manual_seed(s)) for s in seeds])
+    drawn = torch.stack(
+        [torch.empty(stem.numel()).uniform_(-bound, bound, generator=draw.manual_seed(s)) for s in seeds]
+    )
     likeness = torch.cosine_similarity(drawn.double(), stem.reshape(1, -1))
     return state_of_seed(case, seeds[int(likeness.argmax())])
 

@@ -96,7 +96,7 @@ class Walk:
         self.before = [parameter.detach().clone() for parameter in net.parameters()]
 
     def penalty(self, net: nn.Module) -> Tensor:
-        """sum (F + s)(theta - theta_old)^2."""
+        """Sum (F + s)(theta - theta_old)^2."""
         parts = [
             ((fisher + score) * (parameter - old).square()).sum()
             for parameter, old, fisher, score in zip(

@@ -53,7 +53,9 @@ def plain_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
     named = {name.removeprefix("module."): value for name, value in state.items()}
     strange = [name for name, value in named.items() if not isinstance(value, Tensor)]
     if strange:
-        raise CheckpointError(f"the checkpoint's {strange[0]!r} is no tensor: give it a state dict, or one under 'state_dict'")
+        raise CheckpointError(
+            f"the checkpoint's {strange[0]!r} is no tensor: give it a state dict, or one under 'state_dict'"
+        )
     plain: dict[str, Tensor] = {}
     for name, value in named.items():
         if name.endswith("weight_mask"):

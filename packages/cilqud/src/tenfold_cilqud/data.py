@@ -101,7 +101,7 @@ class ClassData:
 
     @property
     def classes_per_task(self) -> int:
-        """c."""
+        """C."""
         return len(self.order) // self.tasks
 
     @property
@@ -169,9 +169,7 @@ def _digits(config: DataConfig, seed: int) -> ClassData:
             raise UserError(f"digit {label} has {len(own)} images, {cuts[-1]} are asked for: lower --data.per_class")
         for name, chosen in zip(parts, np.split(own, cuts)[:4], strict=True):
             parts[name].append(images[torch.from_numpy(chosen)])
-    return ClassData(
-        **parts, order=order, names=tuple("0123456789"), tasks=config.tasks, mean=(0.0,), std=(1.0,)
-    )  # type: ignore[arg-type]  # the parts are those of ClassData
+    return ClassData(**parts, order=order, names=tuple("0123456789"), tasks=config.tasks, mean=(0.0,), std=(1.0,))  # type: ignore[arg-type]  # the parts are those of ClassData
 
 
 # --- sets in memory ------------------------------------------------------------------------------------------------------
@@ -186,7 +184,7 @@ def _images(config: DataConfig, seed: int) -> ClassData:
     train = load_images(config.name, config.root, "train", download=config.download)
     test = load_images(config.name, config.root, "test")
     mean, std = (
-        measured_normalisation(train) if config.name == "folder" else NORMALISATION.get(config.name, None)
+        measured_normalisation(train) if config.name == "folder" else NORMALISATION.get(config.name)
     ) or normalisation(config.name)
     grey = train.images.shape[1] == 1
     return _split(
@@ -276,9 +274,7 @@ def write_bundle(data: ClassData, folder: Path, name: str, anchors: int, seed: i
     def plain(split: Sequence[Tensor]) -> dict[int, Any]:
         return {label: images.permute(0, 2, 3, 1).contiguous().numpy() for label, images in enumerate(split)}
 
-    kept = [
-        images[random_anchors(len(images), anchors, seed, label)] for label, images in enumerate(data.train)
-    ]
+    kept = [images[random_anchors(len(images), anchors, seed, label)] for label, images in enumerate(data.train)]
     written = []
     for part, split in (("train", data.train), ("val", data.validation), ("test", data.test), ("save_100", kept)):
         path = folder / f"{name}_{part}.pkl"

@@ -37,9 +37,8 @@ class BiasCorrection(nn.Module):
     def correct(self, logits: Float[Tensor, "b k"], classes_per_task: int) -> Float[Tensor, "b k"]:
         """Logits of whole blocks, corrected."""
         tasks = logits.shape[1] // classes_per_task
-        return (
-            logits * self.scale[:tasks].repeat_interleave(classes_per_task)
-            + self.shift[:tasks].repeat_interleave(classes_per_task)
+        return logits * self.scale[:tasks].repeat_interleave(classes_per_task) + self.shift[:tasks].repeat_interleave(
+            classes_per_task
         )
 
 

@@ -103,7 +103,7 @@ def withstood(
     return alive
 
 
-def _autoattack(score, x: Tensor, y: Tensor, settings: Evaluation, seed: int) -> Tensor:  # noqa: ANN001
+def _autoattack(score, x: Tensor, y: Tensor, settings: Evaluation, seed: int) -> Tensor:
     try:
         from autoattack import AutoAttack  # noqa: PLC0415 - optional
     except ImportError as error:
@@ -125,7 +125,9 @@ def robust_accuracies(net: IncrementalNet, sets: Sets, tasks_seen: int, settings
         chosen, right = zip(images[:number].split(settings.batch_size), labels[:number].split(settings.batch_size)), 0
         for part, (some, own) in enumerate(chosen):
             x = pixels_as(net, some)
-            right += int(withstood(net, x, own.to(x.device), tasks_seen, settings, derived_seed(seed, task, part)).sum())
+            right += int(
+                withstood(net, x, own.to(x.device), tasks_seen, settings, derived_seed(seed, task, part)).sum()
+            )
         rows.append(100.0 * right / min(number, len(images)))
     return rows
 
@@ -147,9 +149,9 @@ class EvalConfig:
     """Tasks that the state has seen; 0: what the checkpoint says, or all."""
 
 
-def load_checkpoint(checkpoint: Path, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)) -> tuple[
-    IncrementalNet, dict
-]:
+def load_checkpoint(
+    checkpoint: Path, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+) -> tuple[IncrementalNet, dict]:
     """The network of a checkpoint in eval mode, and what the checkpoint says about itself.
 
     Released files are recognised by their keys and do not say how images are normalised: `mean` and `std` are for them.

@@ -94,9 +94,7 @@ def unlabeled_terms(task: Task, batch: Answered, images: dict[str, Tensor]) -> T
     if "ft" in recipe.distill:
         terms["ft"] = transfer_term(net, batch._replace(x=images["ft"]), weights)
     if settings.gamma2:
-        value = rtc_term(
-            net, batch.x, images["rtc"], task.seen, batch.count, detach_clean=settings.rtc_detach_clean
-        )
+        value = rtc_term(net, batch.x, images["rtc"], task.seen, batch.count, detach_clean=settings.rtc_detach_clean)
         terms["rtc"] = settings.gamma2 * value
     return terms
 
@@ -150,7 +148,7 @@ def unlabeled_attacks(task: Task, batch: Answered, whole: int, step: int) -> dic
     settings, attacks = recipe.robust, {}
     if settings.lwf == "attacked" and "kd" in recipe.distill:
         both = settings.rkd_attack == "per_head" and recipe.heads == "two"
-        for head in (("main", "aux") if both else ("main",)):
+        for head in ("main", "aux") if both else ("main",):
             noise = stream.noise(step, batch.x, whole, f"rkd-{head}")
             attacks[head] = rkd_attack(net, batch, task.index, recipe.temperature, noise, head)  # type: ignore[arg-type]
     if settings.lwf == "attacked" and "ft" in recipe.distill:

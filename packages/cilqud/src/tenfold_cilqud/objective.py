@@ -153,9 +153,7 @@ def random_term(
     return weights.aux * loss, logits
 
 
-def balanced_term(
-    net: IncrementalNet, parts: list[tuple[float, Labelled]], tasks: int, weights: Weights
-) -> Tensor:
+def balanced_term(net: IncrementalNet, parts: list[tuple[float, Labelled]], tasks: int, weights: Weights) -> Tensor:
     """L_cb: cross entropy of the primary head on class-balanced data, a weighted sum over separately passed parts."""
     losses = [share * classification(net, batch, tasks, "main", weights.trades)[0] for share, batch in parts]
     return weights.main * torch.stack(losses).sum()

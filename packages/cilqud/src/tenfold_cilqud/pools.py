@@ -179,7 +179,9 @@ def photo_patches(count: int, shape: tuple[int, ...], seed: int, dtype: torch.dt
 def _array_pool(array: Any, what: str, channels_last: bool = True) -> Pool:
     """A pool over a uint8 array (which may be memory-mapped), [p, h, w, c] or [p, c, h, w]."""
     if array.dtype != np.uint8 or array.ndim != 4:
-        raise UserError(f"{what}: it holds {array.dtype} {list(array.shape)}, uint8 images in four dimensions are needed")
+        raise UserError(
+            f"{what}: it holds {array.dtype} {list(array.shape)}, uint8 images in four dimensions are needed"
+        )
 
     def read(indices: Tensor) -> Tensor:
         images = torch.from_numpy(np.ascontiguousarray(array[indices.numpy()]))
@@ -264,7 +266,9 @@ def _folder(where: str, data: ClassData, seed: int) -> Pool:
     files = sorted(path for path in Path(where).rglob("*") if path.suffix.lower() in SUFFIXES) if where else []
     if not files:
         raise UserError(f"--pool.source folder:{where}: no image files are there")
-    return Pool(len(files), lambda chosen: _decoded([files[i] for i in chosen.tolist()], data.shape), f"images of {where}")
+    return Pool(
+        len(files), lambda chosen: _decoded([files[i] for i in chosen.tolist()], data.shape), f"images of {where}"
+    )
 
 
 def _decoded(files: Sequence[Path], shape: tuple[int, ...]) -> Tensor:

@@ -127,7 +127,7 @@ def summarise_matrix(matrix: Sequence[Sequence[float]]) -> Summary:
     final, earlier = matrix[-1], range(len(matrix) - 1)
     last = float(np.mean(final))
     average = float(np.mean([np.mean(row) for row in matrix]))
-    if not len(earlier):
+    if not earlier:
         return Summary(last, average, 0.0, 0.0)
     best = [max(matrix[t][j] for t in range(j, len(matrix) - 1)) for j in earlier]
     forgetting = float(np.mean([best[j] - final[j] for j in earlier]))

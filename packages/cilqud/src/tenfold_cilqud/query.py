@@ -105,9 +105,7 @@ def query(
     return Query(indices.cpu(), owners, distance.cpu(), counts, time.perf_counter() - started)
 
 
-def _prepared(
-    anchors: Tensor, pool: Tensor, metric: Metric
-) -> tuple[Tensor, Tensor, bool]:
+def _prepared(anchors: Tensor, pool: Tensor, metric: Metric) -> tuple[Tensor, Tensor, bool]:
     """Anchors as they are compared, what is subtracted from pool rows, and whether those are scaled to unit length."""
     if metric == "cosine":
         return torch.nn.functional.normalize(anchors), torch.zeros_like(anchors[0]), True

@@ -11,9 +11,7 @@ from tenfold_cilqud.query import Metric, Order
 from tenfold_cilqud.robust import Robust
 from tenfold_shared.errors import UserError
 
-Method = Literal[
-    "cil-qud", "finetune", "joint", "replay", "lwf", "icarl", "eeil", "bic", "wa", "il2m", "dmc", "rwalk"
-]
+Method = Literal["cil-qud", "finetune", "joint", "replay", "lwf", "icarl", "eeil", "bic", "wa", "il2m", "dmc", "rwalk"]
 
 
 @dataclasses.dataclass
@@ -112,7 +110,9 @@ class Recipe:
             raise UserError("--temperature is positive, and --milestones are fractions of a task in (0, 1]")
         robust_lwf = self.robust.lwf == "attacked" or self.robust.gamma2 > 0
         if robust_lwf and (self.method != "cil-qud" or self.distill == "none"):
-            raise UserError("--robust.lwf attacked and --robust.gamma2 attack unlabeled images, which this method has none of")
+            raise UserError(
+                "--robust.lwf attacked and --robust.gamma2 attack unlabeled images, which this method has none of"
+            )
 
     @property
     def uses_pool(self) -> bool:

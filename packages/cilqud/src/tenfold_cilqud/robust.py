@@ -75,7 +75,7 @@ class Attack(NamedTuple):
 
 
 def worst_cases(net: IncrementalNet, attacks: Sequence[Attack], settings: Robust) -> list[Tensor]:
-    """delta of each attack. The network stands still in eval mode, where samples do not see one another, so that one
+    """Delta of each attack. The network stands still in eval mode, where samples do not see one another, so that one
     batch of all images gives what the attacks would give apart.
     """
     x = torch.cat([attack.x for attack in attacks])

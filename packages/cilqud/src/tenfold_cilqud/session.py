@@ -323,7 +323,9 @@ def split_for_bias(new: Samples, anchors: Samples) -> tuple[Samples, Samples, Sa
         for label in samples.labels.unique().tolist():
             own = (samples.labels == label).nonzero().squeeze(1)
             keep[own[len(own) - min(number, len(own) - 1) :]] = False
-        return Samples(samples.images[keep], samples.labels[keep]), Samples(samples.images[~keep], samples.labels[~keep])
+        return Samples(samples.images[keep], samples.labels[keep]), Samples(
+            samples.images[~keep], samples.labels[~keep]
+        )
 
     kept_new, out_new = parted(new)
     kept_old, out_old = parted(anchors)

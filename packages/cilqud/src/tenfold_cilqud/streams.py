@@ -94,9 +94,7 @@ class Stream:
         return Labelled(x, self.samples.labels[indices.to(x.device)], whole / self.run.world), whole
 
 
-def augmented(
-    images: Tensor, augment: Sequence[Any], whole: int, own: slice, generator: torch.Generator
-) -> Tensor:
+def augmented(images: Tensor, augment: Sequence[Any], whole: int, own: slice, generator: torch.Generator) -> Tensor:
     """Images augmented by what is drawn for a whole batch, of which they are the part `own`."""
     for change in augment:
         images = change.apply(images, change.draw(whole, generator)[own].to(images.device))

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tenfold_cilqud.baselines import Walk
 from tenfold_cilqud.data import load_data
@@ -206,7 +205,7 @@ def test(session: Session, index: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def auxiliary_decision(net: IncrementalNet):  # noqa: ANN201
+def auxiliary_decision(net: IncrementalNet):
     """Within it the auxiliary head predicts."""
     net.linear_main, net.linear = net.linear, net.linear_main
     try:
@@ -330,7 +329,10 @@ def fit(
         optimiser.step()
         if session.walk is not None:
             session.walk.note(chosen)
-        run.log(loss=run.reduce(value.detach()) / run.world, **{k: run.reduce(v.detach()) / run.world for k, v in terms.items()})
+        run.log(
+            loss=run.reduce(value.detach()) / run.world,
+            **{k: run.reduce(v.detach()) / run.world for k, v in terms.items()},
+        )
         if best is not None and ((step + 1) % len(task.random) == 0 or step + 1 == total):
             best.consider(chosen, validation_accuracy(session, task))
     if best is not None:
@@ -358,7 +360,9 @@ def validation_accuracy(session: Session, task: Task) -> float:
 def save_walk(session: Session, phase: str) -> None:
     """RWalk's importances after a task, beside its weights."""
     assert session.walk is not None
-    parts = {f"{name}.{i}": value for name, values in session.walk.state_dict().items() for i, value in enumerate(values)}
+    parts = {
+        f"{name}.{i}": value for name, values in session.walk.state_dict().items() for i, value in enumerate(values)
+    }
     save_weights(session.run.directory / "checkpoints" / f"walk-{phase}.safetensors", parts)
 
 

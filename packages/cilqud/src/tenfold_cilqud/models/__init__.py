@@ -18,7 +18,11 @@ __all__ = [
     "model_names",
 ]
 
-PREACT = {"preact18": ("basic", (2, 2, 2, 2)), "preact34": ("basic", (3, 4, 6, 3)), "preact50": ("bottleneck", (3, 4, 6, 3))}
+PREACT = {
+    "preact18": ("basic", (2, 2, 2, 2)),
+    "preact34": ("basic", (3, 4, 6, 3)),
+    "preact50": ("bottleneck", (3, 4, 6, 3)),
+}
 
 
 def model_names() -> tuple[str, ...]:

@@ -41,7 +41,12 @@ class TorchvisionNet(IncrementalNet):
     """Any classifier of torchvision: what it gives its last linear layer is the feature."""
 
     def __init__(
-        self, name: str, classes_per_task: int, tasks: int, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+        self,
+        name: str,
+        classes_per_task: int,
+        tasks: int,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
     ):
         super().__init__(classes_per_task, tasks, mean, std)
         try:
