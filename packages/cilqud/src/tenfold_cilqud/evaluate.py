@@ -122,9 +122,9 @@ def robust_accuracies(net: IncrementalNet, sets: Sets, tasks_seen: int, settings
     rows = []
     for task, (images, labels) in enumerate(sets):
         number = settings.images or len(images)
-        chosen, right = zip(images[:number].split(settings.batch_size), labels[:number].split(settings.batch_size)), 0
-        for part, (some, own) in enumerate(chosen):
-            x = pixels_as(net, some)
+        right = 0
+        for part, rows_of_part in enumerate(torch.arange(min(number, len(images))).split(settings.batch_size)):
+            x, own = pixels_as(net, images[rows_of_part]), labels[rows_of_part]
             right += int(
                 withstood(net, x, own.to(x.device), tasks_seen, settings, derived_seed(seed, task, part)).sum()
             )

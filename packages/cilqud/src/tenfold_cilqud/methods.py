@@ -185,7 +185,7 @@ def baseline(task: Task, step: int) -> Terms:
         with torch.no_grad():
             answers = teacher_logits(task.teacher, clean.x, task.index)
     values = baseline_values(recipe.method, recipe.binary, logits, batch.y, answers)
-    terms = {"loss": values.sum() / batch.count}
+    terms = {"classification": values.sum() / batch.count}
     if batch.attacked is not None:
         worst = consistency(logits, session.net(batch.attacked, task.seen, "main"))
         terms["trades"] = recipe.robust.trades_beta * worst.sum() / batch.count

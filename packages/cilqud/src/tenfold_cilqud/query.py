@@ -120,9 +120,9 @@ def _distances(anchors: Tensor, pool: Tensor, centre: Tensor, scale: bool) -> Te
     """|a|^2 + |p|^2 - 2 a p for a block of anchors and the whole pool, a chunk of the pool at a time."""
     block = torch.empty(len(anchors), len(pool), dtype=anchors.dtype, device=anchors.device)
     squares = anchors.square().sum(1, keepdim=True)
-    for first, rows in _chunks(pool):
-        rows = rows.to(anchors.device, anchors.dtype)
-        rows = torch.nn.functional.normalize(rows) if scale else rows - centre
+    for first, chunk in _chunks(pool):
+        moved = chunk.to(anchors.device, anchors.dtype)
+        rows = torch.nn.functional.normalize(moved) if scale else moved - centre
         part = block[:, first : first + len(rows)]
         torch.addmm(rows.square().sum(1), anchors, rows.T, alpha=-2.0, out=part)
         part += squares

@@ -147,7 +147,7 @@ class Answers:
         return Stream(run, Samples(self.images, positions), size, f"unlabeled-{self.task}", augment)
 
     def batch(self, stream: Stream, step: int) -> tuple[Answered, int]:
-        """This process's unlabeled batch of a step, and the size of the whole."""
+        """The process's unlabeled batch of a step, and the size of the whole."""
         indices, x, whole = stream.chosen(step)
         rows = indices.to(x.device)
         answers = (self.main[rows], self.aux[rows], self.features[rows])

@@ -70,18 +70,18 @@ class Stream:
         return self._order[position * self.batch_size : last]
 
     def share(self, count: int) -> slice:
-        """This process's part of a batch of `count`."""
+        """The process's part of a batch of `count`."""
         rank, world = self.run.rank, self.run.world
         return slice(rank * count // world, (rank + 1) * count // world)
 
     def noise(self, step: int, x: Tensor, whole: int, what: str) -> Tensor:
-        """This process's part of noise in [-1, 1] for a whole batch, from which an attack starts."""
+        """The process's part of noise in [-1, 1] for a whole batch, from which an attack starts."""
         seed = derived_seed(self.run.options.seed, self.purpose, what, step)
         drawn = torch.rand((whole, *x.shape[1:]), generator=torch.Generator().manual_seed(seed))
         return (2 * drawn[self.share(whole)] - 1).to(x.device, x.dtype)
 
     def chosen(self, step: int) -> tuple[Int[Tensor, " b"], Tensor, int]:
-        """This process's indices and images in [0, 1] of a step, and the size of the whole batch."""
+        """The process's indices and images in [0, 1] of a step, and the size of the whole batch."""
         indices = self.indices(step)
         own = self.share(len(indices))
         images = self.samples.images[indices[own].to(self.samples.images.device)]
@@ -89,7 +89,7 @@ class Stream:
         return indices[own], pixels(images), len(indices)
 
     def __getitem__(self, step: int) -> tuple[Labelled, int]:
-        """This process's labelled batch of a step, and the size of the whole."""
+        """The process's labelled batch of a step, and the size of the whole."""
         indices, x, whole = self.chosen(step)
         return Labelled(x, self.samples.labels[indices.to(x.device)], whole / self.run.world), whole
 

@@ -264,7 +264,7 @@ def balanced_stage(stream: Stream, task: Task, step: int) -> Terms:
     with torch.no_grad():
         answers = task.teacher(batch.x, task.index, "main") if task.teacher is not None else None
     logits = task.session.net(batch.x, task.seen, "main")
-    return {"loss": baseline_values("eeil", False, logits, batch.y, answers).sum() / batch.count}
+    return {"classification": baseline_values("eeil", False, logits, batch.y, answers).sum() / batch.count}
 
 
 # -- a stage ----------------------------------------------------------------------------------------------------------------

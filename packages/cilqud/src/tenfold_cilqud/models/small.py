@@ -24,7 +24,7 @@ class SmallNet(IncrementalNet):
         std: Sequence[float] = (1.0,),
     ):
         super().__init__(classes_per_task, tasks, mean, std)
-        side = -(-(-(-size // 2)) // 2)  # two strides of 2, rounded up
+        side = (size + 3) // 4  # two strides of 2, each rounded up
         layers: list[nn.Module] = []
         for channels, out, stride in ((in_channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
