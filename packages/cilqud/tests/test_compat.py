@@ -75,7 +75,9 @@ def test_released_files_are_read_with_the_optimiser_in_them(tmp_path: Path) -> N
         load_official_checkpoint(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize("changes", [{}, {"block": "bottleneck", "blocks": (1, 2, 1, 1)}, {"in_channels": 1, "width": 4}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"block": "bottleneck", "blocks": (1, 2, 1, 1)}, {"in_channels": 1, "width": 4}]
+)
 def test_layouts_are_recognised(changes: dict, tmp_path: Path) -> None:
     net = small(**changes)
     to_official(net, tmp_path / "net.pt")
@@ -108,7 +110,9 @@ def test_what_does_not_fit_is_listed() -> None:
     del state["linear.0.bias"]
     state["layer9.weight"] = torch.zeros(1)
     state["conv1.weight"] = torch.zeros(3, 3, 3, 3)
-    with pytest.raises(CheckpointError, match=r"missing: linear\.0\.bias.*layer9\.weight.*conv1\.weight \[3, 3, 3, 3\]"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: linear\.0\.bias.*layer9\.weight.*conv1\.weight \[3, 3, 3, 3\]"
+    ):
         load_official_state(net, state)
     with pytest.raises(CheckpointError, match="none of the released layout"):
         recognise({"fc.weight": torch.zeros(2, 2)})

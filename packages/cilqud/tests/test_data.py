@@ -93,7 +93,9 @@ def test_the_bundle_is_written_and_read_back(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("tenfold_cilqud.data.load_data", lambda config, seed: data_of())
     prepare(DataConfig(name="cifar10", tasks=2, anchors=2), tmp_path, 0)
     monkeypatch.undo()
-    data = load_data(DataConfig(name="official10", root=tmp_path, tasks=2, class_order=str(tmp_path / "cifar10_order.txt")), 0)
+    data = load_data(
+        DataConfig(name="official10", root=tmp_path, tasks=2, class_order=str(tmp_path / "cifar10_order.txt")), 0
+    )
     for mine, theirs in ((data_of().train, data.train), (data_of().test, data.test)):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert [len(images) for images in data.anchors] == [2] * 4
@@ -119,7 +121,9 @@ def test_published_pools_are_read_in_their_layouts(tmp_path: Path) -> None:
     draw = np.random.RandomState(0)
     images = draw.randint(256, size=(5, 32, 32, 3), dtype=np.uint8)
     expected = torch.from_numpy(images).permute(0, 3, 1, 2)
-    (tmp_path / "pool.pkl").write_bytes(pickle.dumps({"data": images, "label": np.zeros(5), "extrapolated_targets": [0]}))
+    (tmp_path / "pool.pkl").write_bytes(
+        pickle.dumps({"data": images, "label": np.zeros(5), "extrapolated_targets": [0]})
+    )
     np.save(tmp_path / "pool.npy", images)
     images.transpose(0, 3, 2, 1).tofile(tmp_path / "tiny.bin")  # plane by plane, column by column
     (tmp_path / "small").mkdir()

@@ -63,7 +63,9 @@ def test_distillation_is_least_at_the_teacher_where_it_is_the_entropy() -> None:
     teacher = torch.randn(4, 3, dtype=torch.float64)
     p = (teacher / 2).softmax(1)
     torch.testing.assert_close(knowledge_distillation(teacher, teacher), -4 * (p * p.log()).sum(1))
-    assert (knowledge_distillation(teacher + torch.randn(4, 3), teacher) >= knowledge_distillation(teacher, teacher)).all()
+    assert (
+        knowledge_distillation(teacher + torch.randn(4, 3), teacher) >= knowledge_distillation(teacher, teacher)
+    ).all()
 
 
 def test_teacher_gets_no_gradient() -> None:

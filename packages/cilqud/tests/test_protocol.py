@@ -29,7 +29,12 @@ def test_an_order_from_a_file_may_have_floats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("choice", "words"),
-    [("0,1,1", "lacks \\[2\\] and repeats \\[1\\]"), ("0,1,5", "which are no classes"), ("0,1.5,2", "whole"), ("a,b,c", "numbers")],
+    [
+        ("0,1,1", "lacks \\[2\\] and repeats \\[1\\]"),
+        ("0,1,5", "which are no classes"),
+        ("0,1.5,2", "whole"),
+        ("a,b,c", "numbers"),
+    ],
 )
 def test_what_is_no_permutation_is_refused(choice: str, words: str) -> None:
     with pytest.raises(UserError, match=words):

@@ -17,7 +17,9 @@ def drawn(n: int, d: int, seed: int) -> torch.Tensor:
 def slow(anchors, pool, k, rounds=False, forbidden=()):
     """Every anchor sorts the whole pool."""
     taken, order = set(forbidden), []
-    visits = [(i, 1) for _ in range(k) for i in range(len(anchors))] if rounds else [(i, k) for i in range(len(anchors))]
+    visits = (
+        [(i, 1) for _ in range(k) for i in range(len(anchors))] if rounds else [(i, k) for i in range(len(anchors))]
+    )
     for i, number in visits:
         distance = (pool - anchors[i]).square().sum(1).tolist()
         free = sorted((value, j) for j, value in enumerate(distance) if j not in taken)[:number]
@@ -65,7 +67,10 @@ def test_limits_and_exclusions() -> None:
 def test_cosine_ignores_lengths() -> None:
     anchors, pool = drawn(3, 5, 0), drawn(40, 5, 1)
     longer = pool * torch.rand(40, 1, dtype=torch.float64).add(0.1)
-    assert query(anchors, longer, 4, metric="cosine").indices.tolist() == query(anchors, pool, 4, metric="cosine").indices.tolist()
+    assert (
+        query(anchors, longer, 4, metric="cosine").indices.tolist()
+        == query(anchors, pool, 4, metric="cosine").indices.tolist()
+    )
 
 
 @pytest.mark.parametrize(
