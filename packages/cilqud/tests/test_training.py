@@ -139,6 +139,25 @@ def test_recipes_that_cannot_run_are_refused(changes: dict, words: str) -> None:
         Recipe(**changes)
 
 
+class Stopped(Exception):  # noqa: N818 - nothing is wrong
+    """A run was stopped on purpose."""
+
+
+def run_until(recipe: Recipe, folder: Path, phase: str, at: int) -> None:
+    """Run a recipe until a step of a phase begins."""
+    with Run("cilqud", recipe, options(folder, checkpoint_every=1)) as run:
+        steps = run.steps
+
+        def stopping(name: str, total: int, **tracked: object):
+            for step in steps(name, total, **tracked):
+                if name == phase and step == at:
+                    raise Stopped
+                yield step
+
+        run.steps = stopping
+        run_recipe(run, recipe)
+
+
 @pytest.mark.parametrize("method", ["cil-qud", "dmc", "eeil", "rwalk", "icarl"])
 def test_a_run_stopped_between_and_within_tasks_goes_on(method: str, tmp_path: Path) -> None:
     """Stopped after the first task, and in the middle of the second: the same weights, bit for bit, as undisturbed."""
@@ -147,25 +166,10 @@ def test_a_run_stopped_between_and_within_tasks_goes_on(method: str, tmp_path: P
         run_recipe(run, recipe)
     whole, _ = load_checkpoint(tmp_path / "whole" / "cilqud" / "x")
 
-    class Stopped(Exception):
-        pass
-
-    for phase, at in (("task-1", 0), ("task-1", 2)):
+    for at in (0, 2):
         folder = tmp_path / f"{at}"
-        with (
-            pytest.raises(Stopped),
-            Run("cilqud", recipe, options(folder, checkpoint_every=1)) as run,
-        ):
-            steps = run.steps
-
-            def stopping(name: str, total: int, steps=steps, at=at, phase=phase, **tracked: object):
-                for step in steps(name, total, **tracked):
-                    if name == phase and step == at:
-                        raise Stopped
-                    yield step
-
-            run.steps = stopping
-            run_recipe(run, recipe)
+        with pytest.raises(Stopped):
+            run_until(recipe, folder, "task-1", at)
         with Run("cilqud", recipe, options(folder, checkpoint_every=1, resume=True)) as run:
             run_recipe(run, recipe)
         again, _ = load_checkpoint(folder / "cilqud" / "x")
