@@ -11,10 +11,12 @@ import torch
 import tenfold_cilqud.train
 from tenfold_cilqud.data import ClassData, DataConfig
 from tenfold_cilqud.evaluate import Evaluation, load_checkpoint, predictions
+from tenfold_cilqud.models import create_model
 from tenfold_cilqud.pools import memory_pool
+from tenfold_cilqud.protocol import Samples
 from tenfold_cilqud.recipe import QueryConfig, Recipe
 from tenfold_cilqud.robust import Robust
-from tenfold_cilqud.session import Session
+from tenfold_cilqud.session import Session, frozen_copy
 from tenfold_cilqud.streams import Stream, class_weights
 from tenfold_cilqud.train import learn, new_network, place, run_recipe
 from tenfold_shared.cli import load_recipe, recipes
@@ -139,7 +141,7 @@ def test_recipes_that_cannot_run_are_refused(changes: dict, words: str) -> None:
         Recipe(**changes)
 
 
-class Stopped(Exception):  # noqa: N818 - nothing is wrong
+class Stopped(Exception):
     """A run was stopped on purpose."""
 
 
@@ -178,6 +180,19 @@ def test_a_run_stopped_between_and_within_tasks_goes_on(method: str, tmp_path: P
         shutil.rmtree(folder)
 
 
+def test_the_teacher_is_no_live_model() -> None:
+    """Also where the backbone was compiled, which leaves a function of the live one on the network."""
+    net = create_model("small", 2, 2, shape=(1, 8, 8))
+    net.embed = net.embed  # as torch.compile's result is put there
+    teacher, x = frozen_copy(net), torch.rand(3, 1, 8, 8)
+    before = teacher(x, 1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(teacher(x, 1), before)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
 def test_untrained_heads_do_not_count(tmp_path: Path) -> None:
     """The accuracy after a task is among the classes seen, whatever the later heads say."""
     recipe = short()
@@ -214,7 +229,7 @@ def test_pool_labels_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_streams_cycle_with_fresh_shuffles_and_merge_a_last_one(tmp_path: Path) -> None:
     recipe = short()
     with Run("cilqud", recipe, options(tmp_path)) as run:
-        samples = type("S", (), {"images": torch.zeros(9, 1, 2, 2), "labels": torch.arange(9) % 3})()
+        samples = Samples(torch.zeros(9, 1, 2, 2), torch.arange(9) % 3)
         stream = Stream(run, samples, 4, "test")
         assert len(stream) == 2
         first, second = stream.indices(0), stream.indices(1)
@@ -229,14 +244,8 @@ def test_streams_cycle_with_fresh_shuffles_and_merge_a_last_one(tmp_path: Path) 
         run.rank, run.world = 0, 1
         assert torch.cat(halves).tolist() == first.tolist()
         labels = torch.tensor([0] * 90 + [1] * 10)
-        balanced = Stream(
-            run,
-            type("S", (), {"images": torch.zeros(100, 1, 2, 2), "labels": labels})(),
-            400,
-            "b",
-            (),
-            class_weights(labels),
-        )
+        many = Samples(torch.zeros(100, 1, 2, 2), labels)
+        balanced = Stream(run, many, 400, "balanced", (), class_weights(labels))
         assert 120 < int(labels[balanced.indices(0)].sum()) < 280
 
 

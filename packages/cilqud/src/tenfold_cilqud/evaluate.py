@@ -191,6 +191,8 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the accuracy of a checkpoint on every task seen, and their mean, as one JSON line."""
     data = load_data(config.data, options.seed)
     net, about = load_checkpoint(config.checkpoint, data.mean, data.std)
+    if about.get("seed", options.seed) != options.seed:  # the split of the images is the run's
+        data = load_data(config.data, about["seed"])
     order = tuple(about.get("class_order", data.order))
     seen = config.seen or about.get("seen", net.tasks)
     per_task = net.classes_per_task

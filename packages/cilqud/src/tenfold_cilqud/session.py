@@ -57,7 +57,7 @@ class Session:
         return saved_samples(images, self.data.order, task, self.data.classes_per_task)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features_of(net: IncrementalNet, images: Tensor, what: str = "penultimate", tasks: int = 1) -> Float[Tensor, "n d"]:
     """Features (or logits of the primary head) of images, in eval mode; statistics stay as they are."""
     training = net.training
@@ -67,7 +67,7 @@ def features_of(net: IncrementalNet, images: Tensor, what: str = "penultimate", 
         features = net.features(pixels_as(net, chunk))
         parts.append(net.logits(features, tasks) if what == "logits" else features)
     net.train(training)
-    return torch.cat(parts).clone()
+    return torch.cat(parts)
 
 
 def pool_features(net: IncrementalNet, pool: Pool, what: str = "penultimate", tasks: int = 1) -> Float[Tensor, "p d"]:
@@ -252,6 +252,13 @@ class Task:
         return recipe.steps or recipe.epochs * len(self.random)
 
 
+def frozen_copy(net: IncrementalNet) -> IncrementalNet:
+    """The previous model: its own weights, eval mode, no gradients."""
+    teacher = copy.deepcopy(net)
+    teacher.__dict__.pop("embed", None)  # a compiled one would go on with the live network's weights
+    return teacher.eval().requires_grad_(False)
+
+
 BIC_SHARE = 0.1  # of the memory, for the bias correction
 
 
@@ -265,7 +272,7 @@ def make_task(session: Session, index: int) -> Task:
 
     new = placed(new_samples(data.train, data.order, index, per_task))
     anchors = placed(session.remembered(index)) if index else Samples(new.images[:0], new.labels[:0])
-    teacher = copy.deepcopy(net).eval().requires_grad_(False) if index else None
+    teacher = frozen_copy(net) if index else None
     held_out = None
     if recipe.method == "bic" and index:
         new, anchors, held_out = split_for_bias(new, anchors)

@@ -85,8 +85,7 @@ def run_recipe(run: Run, recipe: Recipe) -> Result:
         session.walk = Walk(net)
     for index in range(data.tasks):
         learn(session, index)
-    about = describe(session)
-    run.save_weights("last", net, **about)
+    run.save_weights("last", net, **describe(session, data.tasks, session.matrix[-1]))
     return result_of(session)
 
 
@@ -117,7 +116,7 @@ def place(run: Run, net: IncrementalNet) -> IncrementalNet:
     return net
 
 
-def describe(session: Session) -> dict[str, Any]:
+def describe(session: Session, seen: int, row: list[float]) -> dict[str, Any]:
     """What a checkpoint needs to be used without its recipe."""
     recipe, data = session.recipe, session.data
     return {
@@ -129,10 +128,11 @@ def describe(session: Session) -> dict[str, Any]:
         "std": list(data.std),
         "classes_per_task": data.classes_per_task,
         "tasks": data.tasks,
-        "seen": len(session.matrix),
+        "seen": seen,
+        "seed": session.run.options.seed,
         "class_order": list(data.order),
         "class_names": [data.names[label] for label in data.order],
-        "row": session.matrix[-1],
+        "row": row,
     }
 
 
@@ -172,9 +172,7 @@ def learn(session: Session, index: int) -> None:
         outcome = test(session, index)
         outcome |= {"anchors": {str(label): chosen for label, chosen in session.anchors.items()}}
         outcome |= {"query": task.answers.about if task.answers is not None else {}}
-        session.matrix.append(outcome["row"])
-        outcome = {**describe(session), **outcome}
-        session.matrix.pop()
+        outcome |= describe(session, index + 1, outcome["row"])
     outcome = run.complete(phase, session.net, **outcome)
     session.anchors = {int(label): list(chosen) for label, chosen in outcome["anchors"].items()}
     session.matrix.append(outcome["row"])
@@ -274,7 +272,8 @@ class Best:
     """The weights that were best on validation images so far; part of a run's state."""
 
     def __init__(self) -> None:
-        self.accuracy, self.weights = -1.0, {}  # type: float, dict[str, Tensor]
+        self.accuracy = -1.0
+        self.weights: dict[str, Tensor] = {}
 
     def consider(self, net: IncrementalNet, accuracy: float) -> None:
         """Keep the weights if they are better than all before."""
