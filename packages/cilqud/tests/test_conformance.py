@@ -1,5 +1,7 @@
 """How the command behaves: the suite that every package runs."""
 
+from typing import ClassVar
+
 from tenfold_shared.testing import Conformance
 
 
@@ -7,6 +9,7 @@ class TestConformance(Conformance):
     """CIL-QUD on digits."""
 
     package = "tenfold_cilqud"
-    train = ["--config", "digits-mini", "--steps", "12"]
-    reproduce = ["mini-query", "--seeds", "2"]
+    train = ["--config", "digits-mini", "--data.tasks", "2", "--steps", "40", "--lr", "0.01"]
+    reproduce = ["mini-query", "--seeds", "1"]
     needs_data = ["--config", "cifar10-preact18"]
+    eval_options: ClassVar[list[str]] = ["--data.tasks", "2"]
