@@ -1,7 +1,5 @@
 """How the command behaves: the suite that every package runs."""
 
-from typing import ClassVar
-
 from tenfold_shared.testing import Conformance
 
 
@@ -12,4 +10,3 @@ class TestConformance(Conformance):
     train = ["--config", "digits-mini", "--data.tasks", "2", "--steps", "40", "--lr", "0.01"]
     reproduce = ["mini-query", "--seeds", "1"]
     needs_data = ["--config", "cifar10-preact18"]
-    eval_options: ClassVar[list[str]] = ["--data.tasks", "2"]

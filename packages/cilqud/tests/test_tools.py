@@ -80,14 +80,14 @@ def test_evaluation_of_a_released_state(tmp_path: Path, capsys: pytest.CaptureFi
     """A network for grey images of two tasks of five classes, as the released layout has it."""
     torch.manual_seed(0)
     to_official(PreActResNet(5, 2, width=2, in_channels=1), tmp_path / "net.pt")
-    config = EvalConfig(tmp_path / "net.pt", DataConfig(tasks=2), Evaluation(attack="pgd", steps=1, images=3), seen=1)
+    config = EvalConfig(tmp_path / "net.pt", DataConfig(), Evaluation(attack="pgd", steps=1, images=3), seen=1)
     evaluate(config, options(tmp_path))
     found = json.loads(capsys.readouterr().out)
     assert found["seen"] == len(found["per_task"]) == len(found["robust_per_task"]) == 1
     with pytest.raises(UserError, match="3 tasks are asked for"):
-        evaluate(EvalConfig(tmp_path / "net.pt", DataConfig(tasks=2), seen=3), options(tmp_path))
+        evaluate(EvalConfig(tmp_path / "net.pt", seen=3), options(tmp_path))
     to_official(PreActResNet(2, 2, width=2, in_channels=1), tmp_path / "net.pt")
     with pytest.raises(UserError, match="4 classes"):
-        evaluate(EvalConfig(tmp_path / "net.pt", DataConfig(tasks=2)), options(tmp_path))
+        evaluate(EvalConfig(tmp_path / "net.pt"), options(tmp_path))
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate(EvalConfig(tmp_path / "none.pt"), options(tmp_path))

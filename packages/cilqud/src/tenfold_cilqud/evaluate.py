@@ -189,17 +189,18 @@ def load_checkpoint(
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the accuracy of a checkpoint on every task seen, and their mean, as one JSON line."""
-    data = load_data(config.data, options.seed)
-    net, about = load_checkpoint(config.checkpoint, data.mean, data.std)
-    if about.get("seed", options.seed) != options.seed:  # the split of the images is the run's
-        data = load_data(config.data, about["seed"])
+    net, about = load_checkpoint(config.checkpoint)
+    # The split of the images and the number of tasks are the run's.
+    data = load_data(dataclasses.replace(config.data, tasks=net.tasks), about.get("seed", options.seed))
+    if "mean" not in about:
+        net, about = load_checkpoint(config.checkpoint, data.mean, data.std)
     order = tuple(about.get("class_order", data.order))
     seen = config.seen or about.get("seen", net.tasks)
     per_task = net.classes_per_task
     if sorted(order) != list(range(len(data.names))) or not 1 <= seen <= net.tasks:
         raise UserError(
             f"the checkpoint has {net.tasks} tasks of {per_task} classes, {config.data.name} has {len(data.names)} "
-            f"classes and {seen} tasks are asked for: choose another --data.name, --data.tasks or --seen"
+            f"classes and {seen} tasks are asked for: choose another --data.name or --seen"
         )
     if len(data.names) != net.tasks * per_task:
         raise UserError(
