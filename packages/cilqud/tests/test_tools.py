@@ -89,5 +89,8 @@ def test_evaluation_of_a_released_state(tmp_path: Path, capsys: pytest.CaptureFi
     to_official(PreActResNet(2, 2, width=2, in_channels=1), tmp_path / "net.pt")
     with pytest.raises(UserError, match="4 classes"):
         evaluate(EvalConfig(tmp_path / "net.pt"), options(tmp_path))
+    to_official(PreActResNet(5, 2, width=2), tmp_path / "colour.pt")
+    with pytest.raises(UserError, match="3 channels"):
+        evaluate(EvalConfig(tmp_path / "colour.pt"), options(tmp_path))
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate(EvalConfig(tmp_path / "none.pt"), options(tmp_path))

@@ -106,12 +106,12 @@ class Walk:
         return torch.stack(parts).sum()
 
     @torch.no_grad()
-    def note(self, net: nn.Module, scale: float = 1.0) -> None:
+    def note(self, net: nn.Module) -> None:
         """After a step: update F by the squared gradients, and s by the loss's fall over the distance in F's metric."""
         for i, parameter in enumerate(net.parameters()):
             if parameter.grad is None:
                 continue
-            gradient = parameter.grad / scale
+            gradient = parameter.grad
             self.fisher[i].mul_(self.DECAY).addcmul_(gradient, gradient, value=1 - self.DECAY)
             moved = parameter - self.before[i]
             fall = -gradient * moved

@@ -206,6 +206,12 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         raise UserError(
             f"the checkpoint is about {net.tasks * per_task} classes, {config.data.name} has {len(data.names)}"
         )
+    channels = about["shape"][0] if "shape" in about else about["in_channels"]
+    if channels != data.shape[0]:
+        raise UserError(
+            f"the network takes images of {channels} channels and {config.data.name} has {data.shape[0]}: choose another "
+            "--data.name"
+        )
     with Run.evaluation("cilqud", options) as run:
         net = net.to(run.device)
         split = data.test if config.data.evaluate_on == "test" else data.validation
