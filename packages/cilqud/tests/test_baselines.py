@@ -71,12 +71,21 @@ def test_consolidation_ignores_what_experts_agree_on_up_to_a_shift() -> None:
     torch.testing.assert_close(consolidation_loss(LOGITS, old, new), (LOGITS - target).square().mean(1))
 
 
-def test_bias_correction_finds_a_bias() -> None:
-    """A network whose new logits are shifted up is corrected by a shift down."""
+def balanced_network(x: torch.Tensor) -> SmallNet:
+    """A network for which a new class is on top on half of the images."""
     torch.manual_seed(0)
     net = SmallNet(2, 2, width=2).eval()
+    with torch.no_grad():
+        logits = net.scores(x, 2)
+        net.linear_main[1].bias -= (logits[:, 2:].amax(1) - logits[:, :2].amax(1)).median()
+    return net
+
+
+def test_bias_correction_finds_a_bias() -> None:
+    """A network whose new logits are shifted up is corrected by a shift down."""
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    net = balanced_network(x)
     add_decision(net, "bic")
-    x = torch.rand(40, 1, 8, 8)
     with torch.no_grad():
         labels = net.scores(x, 2).argmax(1)
         net.linear_main[1].bias.add_(3.0)
@@ -90,16 +99,17 @@ def test_bias_correction_finds_a_bias() -> None:
 
 
 def test_rectified_scores_change_only_where_a_new_class_is_on_top() -> None:
-    net = SmallNet(2, 2, width=2).eval()
+    x = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    net = balanced_network(x)
     decision = Rectified(net.width, 2, 2)
     decision.initial[:2], decision.present[:2] = 0.8, 0.4
     decision.confidence[:] = torch.tensor([0.9, 0.6])
     with torch.no_grad():
-        features = net.features(torch.rand(30, 1, 8, 8))
-        net.linear_main[1].bias[0] += float(net.logits(features, 2).diff(dim=1).median())
+        features = net.features(x)
         plain = net.logits(features, 2).softmax(1)
         found = decision(net, features, 2)
     on_top = plain.argmax(1) >= 2
+    assert 0 < on_top.sum() < len(x)
     torch.testing.assert_close(found[~on_top], plain[~on_top])
     torch.testing.assert_close(found[on_top][:, :2], plain[on_top][:, :2] * 0.8 / 0.4 * 0.6 / 0.9)
     torch.testing.assert_close(found[:, 2:], plain[:, 2:])
