@@ -4,28 +4,26 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from tenfold_cilqud.data import load_data
+from tenfold_cilqud.data import load_data, pixels
 from tenfold_cilqud.evaluate import load_checkpoint
 from tenfold_cilqud.pools import open_pool
 from tenfold_cilqud.protocol import saved_samples
 from tenfold_cilqud.query import query
 from tenfold_cilqud.recipe import Recipe
 from tenfold_cilqud.session import features_of, pool_features
-from tenfold_cilqud.tools import contact_sheet
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.claims import Claim, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SHOWN_ANCHORS = 5
 
@@ -104,7 +102,7 @@ def colours(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {arm: (colour, style) for arm, (style, colour) in zip(arms, styles, strict=False)}
 
 
-def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Mean accuracy of every state."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for arm, (colour, style) in colours(list(runs)).items():
@@ -120,7 +118,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     return figure
 
 
-def forgetting_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+def forgetting_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Accuracy on the first task's classes."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for arm, (colour, style) in colours(list(runs)).items():
@@ -130,14 +128,14 @@ def forgetting_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figur
     return figure
 
 
-def _task_axis(axes: "Axes", label: str) -> None:
+def _task_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel("tasks learned")
     axes.set_ylabel(label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def matrices(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+def matrices(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """A panel an arm."""
     columns = min(4, len(runs))
     rows = -(-len(runs) // columns)
@@ -161,7 +159,7 @@ def matrices(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     return figure
 
 
-def scatter(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+def scatter(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Clean against robust accuracy."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for arm, (colour, _) in colours(list(runs)).items():
@@ -174,7 +172,7 @@ def scatter(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     return figure
 
 
-def queried(claims: Sequence[Claim], runs: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> "Figure | None":
+def queried(claims: Sequence[Claim], runs: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> Figure | None:
     """The last task's query of the first CIL-QUD arm and seed, made again from the network that made it."""
     arms = [
         (claim, claim.arms[name])
@@ -203,3 +201,19 @@ def queried(claims: Sequence[Claim], runs: Mapping[str, Sequence[Mapping[str, An
         chosen = np.linspace(0, len(anchors) - 1, SHOWN_ANCHORS).astype(int).tolist()
         return contact_sheet([(anchors[i], pool[found.indices[found.anchor == i]][:8]) for i in chosen])
     return None
+
+
+def contact_sheet(rows: list[tuple[Tensor, Tensor]]) -> Figure:
+    """A figure with an anchor in front of each row, and what it took behind it."""
+    columns = 1 + max(len(taken) for _, taken in rows)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(0.7 * columns, 0.75 * len(rows)), squeeze=False)
+    for line, (anchor, taken) in zip(axes, rows, strict=True):
+        for place in line:
+            place.axis("off")
+        for place, image in zip(line, [anchor, *taken], strict=False):
+            shown = pixels(image).permute(1, 2, 0).clamp(0, 1).numpy()
+            place.imshow(shown.squeeze(2) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1)
+    axes[0, 0].set_title("anchor", fontsize=8)
+    if columns > 1:
+        axes[0, 1].set_title("takes", fontsize=8, loc="left")
+    return figure

@@ -5,12 +5,12 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tenfold_cilqud.data import ClassData, DataConfig, load_data, pixels
+from tenfold_cilqud.data import ClassData, DataConfig, load_data
 from tenfold_cilqud.evaluate import load_checkpoint
 from tenfold_cilqud.pools import PoolConfig, find_duplicates, open_pool
 from tenfold_cilqud.query import Metric, Order
@@ -19,9 +19,6 @@ from tenfold_cilqud.session import features_of, pool_features
 from tenfold_shared.checkpoint import write_json, write_text
 from tenfold_shared.report import figure_style
 from tenfold_shared.run import Run, RunOptions
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN = 20  # anchors on a contact sheet
 
@@ -79,6 +76,8 @@ def _only_shape(shape: tuple[int, ...]) -> ClassData:
 
 
 def _page(rows: list[tuple[Tensor, Tensor]], title: str) -> str:
+    from tenfold_cilqud.figures import contact_sheet  # noqa: PLC0415 - plotting is slow to import
+
     stream = io.BytesIO()
     with figure_style():
         contact_sheet(rows).savefig(stream, format="png", dpi=120, bbox_inches="tight", facecolor="white")
@@ -86,24 +85,6 @@ def _page(rows: list[tuple[Tensor, Tensor]], title: str) -> str:
     return (
         f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1><img src="{uri}" alt="{title}">\n'
     )
-
-
-def contact_sheet(rows: list[tuple[Tensor, Tensor]]) -> "Figure":
-    """A figure with an anchor in front of each row, and what it took behind it."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow
-
-    columns = 1 + max(len(taken) for _, taken in rows)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(0.7 * columns, 0.75 * len(rows)), squeeze=False)
-    for line, (anchor, taken) in zip(axes, rows, strict=True):
-        for place in line:
-            place.axis("off")
-        for place, image in zip(line, [anchor, *taken], strict=False):
-            shown = pixels(image).permute(1, 2, 0).clamp(0, 1).numpy()
-            place.imshow(shown.squeeze(2) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1)
-    axes[0, 0].set_title("anchor", fontsize=8)
-    if columns > 1:
-        axes[0, 1].set_title("takes", fontsize=8, loc="left")
-    return figure
 
 
 @dataclasses.dataclass
