@@ -76,6 +76,8 @@ def balanced_network(x: torch.Tensor) -> SmallNet:
     torch.manual_seed(0)
     net = SmallNet(2, 2, width=2).eval()
     with torch.no_grad():
+        for layer in net.linear_main:  # logits that differ from image to image by about 1
+            layer.weight /= net.logits(net.features(x), 2).std(0).mean()
         logits = net.scores(x, 2)
         net.linear_main[1].bias -= (logits[:, 2:].amax(1) - logits[:, :2].amax(1)).median()
     return net
@@ -88,7 +90,7 @@ def test_bias_correction_finds_a_bias() -> None:
     add_decision(net, "bic")
     with torch.no_grad():
         labels = net.scores(x, 2).argmax(1)
-        net.linear_main[1].bias.add_(3.0)
+        net.linear_main[1].bias.add_(5.0)
         worse = (net.scores(x, 2).argmax(1) == labels).double().mean()
     fit_bias(net, net.decision, 1, Samples(x, labels))
     with torch.no_grad():

@@ -49,7 +49,9 @@ def test_the_miniatures_pool_has_no_test_image() -> None:
     assert images.shape[1:] == (1, 8, 8)
     patches = pool[torch.arange(300, 400)]
     assert patches.amin((1, 2, 3)).max() == 0
-    assert patches.amax((1, 2, 3)).min() == 1
+    highest = patches.amax((1, 2, 3))
+    assert set(highest.tolist()) <= {0.0, 1.0}  # a patch of one colour cannot be stretched
+    assert highest.mean() > 0.8
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,10 @@ def test_no_room_no_harm(attack) -> None:
 def test_the_ensemble_is_at_least_as_strong_as_pgd() -> None:
     """On a network's own predictions, all of which are right without an attack."""
     model = net().eval()
-    with torch.no_grad():
+    with torch.no_grad():  # no class is ahead on all images
+        mean = model.scores(images(40), 3).mean(0)
+        for task, layer in enumerate(model.linear_main):
+            layer.bias -= mean[2 * task : 2 * task + 2]
         y = model.scores(images(40), 3).argmax(1)
     left = []
     for eps in (0.003, 0.01, 0.03):

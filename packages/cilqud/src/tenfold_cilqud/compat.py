@@ -1,8 +1,9 @@
 """The released checkpoints (section 4): reading them, telling what they are, and writing their layout."""
 
-import collections
 import dataclasses
+import pickle
 import re
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,67 @@ def recognise(state: Mapping[str, Any]) -> Layout:
 def read_official(path: Path) -> dict[str, Any]:
     """The state in a released file: under `state_dict`, or the file itself. Nothing in it is executed.
 
-    The files carry a pickled `torch.optim.SGD`; that class and the dictionary it holds are allowed, nothing else is.
+    The files carry a pickled `torch.optim.SGD`; an empty object takes its place. No other class is looked up.
     """
-    with torch.serialization.safe_globals([torch.optim.SGD, collections.defaultdict, dict]):
+    try:
         content = load_pickled_tensors(path)
+    except UserError as refused:
+        content = _without_optimiser(path, refused)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path} holds no state: neither a 'state_dict' nor tensors by name")
     return state
+
+
+class _Dropped:
+    """What stands in for an optimiser: it takes any state and keeps none."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Table(dict):
+    """What stands in for `defaultdict(dict)`, whose factory is not kept."""
+
+    def __init__(self, factory: Any = None):
+        super().__init__()
+
+
+STAND_INS = {"torch.optim.sgd.SGD": _Dropped, "collections.defaultdict": _Table}
+LOOKED_UP = {
+    "collections.OrderedDict",
+    "builtins.dict",
+    "__builtin__.dict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.Size",
+}
+
+
+class _Restricted(pickle.Unpickler):
+    """An unpickler that looks up tensors and plain containers alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        wanted = f"{module}.{name}"
+        if wanted in STAND_INS:
+            return STAND_INS[wanted]
+        if wanted not in LOOKED_UP:
+            raise pickle.UnpicklingError(f"{wanted} is not looked up")
+        return super().find_class(module, name)
+
+
+def _without_optimiser(path: Path, refused: UserError) -> dict[str, Any]:
+    """The file's content with its optimiser left out; `refused` again for anything else that is wrong with it."""
+    restricted = types.ModuleType("restricted")
+    restricted.Unpickler = _Restricted  # type: ignore[attr-defined]
+    restricted.load = lambda file, **options: _Restricted(file, **options).load()  # type: ignore[attr-defined]
+    try:
+        content = torch.load(path, map_location="cpu", pickle_module=restricted, weights_only=False)
+    except Exception as error:  # a damaged file can raise anything
+        raise refused from error
+    if not isinstance(content, dict):
+        raise refused
+    return content
 
 
 def load_official_checkpoint(path: str | Path, **options: Any) -> PreActResNet:

@@ -110,7 +110,7 @@ class ClassData:
         return tuple(self.train[0].shape[1:])
 
 
-def pixels(images: Tensor) -> Float[Tensor, "n c h w"]:
+def pixels(images: Tensor) -> Float[Tensor, "..."]:
     """Images in [0, 1], float32."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 

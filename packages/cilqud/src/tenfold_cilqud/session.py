@@ -278,7 +278,7 @@ def make_task(session: Session, index: int) -> Task:
         new, anchors, held_out = split_for_bias(new, anchors)
     if recipe.method == "joint":
         labelled = placed(seen_samples(data.train, data.order, index, per_task))
-    elif recipe.method in ("finetune", "lwf") or not index:
+    elif recipe.method in ("finetune", "lwf", "dmc") or not index:
         labelled = new
     else:
         labelled = joined(new, anchors)
