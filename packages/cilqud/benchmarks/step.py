@@ -64,7 +64,7 @@ def main() -> None:
         net.zero_grad()
         loss = random_term(net, whole, 2, weights)[0] + balanced_term(net, [(0.5, new), (0.5, old)], 2, weights)
         for heads in (("aux",), ("main",)) if apart else (("aux", "main"),):
-            loss = loss + torch.stack(list(distillation_terms(net, answered, 1, weights, heads).values())).sum()  # type: ignore[arg-type]
+            loss = loss + torch.stack(list(distillation_terms(net, answered, 1, weights, heads).values())).sum()
         loss.backward()
 
     settings = Robust(adv="madry", lwf="attacked", steps=3)

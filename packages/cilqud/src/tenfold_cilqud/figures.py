@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from tenfold_cilqud.data import load_data, pixels
@@ -131,7 +132,7 @@ def forgetting_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure
 def _task_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel("tasks learned")
     axes.set_ylabel(label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

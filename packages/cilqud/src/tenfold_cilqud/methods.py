@@ -94,7 +94,7 @@ def unlabeled_terms(task: Task, batch: Answered, images: dict[str, Tensor]) -> T
     if "ft" in recipe.distill:
         terms["ft"] = transfer_term(net, batch._replace(x=images["ft"]), weights)
     if settings.gamma2:
-        value = rtc_term(net, batch.x, images["rtc"], task.seen, batch.count, detach_clean=settings.rtc_detach_clean)
+        value = rtc_term(net, batch.x, images["rtc"], task.seen, batch.total, detach_clean=settings.rtc_detach_clean)
         terms["rtc"] = settings.gamma2 * value
     return terms
 
@@ -150,7 +150,7 @@ def unlabeled_attacks(task: Task, batch: Answered, whole: int, step: int) -> dic
         both = settings.rkd_attack == "per_head" and recipe.heads == "two"
         for head in ("main", "aux") if both else ("main",):
             noise = stream.noise(step, batch.x, whole, f"rkd-{head}")
-            attacks[head] = rkd_attack(net, batch, task.index, recipe.temperature, noise, head)  # type: ignore[arg-type]
+            attacks[head] = rkd_attack(net, batch, task.index, recipe.temperature, noise, head)
     if settings.lwf == "attacked" and "ft" in recipe.distill:
         attacks["ft"] = rft_attack(batch, recipe.distance, stream.noise(step, batch.x, whole, "rft"))
     if settings.gamma2:
@@ -164,7 +164,7 @@ def merged(batches: list[Labelled]) -> Labelled:
         return batches[0]
     x, y = torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches])
     worst = [batch.attacked for batch in batches if batch.attacked is not None]
-    return Labelled(x, y, sum(batch.count for batch in batches), torch.cat(worst) if worst else None)
+    return Labelled(x, y, sum(batch.total for batch in batches), torch.cat(worst) if worst else None)
 
 
 # --- baselines ---------------------------------------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ def baseline(task: Task, step: int) -> Terms:
         with torch.no_grad():
             answers = teacher_logits(task.teacher, clean.x, task.index)
     values = baseline_values(recipe.method, recipe.binary, logits, batch.y, answers)
-    terms = {"classification": values.sum() / batch.count}
+    terms = {"classification": values.sum() / batch.total}
     if batch.attacked is not None:
         worst = consistency(logits, session.net(batch.attacked, task.seen, "main"))
-        terms["trades"] = recipe.robust.trades_beta * worst.sum() / batch.count
+        terms["trades"] = recipe.robust.trades_beta * worst.sum() / batch.total
     if session.walk is not None and task.index:
         terms["walk"] = recipe.rwalk_lambda * session.walk.penalty(session.net)
     return terms
@@ -225,7 +225,7 @@ def consolidation(task: Task, step: int, expert: IncrementalNet) -> Terms:
     with torch.no_grad():
         new = expert(batch.x, task.seen, "main")[:, batch.main.shape[1] :]
     values = consolidation_loss(task.session.net(batch.x, task.seen, "main"), batch.main, new)
-    return {"consolidation": values.sum() / batch.count}
+    return {"consolidation": values.sum() / batch.total}
 
 
 # --- the end of a task -------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def finish(task: Task, memory: Samples) -> None:
 def align_heads(net: IncrementalNet, task: int) -> None:
     """WA on the primary heads: the new head's weights scaled to the old ones' mean norm; biases stay."""
     weights = torch.cat([net.get_submodule(f"linear_main.{k}").weight for k in range(task + 1)])  # type: ignore[misc]
-    net.get_submodule(f"linear_main.{task}").weight.copy_(  # type: ignore[operator,union-attr]
+    net.get_submodule(f"linear_main.{task}").weight.copy_(  # type: ignore[operator]
         align_weights(weights, net.classes_per_task)[-net.classes_per_task :]
     )
 

@@ -21,11 +21,11 @@ Distance = Literal["l2", "mse", "cosine", "l1"]
 
 
 class Labelled(NamedTuple):
-    """Labelled images of this process; `count` is the size of the whole batch over the number of processes."""
+    """Labelled images of this process; `total` is the size of the whole batch over the number of processes."""
 
     x: Float[Tensor, "b c h w"]
     y: Int[Tensor, " b"]
-    count: float
+    total: float
     attacked: Float[Tensor, "b c h w"] | None = None
     """Worst-case images, where the loss compares them with the clean ones (TRADES)."""
 
@@ -37,7 +37,7 @@ class Answered(NamedTuple):
     main: Float[Tensor, "b k"]
     aux: Float[Tensor, "b k"]
     features: Float[Tensor, "b d"]
-    count: float
+    total: float
 
 
 # --- learning without forgetting ---------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def classification(
     loss = cross_entropy(logits, batch.y, reduction="sum")
     if batch.attacked is not None:
         loss = loss + trades * consistency(logits, net(batch.attacked, tasks, head)).sum()
-    return loss / batch.count, logits
+    return loss / batch.total, logits
 
 
 def consistency(clean: Float[Tensor, "b k"], attacked: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
@@ -142,7 +142,7 @@ def first_task_terms(net: IncrementalNet, batch: Labelled, trades: float = 6.0) 
     aux = cross_entropy(net.logits(features, 1, "aux"), batch.y, reduction="sum")
     if batch.attacked is not None:
         main = main + trades * consistency(logits, net(batch.attacked, 1, "main")).sum()
-    return {"main": main / batch.count, "aux": aux / batch.count}, logits
+    return {"main": main / batch.total, "aux": aux / batch.total}, logits
 
 
 def random_term(
@@ -176,11 +176,11 @@ def distillation_terms(
         answers = batch.aux if head == "aux" else batch.main
         values = knowledge_distillation(net.logits(features, old_tasks, head), answers, weights.temperature)
         scale = weights.lwf * (weights.aux if head == "aux" else weights.main)
-        terms[f"kd_{head}"] = scale * values.sum() / batch.count
+        terms[f"kd_{head}"] = scale * values.sum() / batch.total
     return terms
 
 
 def transfer_term(net: IncrementalNet, batch: Answered, weights: Weights) -> Tensor:
     """L_LwF by FT on unlabeled images."""
     values = feature_transfer(net.features(batch.x), batch.features, weights.distance)
-    return weights.lwf * values.sum() / batch.count
+    return weights.lwf * values.sum() / batch.total

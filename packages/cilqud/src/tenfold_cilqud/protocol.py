@@ -72,7 +72,7 @@ class Samples(NamedTuple):
     images: Tensor
     labels: Int[Tensor, " n"]
 
-    def __len__(self) -> int:  # type: ignore[override]  # a pair is counted by its samples
+    def __len__(self) -> int:
         return self.images.shape[0]
 
 

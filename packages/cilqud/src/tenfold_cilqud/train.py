@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tenfold_cilqud.baselines import Walk
 from tenfold_cilqud.data import load_data
@@ -110,7 +111,7 @@ def place(run: Run, net: IncrementalNet) -> IncrementalNet:
     """A network on the run's device, its batch norms over all processes, its backbone compiled where asked for."""
     net = synchronise_batch_norm(net, run.world, run.device).to(run.device)  # type: ignore[assignment]
     if run.device.type == "cuda":
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = net.to(memory_format=torch.channels_last)
     if run.options.compile:
         net.embed = torch.compile(net.embed)  # type: ignore[method-assign]
     return net
@@ -242,7 +243,7 @@ def expert_loss(expert: IncrementalNet, task: Task, step: int) -> Terms:
     old = task.index * expert.classes_per_task
     logits = expert(batch.x, task.seen, "main")[:, old:]
     values = torch.nn.functional.cross_entropy(logits, batch.y - old, reduction="sum")
-    return {"expert": values / batch.count}
+    return {"expert": values / batch.total}
 
 
 def balanced_stream(task: Task) -> Stream:
@@ -262,7 +263,7 @@ def balanced_stage(stream: Stream, task: Task, step: int) -> Terms:
     with torch.no_grad():
         answers = task.teacher(batch.x, task.index, "main") if task.teacher is not None else None
     logits = task.session.net(batch.x, task.seen, "main")
-    return {"classification": baseline_values("eeil", False, logits, batch.y, answers).sum() / batch.count}
+    return {"classification": baseline_values("eeil", False, logits, batch.y, answers).sum() / batch.total}
 
 
 # -- a stage ----------------------------------------------------------------------------------------------------------------

@@ -100,4 +100,4 @@ def counted_twice(model: nn.Module) -> Iterator[None]:
             # New tensors: the backward pass holds the present ones and would find them changed.
             norm.running_mean = norm.running_mean + keep * (norm.running_mean - mean)  # type: ignore[operator]
             norm.running_var = norm.running_var + keep * (norm.running_var - variance)  # type: ignore[operator]
-            norm.num_batches_tracked += 1
+            norm.num_batches_tracked += 1  # type: ignore[operator,assignment]
