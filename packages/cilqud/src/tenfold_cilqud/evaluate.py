@@ -1,0 +1,225 @@
+"""Accuracy on the tasks seen, clean and under attack (section 9), and the verb `eval` on a checkpoint."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tenfold_cilqud.compat import load_official_state, read_official, recognise
+from tenfold_cilqud.data import DataConfig, load_data, pixels
+from tenfold_cilqud.decisions import add_decision, decision_of
+from tenfold_cilqud.models import IncrementalNet, create_model
+from tenfold_cilqud.protocol import new_samples
+from tenfold_shared.attacks import held, pgd
+from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions, derived_seed
+
+Sets = Sequence[tuple[Tensor, Int[Tensor, " n"]]]
+"""Images and incremental labels of each task."""
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """How a state is tested."""
+
+    attack: Literal["none", "pgd", "ensemble", "autoattack"] = "none"
+    """Robust accuracy: PGD on the cross entropy; the ensemble of this package (APGD on the cross entropy and on the
+    targeted logit ratio, and Square); or AutoAttack from the package autoattack."""
+    eps: float = 8 / 255
+    """Radius of the ball in pixels of [0, 1]."""
+    step_size: float = 2 / 255
+    """Length of a PGD step."""
+    steps: int = 20
+    """PGD steps; also APGD's."""
+    restarts: int = 1
+    """PGD's random starts; an image counts as robust if it withstands all."""
+    images: int = 0
+    """Test images of each task that are attacked, the first ones; 0 attacks all."""
+    batch_size: int = 500
+    """Images at a time."""
+
+
+@torch.no_grad()
+def predictions(net: IncrementalNet, images: Tensor, tasks: int, batch_size: int = 500) -> Int[Tensor, " n"]:
+    """The incremental class of every image among those of the first `tasks` tasks, in eval mode."""
+    training = net.training
+    net.eval()
+    found = [net.scores(pixels_as(net, part), tasks).argmax(1) for part in images.split(batch_size)]
+    net.train(training)
+    return torch.cat(found)
+
+
+def pixels_as(net: IncrementalNet, images: Tensor) -> Tensor:
+    """Images in [0, 1] where the network lies, in its precision."""
+    weight = next(net.parameters())
+    return pixels(images).to(weight.device, weight.dtype)
+
+
+def task_accuracies(net: IncrementalNet, sets: Sets, tasks_seen: int, batch_size: int = 500) -> list[float]:
+    """Accuracy in per cent on each task's images, by the greatest score over all classes seen."""
+    return [
+        100.0 * float((predictions(net, images, tasks_seen, batch_size).cpu() == labels.cpu()).double().mean())
+        for images, labels in sets
+    ]
+
+
+def withstood(
+    net: IncrementalNet, x: Tensor, y: Int[Tensor, " b"], tasks: int, settings: Evaluation, seed: int
+) -> Tensor:
+    """Which images [b] are still classified as `y` whatever the attack tries; the same decision over the classes seen."""
+
+    def score(images: Tensor) -> Tensor:
+        return net.scores(images, tasks)
+
+    with held(net), torch.no_grad():
+        alive = score(x).argmax(1) == y
+        if settings.attack == "autoattack":
+            return alive & _autoattack(score, x, y, settings, seed)
+        if settings.attack == "ensemble":
+            from tenfold_cilqud.ensemble import withstands_ensemble  # noqa: PLC0415
+
+            return withstands_ensemble(score, x, y, alive, eps=settings.eps, steps=settings.steps, seed=seed)
+        for restart in range(settings.restarts):
+            rows = alive.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            images, labels = x[rows], y[rows]
+            delta = pgd(
+                lambda attacked, labels=labels: cross_entropy(score(attacked), labels, reduction="sum"),  # type: ignore[misc]
+                images,
+                eps=settings.eps,
+                step_size=settings.step_size,
+                steps=settings.steps,
+                generator=torch.Generator().manual_seed(derived_seed(seed, "restart", restart)),
+            )
+            alive[rows] = score(images + delta).argmax(1) == labels
+    return alive
+
+
+def _autoattack(score, x: Tensor, y: Tensor, settings: Evaluation, seed: int) -> Tensor:
+    try:
+        from autoattack import AutoAttack  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise UserError(
+            "--evaluation.attack autoattack needs the package autoattack: install it, or take ensemble"
+        ) from error
+    adversary = AutoAttack(score, norm="Linf", eps=settings.eps, version="standard", device=x.device, verbose=False)
+    adversary.seed = seed
+    with torch.enable_grad():
+        attacked = adversary.run_standard_evaluation(x, y, bs=len(x))
+    return score(attacked).argmax(1) == y
+
+
+def robust_accuracies(net: IncrementalNet, sets: Sets, tasks_seen: int, settings: Evaluation, seed: int) -> list[float]:
+    """Accuracy under attack in per cent on each task's images."""
+    rows = []
+    for task, (images, labels) in enumerate(sets):
+        number = settings.images or len(images)
+        right = 0
+        for part, rows_of_part in enumerate(torch.arange(min(number, len(images))).split(settings.batch_size)):
+            x, own = pixels_as(net, images[rows_of_part]), labels[rows_of_part]
+            right += int(
+                withstood(net, x, own.to(x.device), tasks_seen, settings, derived_seed(seed, task, part)).sum()
+            )
+        rows.append(100.0 * right / min(number, len(images)))
+    return rows
+
+
+# --- the verb ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """What to evaluate."""
+
+    checkpoint: Path
+    """A run's folder, a .safetensors file of ours, or a .pt file of the released layout."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The images; the class order of one of our checkpoints is its own."""
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    """How to test."""
+    seen: int = 0
+    """Tasks that the state has seen; 0: what the checkpoint says, or all."""
+
+
+def load_checkpoint(
+    checkpoint: Path, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+) -> tuple[IncrementalNet, dict]:
+    """The network of a checkpoint in eval mode, and what the checkpoint says about itself.
+
+    Released files are recognised by their keys and do not say how images are normalised: `mean` and `std` are for them.
+
+    Raises:
+        UserError: unreadable, or of no known form (the keys that do not fit are named).
+
+    """
+    path = checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
+    if path.suffix == ".safetensors":
+        state, about = load_weights(path)
+        if "arch" not in about:
+            layout = recognise(state)
+            net: IncrementalNet = layout.build(mean=mean, std=std)
+            about = {"arch": "recognised by its keys", **dataclasses.asdict(layout)}
+        else:
+            net = create_model(
+                about["arch"],
+                about["classes_per_task"],
+                about["tasks"],
+                shape=tuple(about["shape"]),
+                width=about["width"],
+                mean=about["mean"],
+                std=about["std"],
+            )
+        add_decision(net, decision_of(state))
+        load_official_state(net, state)
+        return net.eval(), about
+    state = read_official(path)
+    layout = recognise(state)
+    net = layout.build(mean=mean, std=std)
+    load_official_state(net, state)
+    return net.eval(), {"arch": "recognised by its keys", **dataclasses.asdict(layout)}
+
+
+def evaluate(config: EvalConfig, options: RunOptions) -> None:
+    """Print the accuracy of a checkpoint on every task seen, and their mean, as one JSON line."""
+    net, about = load_checkpoint(config.checkpoint)
+    # The split of the images and the number of tasks are the run's.
+    data = load_data(dataclasses.replace(config.data, tasks=net.tasks), about.get("seed", options.seed))
+    if "mean" not in about:
+        net, about = load_checkpoint(config.checkpoint, data.mean, data.std)
+    order = tuple(about.get("class_order", data.order))
+    seen = config.seen or about.get("seen", net.tasks)
+    per_task = net.classes_per_task
+    if sorted(order) != list(range(len(data.names))) or not 1 <= seen <= net.tasks:
+        raise UserError(
+            f"the checkpoint has {net.tasks} tasks of {per_task} classes, {config.data.name} has {len(data.names)} "
+            f"classes and {seen} tasks are asked for: choose another --data.name or --seen"
+        )
+    if len(data.names) != net.tasks * per_task:
+        raise UserError(
+            f"the checkpoint is about {net.tasks * per_task} classes, {config.data.name} has {len(data.names)}"
+        )
+    channels = about["shape"][0] if "shape" in about else about["in_channels"]
+    if channels != data.shape[0]:
+        raise UserError(
+            f"the network takes images of {channels} channels and {config.data.name} has {data.shape[0]}: choose another "
+            "--data.name"
+        )
+    with Run.evaluation("cilqud", options) as run:
+        net = net.to(run.device)
+        split = data.test if config.data.evaluate_on == "test" else data.validation
+        sets = [tuple(new_samples(split, order, task, per_task)) for task in range(seen)]
+        rows = task_accuracies(net, sets, seen, config.evaluation.batch_size)  # type: ignore[arg-type]
+        found = {"arch": about["arch"], "seen": seen, "per_task": rows, "accuracy": sum(rows) / len(rows)}
+        if config.evaluation.attack != "none":
+            robust = robust_accuracies(net, sets, seen, config.evaluation, options.seed)  # type: ignore[arg-type]
+            found |= {"robust_per_task": robust, "robust_accuracy": sum(robust) / len(robust)}
+        if run.is_main:
+            print(json.dumps(found))

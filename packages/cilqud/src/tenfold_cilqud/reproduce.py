@@ -1,0 +1,51 @@
+"""The paper's claims: which arms are run, which numbers are compared."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import filelock
+
+from tenfold_cilqud.recipe import Recipe
+from tenfold_cilqud.train import run_recipe
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.claims import Arm, Claim, Measurement
+from tenfold_shared.cli import load_recipe
+from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.run import Run, RunOptions
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments the miniature on digits."""
+    from tenfold_cilqud.figures import figures  # noqa: PLC0415 - plotting is slow to import
+
+    reproduce_claims("cilqud", claims, request, options, measure, figures)
+
+
+VALUES = {
+    "accuracy after the last task": "last",
+    "average incremental accuracy": "average",
+    "forgetting": "forgetting",
+    "robust accuracy after the last task": "robust_last",
+}
+"""Name of a claim's metric -> what of a run it is."""
+
+
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """What one arm gives with one seed; an arm that several claims share is run once."""
+    name = f"{arm.key}-seed{seed}"
+    file = folder / "measured" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            write_json(file, dataclasses.asdict(run_arm(arm, name, options, folder)))
+        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    return dataclasses.replace(measured, value=measured.extras[VALUES[claim.metric.name]])
+
+
+def run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurement:
+    """Run an arm's recipe; its folder keeps the networks of all tasks."""
+    recipe = load_recipe("tenfold_cilqud", str(arm.recipe), Recipe, **arm.options)
+    with Run("cilqud", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+        result = run_recipe(run, recipe)
+        return Measurement(result.last, extras={**dataclasses.asdict(result), "run": name}, **run.usage())

@@ -1,0 +1,149 @@
+"""The baselines' losses and decisions, each against its formula."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from tenfold_cilqud import SmallNet
+from tenfold_cilqud.baselines import (
+    Walk,
+    align_weights,
+    binary_loss,
+    block_distillation,
+    consolidation_loss,
+    lwf_loss,
+    replay_distillation_loss,
+)
+from tenfold_cilqud.decisions import BiasCorrection, Rectified, add_decision, decision_of
+from tenfold_cilqud.methods import align_heads, fit_bias
+from tenfold_cilqud.protocol import Samples
+from tenfold_shared.errors import UserError
+
+LOGITS = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TEACHER = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+NEW = torch.tensor([4, 5, 4, 5, 5])
+
+
+def distilled() -> torch.Tensor:
+    return -((TEACHER / 2).softmax(1) * (LOGITS[:, :4] / 2).log_softmax(1)).sum(1)
+
+
+def test_lwf_classifies_within_the_new_block() -> None:
+    torch.testing.assert_close(block_distillation(LOGITS, TEACHER), distilled())
+    expected = cross_entropy(LOGITS[:, 4:], NEW - 4, reduction="none") + 3 * distilled()
+    torch.testing.assert_close(lwf_loss(LOGITS, NEW, TEACHER), expected)
+    torch.testing.assert_close(lwf_loss(LOGITS, NEW, None), cross_entropy(LOGITS, NEW, reduction="none"))
+
+
+def test_replay_with_distillation() -> None:
+    plain = cross_entropy(LOGITS, NEW, reduction="none")
+    torch.testing.assert_close(replay_distillation_loss(LOGITS, NEW, TEACHER), plain + distilled())
+    mixed = replay_distillation_loss(LOGITS, NEW, TEACHER, share=0.25)
+    torch.testing.assert_close(mixed, 0.75 * plain + 0.25 * distilled())
+
+
+def test_the_binary_form() -> None:
+    p = LOGITS.sigmoid()
+    target = torch.cat([TEACHER.sigmoid(), torch.eye(6, dtype=torch.float64)[NEW][:, 4:]], 1)
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(1)
+    torch.testing.assert_close(binary_loss(LOGITS, NEW, TEACHER), expected)
+
+
+def test_aligned_rows_have_the_same_mean_norm() -> None:
+    aligned = align_weights(LOGITS, 2)
+    assert torch.equal(aligned[:3], LOGITS[:3])
+    torch.testing.assert_close(aligned[-2:].norm(dim=1).mean(), LOGITS[:3].norm(dim=1).mean())
+
+
+def test_alignment_of_a_network_touches_the_new_head_alone() -> None:
+    net = SmallNet(2, 3, width=2)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    align_heads(net, 1)
+    changed = [name for name, value in net.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["linear_main.1.weight"]
+
+
+def test_consolidation_ignores_what_experts_agree_on_up_to_a_shift() -> None:
+    old, new = TEACHER, LOGITS[:, :2]
+    target = torch.cat([old - old.mean(1, keepdim=True), new - new.mean(1, keepdim=True)], 1)
+    assert consolidation_loss(target, old + 7, new - 3).max() < 1e-20
+    torch.testing.assert_close(consolidation_loss(LOGITS, old, new), (LOGITS - target).square().mean(1))
+
+
+def balanced_network(x: torch.Tensor) -> SmallNet:
+    """A network for which a new class is on top on half of the images."""
+    torch.manual_seed(0)
+    net = SmallNet(2, 2, width=2).eval()
+    with torch.no_grad():
+        for layer in net.linear_main:  # logits that differ from image to image by about 1
+            layer.weight /= net.logits(net.features(x), 2).std(0).mean()
+        logits = net.scores(x, 2)
+        net.linear_main[1].bias -= (logits[:, 2:].amax(1) - logits[:, :2].amax(1)).median()
+    return net
+
+
+def test_bias_correction_finds_a_bias() -> None:
+    """A network whose new logits are shifted up is corrected by a shift down."""
+    x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    net = balanced_network(x)
+    add_decision(net, "bic")
+    with torch.no_grad():
+        labels = net.scores(x, 2).argmax(1)
+        net.linear_main[1].bias.add_(5.0)
+        worse = (net.scores(x, 2).argmax(1) == labels).double().mean()
+    fit_bias(net, net.decision, 1, Samples(x, labels))
+    with torch.no_grad():
+        assert (net.scores(x, 2).argmax(1) == labels).double().mean() > worse
+    assert isinstance(net.decision, BiasCorrection)
+    assert net.decision.shift[0] == 0
+    assert net.decision.shift[1] < 0
+
+
+def test_rectified_scores_change_only_where_a_new_class_is_on_top() -> None:
+    x = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    net = balanced_network(x)
+    decision = Rectified(net.width, 2, 2)
+    decision.initial[:2], decision.present[:2] = 0.8, 0.4
+    decision.confidence[:] = torch.tensor([0.9, 0.6])
+    with torch.no_grad():
+        features = net.features(x)
+        plain = net.logits(features, 2).softmax(1)
+        found = decision(net, features, 2)
+    on_top = plain.argmax(1) >= 2
+    assert 0 < on_top.sum() < len(x)
+    torch.testing.assert_close(found[~on_top], plain[~on_top])
+    torch.testing.assert_close(found[on_top][:, :2], plain[on_top][:, :2] * 0.8 / 0.4 * 0.6 / 0.9)
+    torch.testing.assert_close(found[:, 2:], plain[:, 2:])
+
+
+def test_decisions_are_told_by_their_entries() -> None:
+    for method in ("icarl", "bic", "il2m"):
+        net = SmallNet(2, 2, width=2)
+        add_decision(net, method)
+        assert decision_of(net.state_dict()) == method
+    assert decision_of(SmallNet(2, 2).state_dict()) == ""
+    with pytest.raises(UserError, match="no method"):
+        decision_of({"decision.odd": torch.zeros(1)})
+
+
+def test_the_walk_holds_what_mattered() -> None:
+    """Two parameters, one of which lowers the loss: its score is the greater, and the penalty pulls it back."""
+    net = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    walk = Walk(net)
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(20):
+        optimiser.zero_grad()
+        (net(torch.tensor([[1.0, 0.0]])) - 1).square().sum().backward()
+        optimiser.step()
+        walk.note(net)
+    assert walk.penalty(net) == 0
+    walk.end_task(net)
+    assert walk.kept_score[0][0, 0] > walk.kept_score[0][0, 1] == 0
+    with torch.no_grad():
+        net.weight.zero_()
+    assert walk.penalty(net) > 0
+    other = Walk(net)
+    other.load_state_dict({name: [v.clone() for v in values] for name, values in walk.state_dict().items()})
+    torch.testing.assert_close(other.penalty(net), walk.penalty(net))

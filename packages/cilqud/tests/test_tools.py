@@ -1,0 +1,96 @@
+"""The verbs beside training: query, audit, repeat, sweep, and what eval refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tenfold_cilqud import PreActResNet, to_official
+from tenfold_cilqud.data import DataConfig
+from tenfold_cilqud.evaluate import EvalConfig, Evaluation, evaluate
+from tenfold_cilqud.pools import PoolConfig
+from tenfold_cilqud.recipe import QueryConfig, Recipe
+from tenfold_cilqud.studies import repeat, sweep
+from tenfold_cilqud.tools import AuditTool, QueryTool, audit, query
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import RunOptions
+
+
+def options(folder: Path) -> RunOptions:
+    return RunOptions(output=folder, name="x", device="cpu", quiet=True)
+
+
+def pictures(folder: Path, count: int, seed: int) -> Path:
+    folder.mkdir()
+    draw = np.random.RandomState(seed)
+    for i in range(count):
+        Image.fromarray(draw.randint(256, size=(20, 24, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def test_a_query_on_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(0)
+    to_official(PreActResNet(2, 2, width=2), tmp_path / "net.pt")
+    anchors, pool = pictures(tmp_path / "anchors", 3, 0), pictures(tmp_path / "pool", 10, 1)
+    query(QueryTool(tmp_path / "net.pt", anchors, pool, per_anchor=2, into=tmp_path / "out"), options(tmp_path))
+    content = json.loads((tmp_path / "out" / "query.json").read_text())
+    assert len(set(content["indices"])) == 6
+    assert content["anchor"] == [0, 0, 1, 1, 2, 2]
+    assert "data:image/png" in (tmp_path / "out" / "query.html").read_text()
+    assert "6 of 10 images" in capsys.readouterr().out
+
+
+def test_an_audit_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = DataConfig(held_back=5)
+    audit(AuditTool(data, PoolConfig(source="split+patches:20")), options(tmp_path))
+    assert json.loads(capsys.readouterr().out)["test_images_in_it"] == 0
+
+
+def short(**changes: object) -> Recipe:
+    data = DataConfig(tasks=2, per_class=8, held_back=2, anchors=2, **changes)
+    recipe = Recipe(
+        steps=2, batch_size=8, sub_batch=8, sampler="joined", width=2, data=data, query=QueryConfig(per_anchor=2)
+    )
+    recipe.pool.source = "split"
+    return recipe
+
+
+def test_a_recipe_over_seeds_and_orders(tmp_path: Path) -> None:
+    repeat(short(), options(tmp_path), seeds=2, jobs=1)
+    (row,) = json.loads((tmp_path / "cilqud" / "repeat-x" / "repeat.json").read_text())["rows"]
+    assert row["last"]["n"] == 2
+    assert row["last"]["low"] <= row["last"]["mean"] <= row["last"]["high"]
+    with pytest.raises(UserError, match="--seeds"):
+        repeat(short(), options(tmp_path), seeds=0)
+
+
+def test_a_sweep_looks_at_validation_images_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="evaluate_on validation"):
+        sweep(short(), options(tmp_path), grid={"lr": [0.1]})
+    held_out = short(validation=4, evaluate_on="validation")
+    sweep(held_out, options(tmp_path), grid={"lr": [0.1, 0.001]}, seeds=1, jobs=1)
+    rows = json.loads((tmp_path / "cilqud" / "sweep-x" / "sweep.json").read_text())["rows"]
+    assert sorted(row["lr"] for row in rows) == [0.001, 0.1]
+
+
+def test_evaluation_of_a_released_state(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A network for grey images of two tasks of five classes, as the released layout has it."""
+    torch.manual_seed(0)
+    to_official(PreActResNet(5, 2, width=2, in_channels=1), tmp_path / "net.pt")
+    config = EvalConfig(tmp_path / "net.pt", DataConfig(), Evaluation(attack="pgd", steps=1, images=3), seen=1)
+    evaluate(config, options(tmp_path))
+    found = json.loads(capsys.readouterr().out)
+    assert found["seen"] == len(found["per_task"]) == len(found["robust_per_task"]) == 1
+    with pytest.raises(UserError, match="3 tasks are asked for"):
+        evaluate(EvalConfig(tmp_path / "net.pt", seen=3), options(tmp_path))
+    to_official(PreActResNet(2, 2, width=2, in_channels=1), tmp_path / "net.pt")
+    with pytest.raises(UserError, match="4 classes"):
+        evaluate(EvalConfig(tmp_path / "net.pt"), options(tmp_path))
+    to_official(PreActResNet(5, 2, width=2), tmp_path / "colour.pt")
+    with pytest.raises(UserError, match="3 channels"):
+        evaluate(EvalConfig(tmp_path / "colour.pt"), options(tmp_path))
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate(EvalConfig(tmp_path / "none.pt"), options(tmp_path))
