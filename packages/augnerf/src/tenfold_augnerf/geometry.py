@@ -15,26 +15,30 @@ DEFAULT_EXTENT, DEFAULT_POINTS = 2.0, 256
 
 
 def grid_axes(extents: Sequence[float], voxel: float) -> list[np.ndarray]:
-    """int(extent / voxel) positions from -extent/2 to extent/2, both included, along each axis."""
-    return [np.linspace(-extent / 2, extent / 2, int(extent / voxel)) for extent in extents]
+    """int(extent / voxel) positions from -extent/2 to extent/2, both included, along x, y and z.
+
+    Extents are (w, h, d) as the released code names them, and there h is along x and w along y.
+    """
+    w, h, d = extents
+    return [np.linspace(-extent / 2, extent / 2, int(extent / voxel)) for extent in (h, w, d)]
 
 
 @torch.inference_mode()
-def density_grid(field: Any, extents: Sequence[float], voxel: float, *, chunk: int = 65536) -> Float[Tensor, "y x z"]:
+def density_grid(field: Any, extents: Sequence[float], voxel: float, *, chunk: int = 65536) -> Float[Tensor, "x y z"]:
     """Densities of a field on a grid, asked with a zero view direction.
 
     Args:
         field: usually the fine one.
-        extents: (w, h, d) along x, y and z, about the origin.
+        extents: (w, h, d) along y, x and z (see `grid_axes`), about the origin.
         voxel: spacing, by which int(extent / voxel) points are laid.
         chunk: points at a time.
 
     Returns:
-        Values [h, w, d]: the first axis is y, as the released grid has it.
+        Values at the points of `grid_axes`.
 
     """
     x, y, z = (torch.from_numpy(axis) for axis in grid_axes(extents, voxel))
-    points = torch.stack(torch.meshgrid(x, y, z, indexing="xy"), -1)
+    points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), -1)
     parameter = next(field.parameters())
     found = [density_at(field, part.to(parameter)) for part in points.view(-1, 3).split(chunk)]
     return torch.cat(found).view(points.shape[:3])
@@ -58,10 +62,9 @@ def extract_mesh(
 
     if not density.min() < threshold < density.max():
         return np.zeros((0, 3)), np.zeros((0, 3), dtype=np.int64)
-    x, y, z = axes
-    spacing = tuple(float(axis[1] - axis[0]) for axis in (y, x, z))
+    spacing = tuple(float(axis[1] - axis[0]) for axis in axes)
     vertices, faces, *_ = marching_cubes(density, threshold, spacing=spacing)
-    return vertices[:, [1, 0, 2]] + [x[0], y[0], z[0]], faces.astype(np.int64)
+    return vertices + [float(axis[0]) for axis in axes], faces.astype(np.int64)
 
 
 def write_obj(vertices: np.ndarray, faces: np.ndarray) -> str:
@@ -145,7 +148,7 @@ def total_variation(image: Float[Tensor, "height width"]) -> float:
     return float((image[1:] - image[:-1]).abs().mean() + (image[:, 1:] - image[:, :-1]).abs().mean())
 
 
-def grid_variation(density: Float[Tensor, "y x z"]) -> float:
+def grid_variation(density: Float[Tensor, "x y z"]) -> float:
     """Mean absolute difference between neighbouring opacities 1 - exp(-σ Δ) of a grid, with Δ one unit."""
     opacity = 1 - torch.exp(-density)
     return float(sum(opacity.diff(dim=axis).abs().mean() for axis in range(3)))
