@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tenfold_augnerf.cameras import Rays, ndc_rays, transform_rays
 from tenfold_augnerf.compositing import Composited
-from tenfold_augnerf.perturbation import PAIRED, Delta, check_exposed, check_keys, check_pairs
+from tenfold_augnerf.perturbation import PAIRED, Delta, Geometry, check_exposed, check_keys, check_pairs
 from tenfold_augnerf.sampling import importance, stratified
 from tenfold_shared.errors import UserError
 
@@ -260,6 +260,28 @@ class Renderer(nn.Module):
         z_std = new.std(-1, unbiased=False)
         return Rendering(self._coloured(second, sites), first, z_std, views, rays, sites.tapped)
 
+    def geometry(self, height: int, width: int, cameras: int = 1) -> Geometry:
+        """What radii are measured in, for images of the given size."""
+        sampling = self.sampling
+        fine = self.fine_samples if sampling.fine else sampling.coarse
+        edges, size = self.nerf.extra_edges, self.nerf.width
+        return Geometry(sampling.near, sampling.far, sampling.coarse, fine, size, height, width, cameras, edges)
+
+    def draws(self, rays: int, generator: torch.Generator, noise_std: float = 0.0) -> Draws:
+        """Jitter and, where `noise_std` is not 0, density noise of a training step, from a generator of any device."""
+        sampling, edges = self.sampling, self.nerf.extra_edges
+
+        def uniform(count: int) -> Tensor:
+            return torch.rand(rays, count, generator=generator, device=generator.device)
+
+        def normal(count: int) -> Tensor | None:
+            if not noise_std:
+                return None
+            return noise_std * torch.randn(rays, count, generator=generator, device=generator.device)
+
+        jitter = uniform(sampling.coarse + edges), uniform(sampling.fine + edges) if sampling.fine else None
+        return Draws(*jitter, normal(sampling.coarse), normal(self.fine_samples))
+
     def resample(self, z: Tensor, weights: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ray parameters of the fine pass, and which of them are new."""
         return importance(z, weights, self.sampling.fine, uniform)
@@ -359,20 +381,3 @@ def criterion(
     if rendering.coarse is not None:
         loss = loss + coarse_weight * (rendering.coarse.shown.rgb - truth).square().mean(-1)
     return loss if per_ray else loss.mean()
-
-
-def draw_numbers(
-    rays: int, sampling: RaySampling, generator: torch.Generator, *, noise_std: float = 0.0, extra_edges: int = 0
-) -> Draws:
-    """Jitter and, where `noise_std` is not 0, density noise of a training step, from a generator on any device."""
-    device = generator.device
-
-    def uniform(count: int) -> Tensor:
-        return torch.rand(rays, count, generator=generator, device=device)
-
-    coarse, fine = sampling.coarse, sampling.fine
-    noise = [
-        noise_std * torch.randn(rays, count, generator=generator, device=device) if noise_std else None
-        for count in (coarse, coarse + fine)
-    ]
-    return Draws(uniform(coarse + extra_edges), uniform(fine + extra_edges) if fine else None, *noise)
