@@ -193,11 +193,11 @@ def load_renderer(
         sampling = RaySampling(near, far, coarse, fine, ndc=data.ndc)
         return load_official_checkpoint(path, sampling, white=data.white), {"checkpoint": "released layout"}
     state, about = load_weights(path)
-    if "model" not in about or "samples" not in about:
+    if "sizes" not in about or "samples" not in about:
         raise UserError(f"{path} does not say which model it holds: it is no checkpoint of this package")
     coarse, fine = samples or about["samples"]
     sampling = RaySampling(near, far, coarse, fine, about.get("inverse", False), data.ndc)
-    model = create_model(ModelConfig(**about["model"]), sampling, white=data.white, variant=Variant())
+    model = create_model(ModelConfig(**about["sizes"]), sampling, white=data.white, variant=Variant())
     model.load_state_dict({name: value for name, value in state.items() if not name.startswith("nerf_adv.")})
     return model, about
 

@@ -418,7 +418,7 @@ def run_recipe(run: Run, recipe: Recipe, data: Data | None = None) -> tuple[Rend
             logger.warning("the scene is empty after %d steps: lower --optim.lr or the radii, or warm up", GUARD_STEP)
     exact = bool(data.scene)
     about = {
-        "model": dataclasses.asdict(recipe.model),
+        "sizes": dataclasses.asdict(recipe.model),
         "samples": [recipe.coarse, recipe.fine],
         "inverse": recipe.inverse,
         "method": recipe.method,
