@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from tenfold_augnerf.perturbation import KEYS, Geometry, broadcast, radius
 from tenfold_shared.errors import UserError
 
 Norm = Literal["l_inf", "l_2"]
+NORMS = get_args(Norm)
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
 """Perturbations -> the loss of every ray [rays]."""
 
@@ -40,8 +41,6 @@ class Step:
                 f"an attack needs a radius, a step size and a number of steps of 0 or more, got {self.epsilon}, "
                 f"{self.alpha} and {self.iterations}"
             )
-        if self.norm not in ("l_inf", "l_2"):
-            raise UserError(f"the norm {self.norm!r} is not known: use l_inf or l_2")
 
     def scaled(self, factor: float) -> "Step":
         """The same in a ball and with a step `factor` times as large."""
@@ -71,6 +70,8 @@ def steps_of(
     for key, values in settings.items():
         epsilon = radius(key, float(values["eps"]), geometry)
         size = float(values["alpha"]) * (epsilon if relative_alpha else 1.0)
+        if values["norm"] not in NORMS:
+            raise UserError(f"the norm {values['norm']!r} of {key} is not known: use {' or '.join(NORMS)}")
         steps[key] = Step(epsilon, size, int(values["iterations"]), values["norm"])  # type: ignore[arg-type]
     return steps
 

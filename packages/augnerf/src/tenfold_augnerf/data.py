@@ -18,7 +18,7 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.scenes import Scene, blocks_views, read_blender, read_deepvoxels, read_llff
 from tenfold_shared.scenes.blender import read_json
 
-DataName = Literal["blocks-tiny", "blocks-small", "blocks-medium", "blocks-full", "blender", "llff", "deepvoxels", "linemod", "prepared"]
+DataName = Literal["blocks-mini", "blocks-tiny", "blocks-small", "blocks-medium", "blocks-full", "blender", "llff", "deepvoxels", "linemod", "prepared"]
 Kind = Literal[
     "none", "saltpepper", "saltpepper-bernoulli", "gaussian", "poisson", "blur", "exposure", "jpeg", "occlusion"
 ]
@@ -28,6 +28,7 @@ LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 DEEPVOXELS_SCENES = ("armchair", "cube", "greek", "vase")
 BLOCKS = {  # size, views for training, validation, test
+    "blocks-mini": (32, 30, 4, 6),
     "blocks-tiny": (32, 10, 4, 6),
     "blocks-small": (64, 20, 6, 10),
     "blocks-medium": (200, 60, 10, 20),
@@ -41,7 +42,7 @@ class DataConfig:
     """Which pictures, and what is done to the training views."""
 
     name: DataName = "blocks-tiny"
-    """The data set: an exact scene of blocks in four sizes, a published layout, or a folder of prepared rays."""
+    """The data set: an exact scene of blocks in several sizes, a published layout, or a folder of prepared rays."""
     scene: str = ""
     """Scene of the data set, a folder's name."""
     root: Path | None = None
@@ -281,7 +282,7 @@ def write_prepared(folder: Path, data: Data) -> None:
     views = data.train
     counts = [len(part) for part in (data.train, data.validation, data.test)]
     first = np.cumsum([0, *counts])
-    splits = {f"i_{name}": list(range(a, b)) for name, a, b in zip(("train", "val", "test"), first, first[1:], strict=True)}
+    splits = {f"i_{name}": list(range(int(a), int(b))) for name, a, b in zip(("train", "val", "test"), first[:-1], first[1:], strict=True)}
     focal = float(1 / views.turns[0, :, 0].norm())
     meta = {"near": views.near, "far": views.far, "H": views.size[0], "W": views.size[1], "focal": focal, **splits}
     (folder / "meta.json").write_text(json.dumps({**meta, "white_bkgd": data.white}, indent=1), encoding="utf-8")
