@@ -9,7 +9,6 @@ speed of this machine's own matrix product; a step is three forwards of them.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from straightforward import Network, adversarial_step, clean_step
 
-from tenfold_augnerf import Adversary, Batch, ModelConfig, RaySampling, Rays, accumulate, create_model, steps_of
+from tenfold_augnerf import Adversary, Batch, ModelConfig, Rays, RaySampling, accumulate, create_model, steps_of
 from tenfold_augnerf.evaluate import rays_at_once
 from tenfold_augnerf.objective import random_starts
 from tenfold_shared.checkpoint import write_json
@@ -131,7 +130,9 @@ def main() -> None:
     for name, ratio in ratios.items():
         print(f"{name:48} {ratio:.2f}")
     if options.json:
-        write_json(options.json, {"sizes": {key: getattr(options, key) for key in sizes}, "arms": found, "ratios": ratios})
+        write_json(
+            options.json, {"sizes": {key: getattr(options, key) for key in sizes}, "arms": found, "ratios": ratios}
+        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from tenfold_augnerf import (
     KEYS,
     RELEASED,
     Objective,
-    RaySampling,
     Rays,
+    RaySampling,
     Renderer,
     Samples,
     Step,
@@ -153,7 +153,9 @@ def test_zero_gradients_leave_entries_where_they_are() -> None:
 def test_l2_step_by_hand() -> None:
     moved = ascend(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), Step(10.0, 0.5, 1, "l_2"))
     torch.testing.assert_close(moved, torch.tensor([[0.3, 0.4]]))
-    assert torch.allclose(ascend(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), Step(0.25, 0.5, 1, "l_2")).norm(), torch.tensor(0.25))
+    assert torch.allclose(
+        ascend(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), Step(0.25, 0.5, 1, "l_2")).norm(), torch.tensor(0.25)
+    )
 
 
 def test_one_step_maximises_a_linear_loss() -> None:
@@ -171,7 +173,9 @@ def test_worst_is_worse_than_random_and_helpful_is_better(norm: str) -> None:
     model, (rays, truth) = model_of(), batch()
     keys = ["pts_c", "pts_f", "feat_c", "feat_f", "raw_c", "raw_f", "rgb"]
     eps = [0.2, 0.2, 0.05, 0.05, 0.2, 0.2, 0.05]
-    steps = steps_of(keys, model.geometry(40, 50), eps=eps, alpha=[0.5], iterations=[4], norm=[norm], relative_alpha=True)
+    steps = steps_of(
+        keys, model.geometry(40, 50), eps=eps, alpha=[0.5], iterations=[4], norm=[norm], relative_alpha=True
+    )
     objective, draw = Objective(), torch.Generator().manual_seed(0)
     starts = {key: start(model.geometry(40, 50).shape(key, 6), step, draw) for key, step in steps.items()}
 
@@ -275,7 +279,15 @@ def test_cameras_are_attacked_together() -> None:
     """Every ray of a camera gets the same motion, and it makes things worse."""
     model, (rays, truth) = model_of(), batch()
     delta = augment(
-        model, rays, truth, {"cam_r": 2.0, "cam_t": 0.05}, image_size=(40, 50), cameras=2, iterations=3, alpha=0.5, norm="l_2"
+        model,
+        rays,
+        truth,
+        {"cam_r": 2.0, "cam_t": 0.05},
+        image_size=(40, 50),
+        cameras=2,
+        iterations=3,
+        alpha=0.5,
+        norm="l_2",
     )
     assert delta["cam_r"].shape == (2, 3)
     assert float(flat_norm(delta["cam_t"]).max()) <= 0.05 * (1 + 1e-5)

@@ -3,11 +3,18 @@
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tenfold_augnerf import RELEASED, CheckpointError, ModelConfig, RaySampling, create_model, load_official_checkpoint, to_official
+from tenfold_augnerf import (
+    RELEASED,
+    CheckpointError,
+    ModelConfig,
+    RaySampling,
+    create_model,
+    load_official_checkpoint,
+    to_official,
+)
 from tenfold_augnerf.compat import from_keras, recognise
 from tenfold_shared.errors import UserError
 
@@ -43,9 +50,13 @@ def test_names_are_the_released_ones() -> None:
     names = list(create_model("reference", SAMPLING, variant=RELEASED).state_dict())
     assert len(names) == 72
     assert names[0] == "nerf.mlp.pts_linears.0.weight"
-    assert {f"nerf_adv.mlp.{n}.weight" for n in ("alpha_linear", "feature_linear", "views_linears.0", "rgb_linear")} <= set(names)
+    assert {
+        f"nerf_adv.mlp.{n}.weight" for n in ("alpha_linear", "feature_linear", "views_linears.0", "rgb_linear")
+    } <= set(names)
     state = create_model("reference", SAMPLING).state_dict()
-    shapes = {n: tuple(state[f"nerf.mlp.{n}.weight"].shape) for n in ("pts_linears.0", "pts_linears.5", "views_linears.0")}
+    shapes = {
+        n: tuple(state[f"nerf.mlp.{n}.weight"].shape) for n in ("pts_linears.0", "pts_linears.5", "views_linears.0")
+    }
     assert shapes == {"pts_linears.0": (512, 63), "pts_linears.5": (512, 575), "views_linears.0": (256, 539)}
 
 
@@ -90,7 +101,9 @@ def test_keras_arrays() -> None:
 def test_misfits_are_listed(tmp_path: Path) -> None:
     state = to_official(create_model(SMALL["plain"], SAMPLING))["model"]
     partial = {name: value for name, value in state.items() if "nerf_fine.mlp.rgb_linear" not in name}
-    with pytest.raises(CheckpointError, match=r"missing nerf_fine.mlp.rgb_linear.weight; missing nerf_fine.mlp.rgb_linear.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"missing nerf_fine.mlp.rgb_linear.weight; missing nerf_fine.mlp.rgb_linear.bias"
+    ):
         load_official_checkpoint(partial, SAMPLING)
     wrong = {**state, "nerf.mlp.alpha_linear.weight": torch.zeros(2, 16)}
     with pytest.raises(CheckpointError, match=r"alpha_linear.weight has shape \(2, 16\) instead of \(1, 16\)"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold_augnerf import Adversary, Batch, Objective, RaySampling, Rays, Renderer, Step, accumulate, create_model
+from tenfold_augnerf import Adversary, Batch, Objective, Rays, RaySampling, Renderer, Step, accumulate, create_model
 from tenfold_augnerf.attack import ascend
 from tenfold_augnerf.objective import detached, free_replay, random_starts
 from tenfold_augnerf.schedules import RadiusControl, RadiusSchedule, learning_rate
@@ -67,7 +67,9 @@ def test_outer_loss_by_hand(chunk: int, mix: str) -> None:
     model, batch = setting()
     steps = steps_of_keys(LOW, iterations=2)
     adversary = Adversary(steps, weight=0.3, mix=mix)
-    starts = random_starts(steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False)
+    starts = random_starts(
+        steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
+    )
     objective = Objective()
     delta = {key: value.clone() for key, value in starts(0, slice(0, 7)).items()}
     for _ in range(2):  # with a full backward pass, weight gradients included
@@ -102,7 +104,9 @@ def test_heads_share_the_samples_and_features() -> None:
     """Equal to renderings that compute everything anew at the clean pass's samples."""
     model, batch = setting()
     steps = steps_of_keys(HIGH, iterations=2)
-    starts = random_starts(steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False)
+    starts = random_starts(
+        steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
+    )
     objective = Objective()
 
     def anew(delta: Mapping[str, Tensor]) -> Tensor:
@@ -136,7 +140,9 @@ def test_free_replay_is_the_outer_step_and_one_ascent() -> None:
     model, batch = setting()
     steps = steps_of_keys(LOW)
     adversary = Adversary(steps, weight=0.4)
-    starts = random_starts(steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False)
+    starts = random_starts(
+        steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
+    )
     delta = dict(starts(0, slice(0, 7)))
     losses, following = free_replay(model, batch, adversary, delta)
     found = gradients(model)

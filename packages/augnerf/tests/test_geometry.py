@@ -57,7 +57,7 @@ def test_mesh_of_a_ball_is_the_ball() -> None:
     draw = np.random.default_rng(0).standard_normal((4000, 3))
     exact = field.centre.detach().numpy() + 0.55 * draw / np.linalg.norm(draw, axis=-1, keepdims=True)
     assert chamfer(surface, exact) < 0.04
-    assert chamfer(surface, exact + [0.2, 0, 0]) > 0.07
+    assert chamfer(surface, exact + np.array([0.2, 0, 0])) > 0.07
     text = write_obj(vertices, faces)
     assert text.count("\nf ") == len(faces)
     assert max(int(n) for n in text.rstrip().rpartition("\n")[2].split()[1:]) <= len(vertices)
@@ -84,12 +84,16 @@ def test_normals_of_a_plane() -> None:
     assert normal_error(found, normal.expand_as(found), torch.ones(12, 12, dtype=torch.bool)) < 0.1
     tilted = torch.nn.functional.normalize(torch.tensor([0.3, 0.2, -1.0]), dim=0)
     angle = math.degrees(math.acos(float(normal @ tilted)))
-    assert normal_error(found, tilted.expand_as(found), torch.ones(12, 12, dtype=torch.bool)) == pytest.approx(angle, abs=0.2)
+    assert normal_error(found, tilted.expand_as(found), torch.ones(12, 12, dtype=torch.bool)) == pytest.approx(
+        angle, abs=0.2
+    )
 
 
 def test_depth_scores_by_hand() -> None:
     truth = torch.tensor([2.0, 3.0, math.inf])
-    scores = depth_scores(torch.tensor([1.1, 3.0, 0.5]), torch.tensor([2.0, 3.5, 6.0]), torch.tensor([0.5, 1.0, 0.1]), truth)
+    scores = depth_scores(
+        torch.tensor([1.1, 3.0, 0.5]), torch.tensor([2.0, 3.5, 6.0]), torch.tensor([0.5, 1.0, 0.1]), truth
+    )
     assert scores["depth_mae"] == pytest.approx(0.1)
     assert scores["depth_rmse"] == pytest.approx(0.2 / math.sqrt(2), abs=1e-6)
     assert scores["median_depth_mae"] == pytest.approx(0.25)

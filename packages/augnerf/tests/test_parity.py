@@ -175,9 +175,7 @@ def renderer_of(case: Case) -> Renderer:
         fields[1] = fields[0]
     renderer = Renderer(
         *fields,
-        sampling=RaySampling(
-            cfg["near"], cfg["far"], cfg["N_samples"], cfg["N_importance"], cfg.get("lindisp", False)
-        ),
+        sampling=RaySampling(cfg["near"], cfg["far"], cfg["N_samples"], cfg["N_importance"], cfg.get("lindisp", False)),
         white=cfg.get("white_bkgd", False),
         **({"variant": RELEASED} if len(fields) == 3 and cfg.get("branch") == "auxiliary" else {}),
     )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold_augnerf import KEYS, MODELS, Draws, NeRF, RaySampling, Rays, Renderer, create_model
+from tenfold_augnerf import KEYS, MODELS, Draws, NeRF, Rays, RaySampling, Renderer, create_model
 from tenfold_augnerf.cameras import euler_rotation
 from tenfold_augnerf.compositing import composite, intervals
 from tenfold_augnerf.encoding import encode, encode_gaussian
@@ -283,9 +283,9 @@ def test_draws_are_used() -> None:
     plain = model(batch).rgb
     drawn = model.draws(6, torch.Generator().manual_seed(0), noise_std=1.0)
     for name in Draws._fields:
-        assert not torch.equal(model(batch, draws=Draws(**{name: getattr(drawn, name)})).coarse.shown.rgb, plain) or not torch.equal(
-            model(batch, draws=Draws(**{name: getattr(drawn, name)})).rgb, plain
-        )
+        assert not torch.equal(
+            model(batch, draws=Draws(**{name: getattr(drawn, name)})).coarse.shown.rgb, plain
+        ) or not torch.equal(model(batch, draws=Draws(**{name: getattr(drawn, name)})).rgb, plain)
 
 
 @pytest.mark.parametrize(

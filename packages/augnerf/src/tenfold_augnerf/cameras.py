@@ -131,5 +131,7 @@ def exhibit_path(frames: int = 40, elevation: float = 30.0, radius: float = 4.0)
 def ring_poses(theta: np.ndarray, elevation: float = 30.0, radius: float = 4.0) -> np.ndarray:
     """Poses [n, 4, 4] at angles θ in degrees, clockwise from the y axis."""
     azimuth, height = np.deg2rad(90 - np.asarray(theta)), np.deg2rad(elevation)
-    eye = np.stack([np.cos(height) * np.cos(azimuth), np.cos(height) * np.sin(azimuth), np.full(azimuth.shape, np.sin(height))], -1)
+    eye = np.stack(
+        [np.cos(height) * np.cos(azimuth), np.cos(height) * np.sin(azimuth), np.full(azimuth.shape, np.sin(height))], -1
+    )
     return opengl_from_opencv(look_at(radius * eye, np.zeros(3)))

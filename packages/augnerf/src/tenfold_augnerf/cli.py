@@ -12,7 +12,9 @@ COMMANDS = {
     "export": Command("tenfold_augnerf.export:export", "density grid, mesh and released checkpoint of a run"),
     "sharpness": Command("tenfold_augnerf.sharpness:sharpness", "rise of the error under perturbations, by radius"),
     "prepare": Command("tenfold_augnerf.export:prepare", "write a data set as prepared rays, Blender or LLFF folders"),
-    "sweep": Command("tenfold_augnerf.reproduce:sweep", "one recipe over a grid of its values, judged on validation views"),
+    "sweep": Command(
+        "tenfold_augnerf.reproduce:sweep", "one recipe over a grid of its values, judged on validation views"
+    ),
 }
 
 

@@ -40,7 +40,9 @@ def convert(content: Mapping[str, Any], where: str = "the checkpoint") -> dict[s
         return state | {f"nerf_fine.mlp.{name}": value for name, value in fine.items()}
     state = content.get("model", content)
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{where} holds no state dict: expected tensors under `model`, or networks of nerf-pytorch")
+        raise CheckpointError(
+            f"{where} holds no state dict: expected tensors under `model`, or networks of nerf-pytorch"
+        )
     state = {name.removeprefix("module."): value for name, value in state.items()}
     strangers = [name for name in state if name.split(".")[0] not in BRANCHES]
     if strangers:
@@ -130,7 +132,9 @@ def load_official_checkpoint(
     variant = RELEASED if auxiliary else Variant()
     sampling = sampling or RaySampling(2.0, 6.0)
     if not any(name.startswith("nerf_fine.") for name in state):
-        state |= {name.replace("nerf.", "nerf_fine.", 1): value for name, value in state.items() if name.startswith("nerf.")}
+        state |= {
+            name.replace("nerf.", "nerf_fine.", 1): value for name, value in state.items() if name.startswith("nerf.")
+        }
     model = create_model(recognise(state), sampling, white=white, variant=variant)
     load_state(model, state)
     return model
@@ -154,8 +158,15 @@ def from_keras(arrays: Sequence[np.ndarray], prefix: str = "nerf.mlp.") -> dict[
     """
     trunk = len(arrays) // 2 - 4
     if len(arrays) % 2 or trunk < 1:
-        raise CheckpointError(f"{len(arrays)} arrays are no network with view directions: weights and biases of 5 or more layers are needed")
-    names = [f"pts_linears.{i}" for i in range(trunk)] + ["feature_linear", "views_linears.0", "rgb_linear", "alpha_linear"]
+        raise CheckpointError(
+            f"{len(arrays)} arrays are no network with view directions: weights and biases of 5 or more layers are needed"
+        )
+    names = [f"pts_linears.{i}" for i in range(trunk)] + [
+        "feature_linear",
+        "views_linears.0",
+        "rgb_linear",
+        "alpha_linear",
+    ]
     state = {}
     for i, name in enumerate(names):
         state[f"{prefix}{name}.weight"] = torch.from_numpy(np.ascontiguousarray(arrays[2 * i].T))

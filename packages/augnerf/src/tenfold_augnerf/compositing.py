@@ -29,9 +29,7 @@ class Composited(NamedTuple):
     depth: Float[Tensor, "rays 1"]
 
 
-def intervals(
-    z: Float[Tensor, "rays samples"], directions: Float[Tensor, "rays 3"]
-) -> Float[Tensor, "rays samples"]:
+def intervals(z: Float[Tensor, "rays samples"], directions: Float[Tensor, "rays 3"]) -> Float[Tensor, "rays samples"]:
     """Δ_i = z_{i+1} - z_i, the last one 1e10, times the length of the direction."""
     last = torch.full_like(z[:, :1], LAST_INTERVAL)
     return torch.cat([z[:, 1:] - z[:, :-1], last], -1) * directions.norm(dim=-1, keepdim=True)

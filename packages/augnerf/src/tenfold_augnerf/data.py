@@ -18,7 +18,18 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.scenes import Scene, blocks_views, read_blender, read_deepvoxels, read_llff
 from tenfold_shared.scenes.blender import read_json
 
-DataName = Literal["blocks-mini", "blocks-tiny", "blocks-small", "blocks-medium", "blocks-full", "blender", "llff", "deepvoxels", "linemod", "prepared"]
+DataName = Literal[
+    "blocks-mini",
+    "blocks-tiny",
+    "blocks-small",
+    "blocks-medium",
+    "blocks-full",
+    "blender",
+    "llff",
+    "deepvoxels",
+    "linemod",
+    "prepared",
+]
 Kind = Literal[
     "none", "saltpepper", "saltpepper-bernoulli", "gaussian", "poisson", "blur", "exposure", "jpeg", "occlusion"
 ]
@@ -250,7 +261,9 @@ def _deepvoxels(config: DataConfig) -> Splits:
         dataclasses.replace(config, scene=""), "deepvoxels", f"{{train,validation,test}}/{scene}/{{rgb,pose}}"
     )
     if not (folder / "train" / scene).is_dir():
-        raise missing(f"scene {scene or '(--data.scene)'} of deepvoxels", SOURCE, f"{folder}/train/{scene}/{{rgb,pose}}")
+        raise missing(
+            f"scene {scene or '(--data.scene)'} of deepvoxels", SOURCE, f"{folder}/train/{scene}/{{rgb,pose}}"
+        )
     train = read_deepvoxels(folder, scene, "train")
     held = [read_deepvoxels(folder, scene, split, skip=config.test_skip) for split in ("validation", "test")]
     bounds = train.cameras.bounds
@@ -282,7 +295,10 @@ def write_prepared(folder: Path, data: Data) -> None:
     views = data.train
     counts = [len(part) for part in (data.train, data.validation, data.test)]
     first = np.cumsum([0, *counts])
-    splits = {f"i_{name}": list(range(int(a), int(b))) for name, a, b in zip(("train", "val", "test"), first[:-1], first[1:], strict=True)}
+    splits = {
+        f"i_{name}": list(range(int(a), int(b)))
+        for name, a, b in zip(("train", "val", "test"), first[:-1], first[1:], strict=True)
+    }
     focal = float(1 / views.turns[0, :, 0].norm())
     meta = {"near": views.near, "far": views.far, "H": views.size[0], "W": views.size[1], "focal": focal, **splits}
     (folder / "meta.json").write_text(json.dumps({**meta, "white_bkgd": data.white}, indent=1), encoding="utf-8")
@@ -306,7 +322,9 @@ def _prepared(config: DataConfig) -> Data:
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"{folder / name} is damaged ({error})") from error
         if found.ndim != 3 + len(shape) or found.shape[3:] != shape:
-            raise UserError(f"{folder / name} has the shape {found.shape}, expected [n, H, W, {', '.join(map(str, shape))}]")
+            raise UserError(
+                f"{folder / name} has the shape {found.shape}, expected [n, H, W, {', '.join(map(str, shape))}]"
+            )
         return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
 
     def split(name: str) -> Views:

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from tenfold_augnerf.compat import convert, load_official_checkpoint
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.geometry import depth_scores, median_depth, normal_error, normals_from_depth, ray_entropy, total_variation
-from tenfold_augnerf.metrics import lpips, mse, psnr_mean, psnr_of_mean_mse, ssim, ssim_standard
+from tenfold_augnerf.geometry import (
+    depth_scores,
+    median_depth,
+    normal_error,
+    normals_from_depth,
+    ray_entropy,
+    total_variation,
+)
+from tenfold_augnerf.metrics import lpips, mse, psnr, psnr_mean, psnr_of_mean_mse, ssim, ssim_standard
 from tenfold_augnerf.models import ModelConfig, create_model
 from tenfold_augnerf.renderer import RaySampling, Renderer, Variant
 from tenfold_augnerf.views import Views
@@ -113,7 +120,9 @@ def scores_of(
     was_training = renderer.training
     renderer.eval()
     rank, world = (run.rank, run.world) if run else (0, 1)
-    rows = {v: view_scores(renderer, views, v, exact=exact, perceptual=perceptual) for v in range(rank, len(views), world)}
+    rows = {
+        v: view_scores(renderer, views, v, exact=exact, perceptual=perceptual) for v in range(rank, len(views), world)
+    }
     if run and world > 1:
         names = sorted(next(iter(rows.values()))) if rows else []
         table = torch.zeros(len(views), len(names) or 1, dtype=torch.float64, device=run.device)
@@ -134,18 +143,16 @@ def scores_of(
     }
 
 
-def mean_error(renderer: Renderer, views: Views, truth: Views) -> float:
-    """Mean squared error of the views' renderings against other pictures of the same views."""
-    errors = [mse(render_view(renderer, views, v).rgb, truth_of(truth, v)) for v in range(len(views))]
-    return float(torch.stack(errors).mean())
-
-
 def memorised(renderer: Renderer, data: Data) -> dict[str, float]:
     """PSNR of the training views against what was trained on and against the clean pictures: noise that is learnt by
     heart shows as a high first number.
     """
-    errors = {"train_psnr": data.train, "train_clean_psnr": data.clean}
-    return {name: -10 * math.log10(max(mean_error(renderer, data.train, truth), 1e-12)) for name, truth in errors.items()}
+    errors = []
+    for view in range(len(data.train)):
+        rgb = render_view(renderer, data.train, view).rgb
+        errors.append(torch.stack([mse(rgb, truth_of(views, view)) for views in (data.train, data.clean)]))
+    given, clean = psnr(torch.stack(errors).mean(0)).tolist()
+    return {"train_psnr": given, "train_clean_psnr": clean}
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------------
@@ -172,9 +179,7 @@ def weights_file(checkpoint: Path) -> Path:
     return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
 
 
-def load_renderer(
-    checkpoint: Path, data: Data, samples: list[int] | None = None
-) -> tuple[Renderer, dict[str, Any]]:
+def load_renderer(checkpoint: Path, data: Data, samples: list[int] | None = None) -> tuple[Renderer, dict[str, Any]]:
     """The renderer of a checkpoint for the bounds of a data set, and what the checkpoint says about itself.
 
     Raises:

@@ -106,7 +106,9 @@ class ExportConfig:
 def export(config: ExportConfig, options: RunOptions) -> None:
     """Write `density.npy`, `mesh.obj` and `<step>.ckpt` in the released layout; blocks also get the Chamfer distance."""
     if len(config.extents) != 3 or min(config.extents) <= 0 or config.points < 2:
-        raise UserError(f"--extents takes three positive sizes and --points 2 or more, got {config.extents}, {config.points}")
+        raise UserError(
+            f"--extents takes three positive sizes and --points 2 or more, got {config.extents}, {config.points}"
+        )
     data = load_data(config.data)
     renderer, _ = load_renderer(config.checkpoint, data)
     folder = options.output / "augnerf" / (options.name or "export")
@@ -126,19 +128,33 @@ def export(config: ExportConfig, options: RunOptions) -> None:
     print(f"{line}; written to {folder}")
 
 
-def prepare(
-    options: RunOptions, data: DataConfig, layout: Literal["rays", "blender", "llff"] = "rays", folder: Path = Path("prepared")
-) -> None:
+@dataclasses.dataclass
+class PrepareConfig:
+    """What to write."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The data set."""
+    layout: Literal["rays", "blender", "llff"] = "rays"
+    """The released cache of rays, or the exact blocks in a published layout."""
+    folder: Path = Path("prepared")
+    """Where to write it."""
+
+
+def prepare(config: PrepareConfig) -> None:
     """Write a data set as the released cache of rays, or the blocks as a Blender or LLFF folder."""
-    if layout == "rays":
+    data, folder = config.data, config.folder
+    if config.layout == "rays":
         write_prepared(folder, load_data(data))
     elif data.name not in BLOCKS:
-        raise UserError(f"--layout {layout} writes the exact blocks scene; --data.name is one of {', '.join(BLOCKS)}")
+        raise UserError(
+            f"--layout {config.layout} writes the exact blocks scene; --data.name is one of {', '.join(BLOCKS)}"
+        )
     else:
         size, *counts = BLOCKS[data.name]
-        if layout == "llff":
+        if config.layout == "llff":
             write_llff(folder, blocks_views(counts[0], size, forward=True))
         else:
-            for split, count, offset in zip(("train", "val", "test"), counts, (0.0, VALIDATION_OFFSET, TEST_OFFSET), strict=True):
+            offsets = (0.0, VALIDATION_OFFSET, TEST_OFFSET)
+            for split, count, offset in zip(("train", "val", "test"), counts, offsets, strict=True):
                 write_blender(folder, blocks_views(count, size, offset), split)
     print(f"{data.name} written to {folder}")

@@ -61,7 +61,9 @@ class MLP(nn.Module):
     def __init__(self, depth: int, width: int, points: int, directions: int, skips: Sequence[int] = (SKIP,)) -> None:
         super().__init__()
         if depth - 1 in skips or depth < 1:
-            raise ValueError(f"a trunk of {depth} layers has no layer after the skip at {list(skips)}: take another depth")
+            raise ValueError(
+                f"a trunk of {depth} layers has no layer after the skip at {list(skips)}: take another depth"
+            )
         self.width, self.points, self.directions, self.skips = width, points, directions, tuple(skips)
         self.pts_linears = nn.ModuleList(
             nn.Linear(points if i == 0 else width + points * (i - 1 in self.skips), width) for i in range(depth)
@@ -152,7 +154,7 @@ class NeRF(nn.Module):
         return Samples(rays.origins[:, None] + z[..., None] * rays.directions[:, None])
 
     def encode(self, samples: Samples) -> Float[Tensor, "rays samples width"]:
-        """h of the points."""
+        """H of the points."""
         return self.mlp.trunk(_along(self.conv_embed, encode(samples.points, self.octaves)))
 
     def heads(

@@ -51,9 +51,7 @@ def density_at(field: Any, points: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
     return field.activate(raw)[1][:, 0]
 
 
-def extract_mesh(
-    density: np.ndarray, axes: Sequence[np.ndarray], threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
+def extract_mesh(density: np.ndarray, axes: Sequence[np.ndarray], threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Vertices [V, 3] (x, y, z) and triangles [F, 3] where a grid of `density_grid` crosses a threshold.
 
     `axes` are those of x, y and z. Both are empty where nothing crosses it.
@@ -94,9 +92,7 @@ def chamfer(first: np.ndarray, second: np.ndarray) -> float:
     return float((there.mean() + back.mean()) / 2)
 
 
-def median_depth(
-    weights: Float[Tensor, "rays samples"], z: Float[Tensor, "rays samples"]
-) -> Float[Tensor, " rays"]:
+def median_depth(weights: Float[Tensor, "rays samples"], z: Float[Tensor, "rays samples"]) -> Float[Tensor, " rays"]:
     """The first z at which half of a ray's weight is passed; the last one for rays whose weights sum to less than ½."""
     passed = weights.cumsum(-1) >= 0.5
     last = torch.full_like(passed[:, 0], z.shape[-1] - 1, dtype=torch.long)
@@ -118,7 +114,10 @@ def normals_from_depth(
 
 
 def depth_scores(
-    depth: Float[Tensor, " pixels"], median: Float[Tensor, " pixels"], acc: Float[Tensor, " pixels"], truth: Float[Tensor, " pixels"]
+    depth: Float[Tensor, " pixels"],
+    median: Float[Tensor, " pixels"],
+    acc: Float[Tensor, " pixels"],
+    truth: Float[Tensor, " pixels"],
 ) -> dict[str, float]:
     """Errors of depth on the pixels that hit something (finite truth), and of the mask everywhere.
 

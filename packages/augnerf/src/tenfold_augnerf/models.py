@@ -70,7 +70,11 @@ def create_field(config: ModelConfig) -> nn.Module:
 
 
 def create_model(
-    model: str | ModelConfig, sampling: RaySampling, *, white: bool = False, variant: Variant = Variant()  # noqa: B008
+    model: str | ModelConfig,
+    sampling: RaySampling,
+    *,
+    white: bool = False,
+    variant: Variant = Variant(),  # noqa: B008
 ) -> Renderer:
     """A renderer by name or sizes; the auxiliary branch adds its third network.
 

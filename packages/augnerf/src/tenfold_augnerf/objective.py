@@ -51,17 +51,23 @@ class Adversary:
     def __post_init__(self) -> None:
         """Refuse modes of cost that the attack does not allow."""
         if self.weight < 0 or (self.mix == "convex" and self.weight > 1) or self.restarts < 1:
-            raise UserError(f"lambda {self.weight} and {self.restarts} restarts: take 0 <= lambda (<= 1) and 1 or more restarts")
+            raise UserError(
+                f"lambda {self.weight} and {self.restarts} restarts: take 0 <= lambda (<= 1) and 1 or more restarts"
+            )
         if self.cost == "reuse":
             if self.mode != "worst" or self.restarts > 1 or any(step.iterations != 1 for step in self.steps.values()):
-                raise UserError("cost reuse is one ascent step from zero: use mode worst, one iteration and one restart")
+                raise UserError(
+                    "cost reuse is one ascent step from zero: use mode worst, one iteration and one restart"
+                )
             moved = [key for key in self.steps if KEYS[key].leading == "cameras"]
             if moved:
                 raise UserError(f"cost reuse takes no camera keys such as {moved[0]}: use cost plain")
         if self.cost == "heads":
             low = [key for key in self.steps if KEYS[key].level == "coordinates" and not key.startswith("dir")]
             if low:
-                raise UserError(f"{low[0]} moves samples: cost heads is for keys at the features and above, use cost plain")
+                raise UserError(
+                    f"{low[0]} moves samples: cost heads is for keys at the features and above, use cost plain"
+                )
 
     @property
     def clean_weight(self) -> float:
@@ -129,7 +135,13 @@ Starts = Callable[[int, slice], Mapping[str, Tensor]]
 
 
 def random_starts(
-    steps: Mapping[str, Step], geometry: Geometry, rays: int, generator: torch.Generator, dtype: torch.dtype, *, zero: bool
+    steps: Mapping[str, Step],
+    geometry: Geometry,
+    rays: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    zero: bool,
 ) -> Starts:
     """One draw a key in the order of the keys, for the whole batch; chunks take their rays of it."""
 
@@ -313,7 +325,9 @@ def detached(rendering: Rendering) -> Rendering:
         features = None if old.features is None else old.features.detach()
         return old._replace(z=old.z.detach(), raw=old.raw.detach(), features=features)
 
-    return replace(rendering, fine=cut(rendering.fine), coarse=None if rendering.coarse is None else cut(rendering.coarse))
+    return replace(
+        rendering, fine=cut(rendering.fine), coarse=None if rendering.coarse is None else cut(rendering.coarse)
+    )
 
 
 MODES = {"plain": _plain, "reuse": _reuse, "heads": _heads}

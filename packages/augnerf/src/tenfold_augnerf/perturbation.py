@@ -136,7 +136,9 @@ def check_pairs(keys: Iterable[str]) -> None:
     given = [key for key in PAIRED if key in keys]
     if len(given) == 1:
         (missing,) = set(PAIRED) - set(given)
-        raise UserError(f"{given[0]} needs {missing} beside it: a camera is perturbed in orientation and position together")
+        raise UserError(
+            f"{given[0]} needs {missing} beside it: a camera is perturbed in orientation and position together"
+        )
 
 
 def check_exposed(keys: Iterable[str], field: object, name: str = "the field") -> None:

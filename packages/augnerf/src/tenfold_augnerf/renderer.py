@@ -180,7 +180,7 @@ class Renderer(nn.Module):
         *,
         sampling: RaySampling,
         white: bool = False,
-        variant: Variant = Variant(),  # noqa: B008 - frozen
+        variant: Variant = Variant(),
     ) -> None:
         super().__init__()
         self.nerf: Any = nerf
@@ -209,7 +209,9 @@ class Renderer(nn.Module):
         if not self.sampling.fine:
             for key in keys:
                 if key.endswith("_c"):
-                    raise UserError(f"{key} perturbs the coarse pass, which a renderer without fine samples shows itself: use {key[:-1]}f")
+                    raise UserError(
+                        f"{key} perturbs the coarse pass, which a renderer without fine samples shows itself: use {key[:-1]}f"
+                    )
 
     def forward(
         self,
@@ -252,7 +254,9 @@ class Renderer(nn.Module):
         edges = sampling.coarse + coarse_field.extra_edges
         z = stratified(near, far, len(rays.origins), edges, inverse=sampling.inverse, jitter=draws.stratified)
         last = not sampling.fine
-        first = self._pass(coarse_field, rays, z, views, sites, "f" if last else "c", draws.coarse_noise, white, keep_features)
+        first = self._pass(
+            coarse_field, rays, z, views, sites, "f" if last else "c", draws.coarse_noise, white, keep_features
+        )
         if last:
             return Rendering(self._coloured(first, sites), None, None, views, rays, sites.tapped)
         z, new = self.resample(first.z, first.shown.weights, draws.importance)
@@ -354,7 +358,9 @@ class Renderer(nn.Module):
     ) -> Rendering:
         below = [key for key in (*sites.delta, *sites.taps) if not key.startswith(("feat", "raw", "rgb", "dir"))]
         if below:
-            raise UserError(f"{below[0]} moves samples, which shared samples and features cannot follow: use resample own")
+            raise UserError(
+                f"{below[0]} moves samples, which shared samples and features cannot follow: use resample own"
+            )
         passes = []
         for which, old, radiance, noise in (
             ("c", fixed.coarse, coarse_field, draws.coarse_noise),

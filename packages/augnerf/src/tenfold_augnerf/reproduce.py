@@ -25,7 +25,7 @@ from tenfold_shared.run import Run, RunOptions
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PROBED_RAYS = 1024
+PROBED_RAYS = 512
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:

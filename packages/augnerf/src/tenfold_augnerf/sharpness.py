@@ -95,7 +95,9 @@ def curves(
         rows["levels"][level] = [
             {
                 "eps": value,
-                "worst": error_under(renderer, views, pixels, dict.fromkeys(keys, value), worst=True, iterations=iterations, seed=seed),
+                "worst": error_under(
+                    renderer, views, pixels, dict.fromkeys(keys, value), worst=True, iterations=iterations, seed=seed
+                ),
                 "random": error_under(renderer, views, pixels, dict.fromkeys(keys, value), worst=False, seed=seed),
             }
             for value in values
@@ -127,7 +129,11 @@ def sharpness(config: SharpnessConfig, options: RunOptions) -> None:
     renderer, _ = load_renderer(config.checkpoint, data)
     with Run.evaluation("augnerf", options) as run:
         rows = curves(
-            renderer.to(run.device), views.to(run.device), rays=config.rays, iterations=config.iterations, seed=options.seed
+            renderer.to(run.device),
+            views.to(run.device),
+            rays=config.rays,
+            iterations=config.iterations,
+            seed=options.seed,
         )
     folder = options.output / "augnerf" / (options.name or "sharpness")
     write_json(folder / "sharpness.json", rows)

@@ -409,7 +409,9 @@ def run_recipe(run: Run, recipe: Recipe, data: Data | None = None) -> tuple[Rend
         shares = {"clean_loss": losses.clean, "acc": losses.acc}
         if losses.adversarial is not None:
             shares["perturbed_loss"] = losses.adversarial
-        run.log(**{name: run.reduce(value, "mean") for name, value in shares.items()}, psnr=run.reduce(losses.psnr, "mean"))
+        run.log(
+            **{name: run.reduce(value, "mean") for name, value in shares.items()}, psnr=run.reduce(losses.psnr, "mean")
+        )
         if optim.validate_every and (step + 1) % optim.validate_every == 0:
             scores = scores_of(renderer, data.validation, run=run)
             run.log(validation_psnr=scores["psnr"])

@@ -1,6 +1,5 @@
 """Posed pictures on the device: rays on the fly, batches of them by step (section 5.3)."""
 
-
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -100,7 +99,7 @@ class Views:
 
 
 class RayBatch(NamedTuple):
-    """This process's share of a batch, and which rows of the whole batch it is."""
+    """The share of a batch that falls to a process, and which rows of the whole batch it is."""
 
     rays: Rays
     truth: Tensor
@@ -142,7 +141,9 @@ class RayBatches:
             raise UserError(f"--batch_rays takes 1 or more, got {size}")
         least = height * width // (4 if precrop_steps else 1)
         if mode == "view" and size > least:
-            raise UserError(f"--batch_rays {size}: a view (or its central crop) of {width}x{height} has {least} pixels only")
+            raise UserError(
+                f"--batch_rays {size}: a view (or its central crop) of {width}x{height} has {least} pixels only"
+            )
         self.views, self.size, self.seed, self.mode = views, size, seed, mode
         self.precrop_steps, self.rank, self.world = precrop_steps, rank, world
         self.count = len(views) * height * width
@@ -169,10 +170,8 @@ class RayBatches:
         return pixels.to(self.views.colours.device)
 
     def __getitem__(self, step: int) -> RayBatch:
-        """This process's share of a step's batch."""
+        """The share of a step's batch that falls to this process."""
         pixels = self.pixels(step)
         total = len(pixels)
         rows = slice(self.rank * total // self.world, (self.rank + 1) * total // self.world)
         return RayBatch(self.views.rays(pixels[rows]), self.views.truth(pixels[rows]), rows, total)
-
-
