@@ -36,7 +36,8 @@ class Rays(NamedTuple):
 
     def chosen(self, index: Tensor | slice) -> "Rays":
         """Some of the rays."""
-        return Rays(*(None if field is None else field[index] for field in self))
+        held = {name: value for name, value in self._asdict().items() if value is not None}
+        return self._replace(**{name: value[index] for name, value in held.items()})
 
 
 def intrinsics(height: int, width: int, focal: float) -> Float[Tensor, "3 3"]:

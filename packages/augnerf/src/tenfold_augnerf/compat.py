@@ -64,17 +64,15 @@ def recognise(state: Mapping[str, Tensor]) -> ModelConfig:
     width, points = first.shape
     views = state.get("nerf.mlp.views_linears.0.weight")
     directions = 0 if views is None else views.shape[1] - width
-    common = {"depth": max(layers) + 1, "width": width, "viewdirs": views is not None}
+    depth = max(layers) + 1
     if points % 6 == 0:
-        return ModelConfig("mip-nerf", max(layers) + 1, width, points // 6, (directions // 3 - 1) // 2)
-    conv = "nerf.conv_embed.weight" in state
-    embedded = points > 3
-    octaves = ((points // 3 - 1) // 2, (directions // 3 - 1) // 2 if directions else 4)
-    if not embedded:
-        octaves = (10, 4)
+        return ModelConfig("mip-nerf", depth, width, points // 6, (directions // 3 - 1) // 2)
+    conv, embedded = "nerf.conv_embed.weight" in state, points > 3
+    octaves = (points // 3 - 1) // 2 if embedded else ModelConfig.octaves
+    view_octaves = (directions // 3 - 1) // 2 if embedded and directions else ModelConfig.view_octaves
     return ModelConfig(
-        **common, octaves=octaves[0], view_octaves=octaves[1], use_embed=embedded, conv_embed=conv
-    )  # fmt: skip
+        "nerf", depth, width, octaves, view_octaves, viewdirs=views is not None, use_embed=embedded, conv_embed=conv
+    )
 
 
 def misfits(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:

@@ -125,8 +125,12 @@ class Data(NamedTuple):
 
     def to(self, device: torch.device) -> "Data":
         """The same on a device."""
-        parts = (views.to(device) for views in (self.train, self.clean, self.validation, self.test))
-        return self._replace(**dict(zip(("train", "clean", "validation", "test"), parts, strict=True)))
+        return self._replace(
+            train=self.train.to(device),
+            clean=self.clean.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
+        )
 
 
 class Splits(NamedTuple):
@@ -227,10 +231,10 @@ def _blender(config: DataConfig) -> Splits:
     if config.half_res:
         size = train.cameras.height // 2, train.cameras.width // 2
         train = read_blender(folder, "train", size=size)
-    held = [read_blender(folder, split, skip=config.test_skip, size=size) for split in ("val", "test")]
+    validation, test = (read_blender(folder, split, skip=config.test_skip, size=size) for split in ("val", "test"))
     bounds = train.cameras.bounds
     assert bounds is not None, "the reader sets bounds"
-    return Splits(train, *held, *bounds)
+    return Splits(train, validation, test, *bounds)
 
 
 def _linemod(config: DataConfig) -> Splits:
@@ -265,10 +269,12 @@ def _deepvoxels(config: DataConfig) -> Splits:
             f"scene {scene or '(--data.scene)'} of deepvoxels", SOURCE, f"{folder}/train/{scene}/{{rgb,pose}}"
         )
     train = read_deepvoxels(folder, scene, "train")
-    held = [read_deepvoxels(folder, scene, split, skip=config.test_skip) for split in ("validation", "test")]
+    validation, test = (
+        read_deepvoxels(folder, scene, split, skip=config.test_skip) for split in ("validation", "test")
+    )
     bounds = train.cameras.bounds
     assert bounds is not None, "the reader sets bounds"
-    return Splits(train, *held, *bounds)
+    return Splits(train, validation, test, *bounds)
 
 
 READERS: dict[str, Callable[[DataConfig], Splits]] = {

@@ -80,6 +80,7 @@ class MLP(nn.Module):
         """h, after the last ReLU. The skip's product is split instead of copying [γ(x), h] together."""
         h = encoded
         for i, linear in enumerate(self.pts_linears):
+            assert isinstance(linear, nn.Linear)
             if i and i - 1 in self.skips:
                 near, far = linear.weight[:, : self.points], linear.weight[:, self.points :]
                 h = F.linear(encoded, near, linear.bias).add_(F.linear(h, far))
@@ -99,7 +100,8 @@ class MLP(nn.Module):
         """
         if views is None or not self.directions:
             return self.output_linear(h)
-        (view,) = self.views_linears
+        view = self.views_linears[0]
+        assert isinstance(view, nn.Linear)
         from_features, from_views = view.weight[:, : self.width], view.weight[:, self.width :]
         fused = from_features @ self.feature_linear.weight
         bias = F.linear(self.feature_linear.bias, from_features, view.bias)

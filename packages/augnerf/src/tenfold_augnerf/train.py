@@ -360,7 +360,7 @@ class Trainer:
         return losses
 
     def _sharpness_aware(self, batch: Batch) -> Losses:
-        options = {"objective": self.objective, "chunk": self.chunk, "backward": self.run.backward}
+        options: dict[str, Any] = {"objective": self.objective, "chunk": self.chunk, "backward": self.run.backward}
         self.optimiser.zero_grad()
         losses = accumulate(self.renderer, batch, **options)
         self._synchronise()

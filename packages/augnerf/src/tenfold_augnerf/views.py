@@ -62,9 +62,15 @@ class Views:
 
     def to(self, device: torch.device) -> "Views":
         """The same on a device."""
-        moved = [None if x is None else x.to(device) for x in (self.depth, self.stored)]
-        here = (x.to(device) for x in (self.colours, self.turns, self.centres))
-        return Views(*here, self.near, self.far, *moved)
+        return Views(
+            self.colours.to(device),
+            self.turns.to(device),
+            self.centres.to(device),
+            self.near,
+            self.far,
+            None if self.depth is None else self.depth.to(device),
+            None if self.stored is None else self.stored.to(device),
+        )
 
     def __len__(self) -> int:
         """How many views."""
