@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,13 +221,25 @@ def views_of(data: Data, split: str) -> Views:
     return splits[split]
 
 
+def perceptual_scores_work() -> bool:
+    """Whether LPIPS has its weights, fetched by torchvision and torchmetrics where they may be; says so if not."""
+    grey = torch.full((64, 64, 3), 0.5)
+    try:
+        lpips(grey, grey)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        print(f"LPIPS is left out: AlexNet's weights are not there and cannot be fetched ({error})", file=sys.stderr)
+        return False
+    return True
+
+
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the scores of a checkpoint as one JSON line."""
     data = load_data(config.data)
+    perceptual = config.lpips and perceptual_scores_work()
     views = views_of(data, config.split)
     renderer, about = load_renderer(config.checkpoint, data, config.samples or None)
     with Run.evaluation("augnerf", options) as run:
         renderer = renderer.to(run.device)
-        scores = scores_of(renderer, views.to(run.device), exact=bool(data.scene), perceptual=config.lpips, run=run)
+        scores = scores_of(renderer, views.to(run.device), exact=bool(data.scene), perceptual=perceptual, run=run)
         if run.is_main:
             print(json.dumps({**about, **{name: value for name, value in scores.items() if name != "mse"}}))
