@@ -148,6 +148,7 @@ class Run:
         self._stop: int | None = None
         self._state: dict[str, Any] = {}
         self._phase, self._step = "", 0
+        self._tracked: dict[str, Any] = {}
 
     @classmethod
     @contextlib.contextmanager
@@ -266,7 +267,7 @@ class Run:
             Interrupted: a signal came; the state has been saved.
 
         """
-        self._phase, self._step = phase, 0
+        self._phase, self._step, self._tracked = phase, 0, tracked
         if self.completed(phase):
             return
         if self._state.get("phase") == phase:
@@ -328,11 +329,14 @@ class Run:
             tensors, kept = load_weights(path)
             self.unwrap(model).load_state_dict(tensors)
             return kept
+        if self._phase == phase:  # the log is whole as of this state: a later resume cuts nothing of it
+            self._checkpoint(self._tracked)
         self._flush()
         self.save_weights(phase, model, **metadata)
         self.accelerator.wait_for_everyone()
         for held in (self.accelerator._models, self.accelerator._optimizers):  # they would keep every phase's
             held.clear()  # free_memory() would also collect all garbage, a third of a second
+        self._tracked = {}
         return metadata
 
     def save_weights(self, name: str, model: nn.Module, **metadata: Any) -> Path:
