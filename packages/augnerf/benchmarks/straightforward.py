@@ -4,6 +4,8 @@ Encoding in one call a sine and a cosine, concatenations, layer after layer, one
 full backward passes, with the selection rendering of the released code.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ class Network(nn.Module):
         super().__init__()
         points, views = 3 * (1 + 2 * octaves), 3 * (1 + 2 * view_octaves)
         self.octaves, self.view_octaves = octaves, view_octaves
-        self.mlp = nn.Module()
+        self.mlp: Any = nn.Module()
         self.mlp.pts_linears = nn.ModuleList(
             nn.Linear(points if i == 0 else width + points * (i == 5), width) for i in range(depth)
         )
@@ -66,25 +68,26 @@ def render(coarse, fine, rays, sampling, delta, draws=None, white=True):
     return shown
 
 
-def loss_of(coarse, fine, rays, truth, sampling, delta, draws=None):
+def loss_of(networks, rays, truth, sampling, delta, draws=None):
+    coarse, fine = networks
     return sum((rgb - truth).square().mean() for rgb in render(coarse, fine, rays, sampling, delta, draws))
 
 
 def clean_step(networks, rays, truth, sampling, draws=None):
-    loss_of(*networks, rays, truth, sampling, {}, draws).backward()
+    loss_of(networks, rays, truth, sampling, {}, draws).backward()
 
 
 def adversarial_step(networks, rays, truth, sampling, starts, steps, draws=None):
     """One ascent step by a full backward pass, a rendering whose result is not used, then both losses."""
     leaves = {key: value.clone().requires_grad_() for key, value in starts.items()}
-    loss_of(*networks, rays, truth, sampling, leaves).backward()
+    loss_of(networks, rays, truth, sampling, leaves).backward()
     delta = {
         key: (leaf + steps[key].alpha * leaf.grad.sign()).clamp(-steps[key].epsilon, steps[key].epsilon).detach()
         for key, leaf in leaves.items()
     }
     for network in networks:
         network.zero_grad()
-    loss_of(*networks, rays, truth, sampling, delta)
-    worst = loss_of(*networks, rays, truth, sampling, delta)
-    clean = loss_of(*networks, rays, truth, sampling, {}, draws)
+    loss_of(networks, rays, truth, sampling, delta)
+    worst = loss_of(networks, rays, truth, sampling, delta)
+    clean = loss_of(networks, rays, truth, sampling, {}, draws)
     (0.5 * worst + 0.5 * clean).backward()

@@ -361,7 +361,7 @@ class Renderer(nn.Module):
             raise UserError(
                 f"{below[0]} moves samples, which shared samples and features cannot follow: use resample own"
             )
-        passes = []
+        passes: list[Pass | None] = []
         for which, old, radiance, noise in (
             ("c", fixed.coarse, coarse_field, draws.coarse_noise),
             ("f", fixed.fine, fine_field, draws.fine_noise if fixed.coarse else draws.coarse_noise),
