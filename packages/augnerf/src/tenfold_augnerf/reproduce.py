@@ -188,7 +188,8 @@ def _pictures(claim: Claim, outcome: Outcome, folder: Path) -> ReportFigure | No
     if not rows:
         return None
     figure, panels = plt.subplots(len(rows), 4, figsize=(7.2, 1.8 * len(rows)), layout="constrained", squeeze=False)
-    for line, (name, run) in zip(panels, rows.items(), strict=True):
+    for place, (name, run) in enumerate(rows.items()):
+        line = panels[place]
         recipe = load_recipe("tenfold_augnerf", str(claim.arms[name].recipe), Recipe, **claim.arms[name].options)
         data = load_data(recipe.data)
         renderer, _ = load_renderer(run, data)
@@ -203,7 +204,7 @@ def _pictures(claim: Claim, outcome: Outcome, folder: Path) -> ReportFigure | No
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)
-            if line is panels[0]:
+            if place == 0:
                 axes.set_title(title)
     corruption = f"{recipe.data.corruption} {recipe.data.amount:g}" if recipe.data.corruption != "none" else "clean"
     return ReportFigure(
