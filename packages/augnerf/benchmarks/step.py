@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from straightforward import Network, adversarial_step, clean_step
@@ -30,7 +31,7 @@ EPS = {"pts": 0.25, "feat": 0.03, "raw": 0.15}
 ARMS = ("straightforward", "clean", "straightforward adversarial", "plain", "reuse", "heads")
 
 
-def arm(name: str, options: argparse.Namespace) -> Callable[[], None]:
+def arm(name: Any, options: argparse.Namespace) -> Callable[[], None]:
     torch.manual_seed(0)
     config = ModelConfig(depth=options.depth, width=options.width)
     sampling = RaySampling(2.0, 6.0, options.coarse, options.fine)

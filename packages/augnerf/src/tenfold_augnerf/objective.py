@@ -129,6 +129,11 @@ class Batch(NamedTuple):
     draws: Draws = Draws()
     total: int | None = None
 
+    @property
+    def rays_of_all(self) -> int:
+        """Rays of the whole batch, over all chunks and processes."""
+        return self.total or len(self.truth)
+
 
 Starts = Callable[[int, slice], Mapping[str, Tensor]]
 """(number of the restart, rays of the chunk) -> where the attack starts."""
@@ -201,7 +206,7 @@ def accumulate(
     steps = adversary.steps if adversary else {}
     whole = objective.kind == "trimmed" or any(KEYS[key].leading == "cameras" for key in steps)
     size = rays if whole or not chunk or perturb_weights else chunk
-    total = batch.total or rays
+    total = batch.rays_of_all
     sums: dict[str, list[Tensor]] = {"clean": [], "adversarial": [], "squares": [], "acc": []}
     for rows in chunks(rays, size):
         part = Batch(batch.rays.chosen(rows), batch.truth[rows], batch.draws.chosen(rows), total)
@@ -229,7 +234,7 @@ def _note(rendering: Rendering, batch: Batch, clean: Tensor, adversarial: Tensor
 def _clean(renderer: Renderer, batch: Batch, objective: Objective, backward: Backward) -> dict[str, Tensor]:
     rendering = renderer(batch.rays, draws=batch.draws)
     loss = objective(rendering, batch.truth)
-    backward(loss.sum() / batch.total)
+    backward(loss.sum() / batch.rays_of_all)
     return _note(rendering, batch, loss)
 
 
@@ -264,10 +269,10 @@ def _plain(
     if perturb_weights is not None:
         perturb_weights(lambda model: objective(model(batch.rays, delta), batch.truth).mean())
     perturbed = objective(renderer(batch.rays, delta), batch.truth)
-    backward(adversary.weight * perturbed.sum() / batch.total)
+    backward(adversary.weight * perturbed.sum() / batch.rays_of_all)
     rendering = renderer(batch.rays, draws=batch.draws)
     loss = objective(rendering, batch.truth)
-    backward(adversary.clean_weight * loss.sum() / batch.total)
+    backward(adversary.clean_weight * loss.sum() / batch.rays_of_all)
     return _note(rendering, batch, loss, perturbed)
 
 
@@ -285,7 +290,7 @@ def _reuse(
         raise UserError("cost reuse is for the shared branch with all of raw perturbed, without AWP: use cost plain")
     rendering = renderer(batch.rays, draws=batch.draws, taps=adversary.steps)
     loss = objective(rendering, batch.truth)
-    backward(adversary.clean_weight * loss.sum() / batch.total)
+    backward(adversary.clean_weight * loss.sum() / batch.rays_of_all)
     delta = {}
     for key, step in adversary.steps.items():
         gradient = rendering.sites[key].grad
@@ -294,7 +299,7 @@ def _reuse(
     noted = _note(rendering, batch, loss)
     del rendering, loss
     perturbed = objective(renderer(batch.rays, delta, draws=batch.draws), batch.truth)
-    backward(adversary.weight * perturbed.sum() / batch.total)
+    backward(adversary.weight * perturbed.sum() / batch.rays_of_all)
     return {**noted, "adversarial": perturbed.sum()}
 
 
@@ -314,7 +319,7 @@ def _heads(
     loss = objective(rendering, batch.truth)
     delta = perturbation_of(renderer, batch, adversary, starts, objective, detached(rendering))
     perturbed = objective(renderer(batch.rays, delta, fixed=rendering), batch.truth)
-    backward((adversary.clean_weight * loss.sum() + adversary.weight * perturbed.sum()) / batch.total)
+    backward((adversary.clean_weight * loss.sum() + adversary.weight * perturbed.sum()) / batch.rays_of_all)
     return _note(rendering, batch, loss, perturbed)
 
 
@@ -347,7 +352,7 @@ def free_replay(
     Returns the losses and the next δ; the weights' gradients are those of the outer loss at the given δ.
     """
     objective = objective or Objective(renderer.coarse_weight)
-    total = batch.total or len(batch.truth)
+    total = batch.rays_of_all
     leaves = {key: value.detach().requires_grad_() for key, value in delta.items()}
     perturbed = objective(renderer(batch.rays, leaves), batch.truth)
     backward(adversary.weight * perturbed.sum() / total)

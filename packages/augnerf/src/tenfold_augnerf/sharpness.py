@@ -12,7 +12,7 @@ from torch import Tensor
 from tenfold_augnerf.attack import Step, attack
 from tenfold_augnerf.data import Data, DataConfig, load_data
 from tenfold_augnerf.evaluate import load_renderer, rays_at_once, views_of
-from tenfold_augnerf.objective import Objective, random_starts
+from tenfold_augnerf.objective import Objective, Starts, random_starts
 from tenfold_augnerf.perturbation import KEYS, radius
 from tenfold_augnerf.renderer import Renderer
 from tenfold_augnerf.views import Views
@@ -58,7 +58,11 @@ def error_under(
             return objective(renderer(rays, delta), truth)
 
         whole = slice(0, len(part))
-        found = attack(loss, lambda i, s=starts, w=whole: s(i, w), steps) if worst else dict(starts(0, whole))
+
+        def begin(number: int, starts: Starts = starts, whole: slice = whole) -> Mapping[str, Tensor]:
+            return starts(number, whole)
+
+        found = attack(loss, begin, steps) if worst else dict(starts(0, whole))
         with torch.no_grad():
             total += float(loss(found).sum())
     return total / len(pixels)
