@@ -1,0 +1,351 @@
+"""The paper's data sets (section 5) as training, validation and test views."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from tenfold_augnerf.cameras import corrupt_poses
+from tenfold_augnerf.corruptions import corrupt_view, denoise, pose_noise, view_generator
+from tenfold_augnerf.views import Views
+from tenfold_shared.download import data_root, missing
+from tenfold_shared.errors import UserError
+from tenfold_shared.scenes import Scene, blocks_views, read_blender, read_deepvoxels, read_llff
+from tenfold_shared.scenes.blender import read_json
+
+DataName = Literal[
+    "blocks-mini",
+    "blocks-tiny",
+    "blocks-small",
+    "blocks-medium",
+    "blocks-full",
+    "blender",
+    "llff",
+    "deepvoxels",
+    "linemod",
+    "prepared",
+]
+Kind = Literal[
+    "none", "saltpepper", "saltpepper-bernoulli", "gaussian", "poisson", "blur", "exposure", "jpeg", "occlusion"
+]
+
+SOURCE = "https://drive.google.com/drive/folders/128yBriW1IG_3NJ5Rp7APSTZsJqdJdfc1"
+LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
+BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
+DEEPVOXELS_SCENES = ("armchair", "cube", "greek", "vase")
+BLOCKS = {  # size, views for training, validation, test
+    "blocks-mini": (32, 30, 4, 6),
+    "blocks-tiny": (32, 10, 4, 6),
+    "blocks-small": (64, 20, 6, 10),
+    "blocks-medium": (200, 60, 10, 20),
+    "blocks-full": (400, 100, 13, 25),
+}
+VALIDATION_OFFSET, TEST_OFFSET = 23.0, 68.0  # degrees
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Which pictures, and what is done to the training views."""
+
+    name: DataName = "blocks-tiny"
+    """The data set: an exact scene of blocks in several sizes, a published layout, or a folder of prepared rays."""
+    scene: str = ""
+    """Scene of the data set, a folder's name."""
+    root: Path | None = None
+    """Folder of the data set, looked for here and in the data root; default: the data set's own name there."""
+    factor: int = 8
+    """LLFF: how much smaller than the originals the pictures are."""
+    half_res: bool = False
+    """Blender: halve the pictures by area averaging."""
+    white: bool = True
+    """Composite transparent pictures on white, and render on it."""
+    ndc: bool = False
+    """LLFF: sample in normalised device coordinates instead of world space."""
+    spherify: bool = False
+    """LLFF: a capture around an object."""
+    test_skip: int = 8
+    """Keep every n-th validation and test view of Blender and DeepVoxels; LLFF tests every n-th view."""
+    near: float | None = None
+    """Smallest ray parameter, where the data set's own is not wanted."""
+    far: float | None = None
+    """Largest ray parameter."""
+    views: int = 0
+    """Train on this many views, spread over all; 0 takes all."""
+    corruption: Kind = "none"
+    """What is done to the training views; validation and test views stay clean."""
+    amount: float = 0.3
+    """How much of it: ratio, standard deviation, photons, pixels, gain, quality or share."""
+    corruption_seed: int = 0
+    """Seed of the corruption; view v is corrupted by a generator seeded with 1000 seed + v."""
+    pose_offset: float = 0.0
+    """Training cameras are off by up to this much, in world units along each axis."""
+    pose_degrees: float = 0.0
+    """Training cameras are turned by up to this much about each axis."""
+    denoise: bool = False
+    """Clean the training views with a 3x3 median first."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no data set has."""
+        if self.factor < 1 or self.test_skip < 1 or self.views < 0:
+            raise UserError("--data.factor and test_skip take 1 or more, --data.views 0 or more")
+        if (self.near is None) != (self.far is None):
+            raise UserError("--data.near and --data.far come together: give both or neither")
+        if self.near is not None and self.far is not None and not self.near < self.far:
+            raise UserError(f"--data.near {self.near:g} and far {self.far:g}: near < far is needed")
+        if self.pose_offset < 0 or self.pose_degrees < 0:
+            raise UserError("--data.pose_offset and pose_degrees take 0 or more")
+
+
+class Data(NamedTuple):
+    """The views of a data set.
+
+    Attributes:
+        train: corrupted where the configuration says so.
+        clean: the training views as they were, to see whether noise is memorised.
+        validation: for choosing values.
+        test: for reporting.
+        white: background.
+        ndc: (height, width, focal) where rays are to be warped.
+        scene: the exact scene behind the pictures ("blocks"), or "".
+
+    """
+
+    train: Views
+    clean: Views
+    validation: Views
+    test: Views
+    white: bool
+    ndc: tuple[int, int, float] | None = None
+    scene: str = ""
+
+    def to(self, device: torch.device) -> "Data":
+        """The same on a device."""
+        return self._replace(
+            train=self.train.to(device),
+            clean=self.clean.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
+        )
+
+
+class Splits(NamedTuple):
+    """Scenes as read, and the range of ray parameters."""
+
+    train: Scene
+    validation: Scene
+    test: Scene
+    near: float
+    far: float
+
+
+def load_data(config: DataConfig) -> Data:
+    """The data set with its corruption, on the CPU.
+
+    Raises:
+        UserError: the data set is not there or damaged, or the configuration does not fit it.
+
+    """
+    if config.name == "prepared":
+        return _prepared(config)
+    splits = READERS[config.name.partition("-")[0]](config)
+    near, far = (splits.near, splits.far) if config.near is None or config.far is None else (config.near, config.far)
+    train = splits.train
+    if config.views:
+        if config.views > len(train):
+            raise UserError(f"--data.views {config.views}: {train.name} has {len(train)} training views")
+        train = train.subset(np.linspace(0, len(train) - 1, config.views).round().astype(int))
+    ndc = None
+    if config.ndc:
+        if config.name != "llff":
+            raise UserError(f"--data.ndc is for forward-facing LLFF captures, not for {config.name}")
+        cameras = train.cameras
+        ndc, near, far = (cameras.height, cameras.width, float(cameras.intrinsics[0, 0, 0])), 0.0, 1.0
+
+    def views(scene: Scene) -> Views:
+        return Views.from_scene(scene, near, far, white=config.white)
+
+    clean = views(train)
+    exact = "blocks" if config.name.startswith("blocks") else ""
+    parts = corrupted(clean, train, config), clean, views(splits.validation), views(splits.test)
+    return Data(*parts, config.white, ndc, exact)
+
+
+def corrupted(clean: Views, scene: Scene, config: DataConfig) -> Views:
+    """The training views with wrong pictures and wrong cameras, as configured."""
+    views = Views(clean.colours.clone(), clean.turns, clean.centres, clean.near, clean.far, clean.depth)
+    for index in range(len(views)):
+        image = views.colours[index].numpy().astype(np.float32) / 255
+        if config.corruption != "none":
+            image = corrupt_view(image, config.corruption, config.amount, config.corruption_seed, index)
+        if config.denoise:
+            image = denoise(image)
+        views.colours[index] = torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
+    if config.pose_offset or config.pose_degrees:
+        generator = view_generator(config.corruption_seed, len(views))
+        shift, angles = pose_noise(len(views), config.pose_offset, config.pose_degrees, generator)
+        poses = torch.from_numpy(scene.cameras.camera_to_world[:, :3])
+        moved = corrupt_poses(poses, torch.from_numpy(angles), torch.from_numpy(shift))
+        inverse = torch.linalg.inv(torch.from_numpy(scene.cameras.intrinsics))
+        views.turns, views.centres = (moved[:, :, :3] @ inverse).float(), moved[:, :, 3].float()
+    return views
+
+
+# -- the layouts ----------------------------------------------------------------------------------------------------------
+
+
+def dataset_folder(config: DataConfig, default: str, layout: str) -> Path:
+    """The scene's folder: under `--data.root`, there or in the data root.
+
+    Raises:
+        UserError: it is not there; the message says where to get it and where to put it.
+
+    """
+    root = data_root() / default if config.root is None else config.root
+    if config.root is not None and not root.exists():
+        root = data_root() / config.root
+    folder = root / config.scene
+    if not folder.is_dir():
+        raise missing(f"scene {config.scene or '(--data.scene)'} of {config.name}", SOURCE, f"{folder}/{layout}")
+    return folder
+
+
+def _blocks(config: DataConfig) -> Splits:
+    size, train, validation, test = BLOCKS[config.name]
+    scenes = (
+        blocks_views(train, size),
+        blocks_views(validation, size, VALIDATION_OFFSET),
+        blocks_views(test, size, TEST_OFFSET),
+    )
+    return Splits(*scenes, 2.0, 6.0)
+
+
+def _blender(config: DataConfig) -> Splits:
+    folder = dataset_folder(config, "nerf_synthetic", "transforms_{train,val,test}.json")
+    train = read_blender(folder, "train")
+    size = None
+    if config.half_res:
+        size = train.cameras.height // 2, train.cameras.width // 2
+        train = read_blender(folder, "train", size=size)
+    validation, test = (read_blender(folder, split, skip=config.test_skip, size=size) for split in ("val", "test"))
+    bounds = train.cameras.bounds
+    assert bounds is not None, "the reader sets bounds"
+    return Splits(train, validation, test, *bounds)
+
+
+def _linemod(config: DataConfig) -> Splits:
+    folder = dataset_folder(config, "linemod", "transforms_{train,val,test}.json with near and far")
+    scenes = {split: read_blender(folder, split) for split in ("train", "val", "test")}
+    ends = []
+    for split in ("train", "test"):
+        meta = read_json(folder / f"transforms_{split}.json")
+        if "near" not in meta or "far" not in meta:
+            raise UserError(f"{folder}/transforms_{split}.json has no near and far, which LINEMOD-style scenes give")
+        ends.append((float(meta["near"]), float(meta["far"])))
+    near, far = math.floor(min(end[0] for end in ends)), math.ceil(max(end[1] for end in ends))
+    return Splits(scenes["train"], scenes["val"], scenes["test"], near, far)
+
+
+def _llff(config: DataConfig) -> Splits:
+    folder = dataset_folder(config, "nerf_llff_data", "{poses_bounds.npy,images_8/*.png,images/*.JPG}")
+    scene = read_llff(folder, config.factor, spherify=config.spherify)
+    train, test = scene.split(config.test_skip)
+    bounds = scene.cameras.bounds
+    assert bounds is not None, "the layout has bounds"
+    return Splits(train, test, test, 0.9 * bounds[0], bounds[1])
+
+
+def _deepvoxels(config: DataConfig) -> Splits:
+    scene = config.scene
+    folder = dataset_folder(
+        dataclasses.replace(config, scene=""), "deepvoxels", f"{{train,validation,test}}/{scene}/{{rgb,pose}}"
+    )
+    if not (folder / "train" / scene).is_dir():
+        raise missing(
+            f"scene {scene or '(--data.scene)'} of deepvoxels", SOURCE, f"{folder}/train/{scene}/{{rgb,pose}}"
+        )
+    train = read_deepvoxels(folder, scene, "train")
+    validation, test = (
+        read_deepvoxels(folder, scene, split, skip=config.test_skip) for split in ("validation", "test")
+    )
+    bounds = train.cameras.bounds
+    assert bounds is not None, "the reader sets bounds"
+    return Splits(train, validation, test, *bounds)
+
+
+READERS: dict[str, Callable[[DataConfig], Splits]] = {
+    "blocks": _blocks,
+    "blender": _blender,
+    "linemod": _linemod,
+    "llff": _llff,
+    "deepvoxels": _deepvoxels,
+}
+
+# -- prepared rays --------------------------------------------------------------------------------------------------------
+
+
+def write_prepared(folder: Path, data: Data) -> None:
+    """The released cache: rays_<split>.npy [n, H, W, 2, 3], rgbs_<split>.npy [n, H, W, 3] (float32), meta.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, views in (("train", data.train), ("val", data.validation), ("test", data.test)):
+        height, width = views.size
+        pixels = torch.arange(len(views) * height * width)
+        rays = views.rays(pixels)
+        stacked = torch.stack([rays.origins, rays.directions], 1).view(len(views), height, width, 2, 3)
+        np.save(folder / f"rays_{split}.npy", stacked.numpy())
+        np.save(folder / f"rgbs_{split}.npy", views.colours.numpy().astype(np.float32) / 255)
+    views = data.train
+    counts = [len(part) for part in (data.train, data.validation, data.test)]
+    first = np.cumsum([0, *counts])
+    splits = {
+        f"i_{name}": list(range(int(a), int(b)))
+        for name, a, b in zip(("train", "val", "test"), first[:-1], first[1:], strict=True)
+    }
+    focal = float(1 / views.turns[0, :, 0].norm())
+    meta = {"near": views.near, "far": views.far, "H": views.size[0], "W": views.size[1], "focal": focal, **splits}
+    (folder / "meta.json").write_text(json.dumps({**meta, "white_bkgd": data.white}, indent=1), encoding="utf-8")
+
+
+def _prepared(config: DataConfig) -> Data:
+    folder = dataset_folder(config, "prepared", "{meta.json,rays_train.npy,rgbs_train.npy,...}")
+    meta = read_json(folder / "meta.json")
+    try:
+        near, far = float(meta["near"]), float(meta["far"])
+    except KeyError as error:
+        raise UserError(f"{folder}/meta.json has no {error}: near and far are needed") from None
+    if not near < far:
+        raise UserError(f"{folder}/meta.json has near {near:g} and far {far:g}: near < far is needed")
+
+    def array(name: str, shape: tuple[int, ...]) -> Any:
+        try:
+            found = np.load(folder / name, allow_pickle=False)
+        except FileNotFoundError:
+            raise UserError(f"{folder / name} does not exist, though meta.json does") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{folder / name} is damaged ({error})") from error
+        if found.ndim != 3 + len(shape) or found.shape[3:] != shape:
+            raise UserError(
+                f"{folder / name} has the shape {found.shape}, expected [n, H, W, {', '.join(map(str, shape))}]"
+            )
+        return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+
+    def split(name: str) -> Views:
+        rays, colours = array(f"rays_{name}.npy", (2, 3)), array(f"rgbs_{name}.npy", (3,))
+        if rays.shape[:3] != colours.shape[:3]:
+            raise UserError(f"{folder}: rays_{name}.npy and rgbs_{name}.npy are of different views")
+        stored = (colours * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+        empty = torch.zeros(len(rays), 3, 3)
+        return Views(stored, empty, rays[:, 0, 0, 0].contiguous(), near, far, None, rays)
+
+    train, validation, test = (split(name) for name in ("train", "val", "test"))
+    clean, noisy = train, Views(train.colours.clone(), train.turns, train.centres, near, far, None, train.stored)
+    for index in range(len(noisy)):
+        if config.corruption != "none":
+            image = noisy.colours[index].numpy().astype(np.float32) / 255
+            image = corrupt_view(image, config.corruption, config.amount, config.corruption_seed, index)
+            noisy.colours[index] = torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
+    return Data(noisy, clean, validation, test, bool(meta.get("white_bkgd", config.white)))

@@ -1,0 +1,160 @@
+"""Pictures, depth, density grids, meshes and data sets as files (sections 9 and 11)."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from tenfold_augnerf.cameras import exhibit_path
+from tenfold_augnerf.compat import to_official
+from tenfold_augnerf.data import BLOCKS, TEST_OFFSET, VALIDATION_OFFSET, Data, DataConfig, load_data, write_prepared
+from tenfold_augnerf.evaluate import Rendered, load_renderer, render_view, views_of
+from tenfold_augnerf.geometry import chamfer, density_grid, extract_mesh, grid_axes, sample_triangles, write_obj
+from tenfold_augnerf.views import Views
+from tenfold_shared.checkpoint import atomic_write, write_text
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.scenes import blocks, blocks_views, opencv_from_opengl, write_blender, write_image, write_llff
+
+SURFACE_POINTS = 20000
+
+
+@dataclasses.dataclass
+class RenderConfig:
+    """What to render."""
+
+    checkpoint: Path
+    """A run's folder or a checkpoint file, ours or of the released layouts."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The pictures whose cameras and bounds are used."""
+    split: str = "test"
+    """Views to render: test, validation, train, or path: a circle around the scene."""
+    frames: int = 40
+    """Frames of the path."""
+
+
+def render(config: RenderConfig, options: RunOptions) -> None:
+    """Write `<i>.png` (clipped to [0, 1], 8 bit), `depth_<i>.png` (16 bit, near to far) and `depth_<i>.npy`."""
+    data = load_data(config.data)
+    views = path_views(data, config.frames) if config.split == "path" else views_of(data, config.split)
+    renderer, _ = load_renderer(config.checkpoint, data)
+    folder = options.output / "augnerf" / (options.name or f"render-{config.split}")
+    with Run.evaluation("augnerf", options) as run:
+        renderer, views = renderer.to(run.device).eval(), views.to(run.device)
+        for view in range(len(views)):
+            write_picture(folder, view, render_view(renderer, views, view), views.near, views.far)
+    print(f"{len(views)} views written to {folder}")
+
+
+def write_picture(folder: Path, view: int, found: Rendered, near: float, far: float) -> None:
+    """The three files of a view; depth is divided by opacity, 0 where the ray is empty."""
+    from PIL import Image  # noqa: PLC0415 - slow to import
+
+    expected = torch.where(found.acc > 1e-3, found.depth / found.acc.clamp(min=1e-3), torch.zeros_like(found.depth))
+    depth = expected.cpu().numpy()
+    write_image(folder / f"{view:03d}.png", found.rgb.cpu().numpy())
+    np.save(folder / f"depth_{view:03d}.npy", depth)
+    scaled = np.clip((depth - near) / (far - near), 0, 1) * 65535
+    Image.fromarray((scaled + 0.5).astype(np.uint16)).save(folder / f"depth_{view:03d}.png")
+
+
+def path_views(data: Data, frames: int) -> Views:
+    """Cameras on the Blender video's circle, at the training cameras' mean distance from the origin.
+
+    Raises:
+        UserError: no frames, or prepared rays, which have no cameras.
+
+    """
+    train = data.train
+    if frames < 1 or train.stored is not None:
+        raise UserError("--split path takes 1 or more --frames, and cameras, which prepared rays do not have")
+    distance = float(train.centres.norm(dim=-1).mean())
+    poses = opencv_from_opengl(exhibit_path(frames, radius=distance))
+    height, width = train.size
+    turns = torch.from_numpy(poses[:, :3, :3]).float() @ pixel_matrix(train)
+    centres = torch.from_numpy(poses[:, :3, 3]).float()
+    return Views(torch.zeros(frames, height, width, 3, dtype=torch.uint8), turns, centres, train.near, train.far)
+
+
+def pixel_matrix(views: Views) -> torch.Tensor:
+    """K⁻¹ [3, 3] of the first view from its R K⁻¹: the columns' lengths are 1 / fx and 1 / fy, the centre is the middle."""
+    height, width = views.size
+    across, down = (float(views.turns[0, :, i].norm()) for i in (0, 1))
+    return torch.tensor([[across, 0, -across * width / 2], [0, down, -down * height / 2], [0, 0, 1]])
+
+
+@dataclasses.dataclass
+class ExportConfig:
+    """What to write of a field."""
+
+    checkpoint: Path
+    """A run's folder or a checkpoint file, ours or of the released layouts."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The pictures, for the bounds."""
+    extents: list[float] = dataclasses.field(default_factory=lambda: [2.0, 2.0, 2.0])
+    """Size of the grid in world units: along y, x and z, as the released code orders them."""
+    points: int = 256
+    """Points of the grid along its first extent."""
+    threshold: float = 10.0
+    """Density of the surface."""
+    step: int = 0
+    """Step to write into the released checkpoint."""
+
+
+def export(config: ExportConfig, options: RunOptions) -> None:
+    """Write `density.npy`, `mesh.obj` and `<step>.ckpt` in the released layout; blocks also get the Chamfer distance."""
+    if len(config.extents) != 3 or min(config.extents) <= 0 or config.points < 2:
+        raise UserError(
+            f"--extents takes three positive sizes and --points 2 or more, got {config.extents}, {config.points}"
+        )
+    data = load_data(config.data)
+    renderer, _ = load_renderer(config.checkpoint, data)
+    folder = options.output / "augnerf" / (options.name or "export")
+    voxel = config.extents[0] / config.points
+    with Run.evaluation("augnerf", options) as run:
+        density = density_grid(renderer.nerf_fine.to(run.device), config.extents, voxel).cpu().numpy()
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "density.npy", density)
+    vertices, faces = extract_mesh(density, grid_axes(config.extents, voxel), config.threshold)
+    write_text(folder / "mesh.obj", write_obj(vertices, faces))
+    with atomic_write(folder / f"{config.step:08d}.ckpt") as file:
+        torch.save(to_official(renderer.cpu(), step=config.step), file)
+    line = f"{len(vertices)} vertices, {len(faces)} triangles, grid {density.shape}"
+    if data.scene and len(faces):
+        distance = chamfer(sample_triangles(vertices, faces, SURFACE_POINTS), blocks().sample_surface(SURFACE_POINTS))
+        line += f", Chamfer distance {distance:.4f}"
+    print(f"{line}; written to {folder}")
+
+
+@dataclasses.dataclass
+class PrepareConfig:
+    """What to write."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The data set."""
+    layout: Literal["rays", "blender", "llff"] = "rays"
+    """The released cache of rays, or the exact blocks in a published layout."""
+    folder: Path = Path("prepared")
+    """Where to write it."""
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Write a data set as the released cache of rays, or the blocks as a Blender or LLFF folder."""
+    data, folder = config.data, config.folder
+    if config.layout == "rays":
+        write_prepared(folder, load_data(data))
+    elif data.name not in BLOCKS:
+        raise UserError(
+            f"--layout {config.layout} writes the exact blocks scene; --data.name is one of {', '.join(BLOCKS)}"
+        )
+    else:
+        size, *counts = BLOCKS[data.name]
+        if config.layout == "llff":
+            write_llff(folder, blocks_views(counts[0], size, forward=True))
+        else:
+            offsets = (0.0, VALIDATION_OFFSET, TEST_OFFSET)
+            for split, count, offset in zip(("train", "val", "test"), counts, offsets, strict=True):
+                write_blender(folder, blocks_views(count, size, offset), split)
+    print(f"{data.name} written to {folder}")

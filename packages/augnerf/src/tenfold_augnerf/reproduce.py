@@ -1,0 +1,254 @@
+"""The paper's claims: which arms are run, which numbers are compared, and the pictures its reader knows."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+import yaml
+
+from tenfold_augnerf.data import load_data
+from tenfold_augnerf.evaluate import load_renderer, render_view, truth_of
+from tenfold_augnerf.sharpness import curves
+from tenfold_augnerf.train import Recipe, run_recipe
+from tenfold_shared.checkpoint import write_json, write_text
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
+from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.report import COLOURS, ReportFigure, figure_style
+from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
+from tenfold_shared.run import Run, RunOptions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PROBED_RAYS = 512
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments a slice of the miniature on the exact blocks."""
+    reproduce_claims("augnerf", claims, request, options, measure, figures)
+
+
+VALUES = {
+    "test PSNR": ("test", "psnr"),
+    "test SSIM": ("test", "ssim"),
+    "validation PSNR": ("validation", "psnr"),
+    "depth error": ("test", "depth_mae"),
+    "normal error": ("test", "normal_error"),
+    "memorised noise": ("memorised",),
+}
+"""Name of a claim's metric -> where it is among a run's scores."""
+
+
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """What one arm gives with one seed; an arm that several claims share is run once."""
+    name = f"{arm.name}-{arm.key}-seed{seed}"
+    file = folder / "measured" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            write_json(file, dataclasses.asdict(_run_arm(arm, name, options, folder)))
+        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    value: Any = measured.extras
+    for key in VALUES[claim.metric.name]:
+        value = value[key]
+    return dataclasses.replace(measured, value=value)
+
+
+def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurement:
+    recipe = load_recipe("tenfold_augnerf", str(arm.recipe), Recipe, **arm.options)
+    data = load_data(recipe.data)
+    with Run("augnerf", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+        renderer, result = run_recipe(run, recipe, data)
+        usage = run.usage()
+        scores = dataclasses.asdict(result)
+        scores["memorised"] = result.train_psnr - result.train_clean_psnr
+        scores["sharpness"] = curves(renderer, data.test.to(run.device), rays=PROBED_RAYS)
+    return Measurement(result.test["psnr"], extras={**scores, "run": name, "method": recipe.method}, **usage)
+
+
+# -- choosing values ------------------------------------------------------------------------------------------------------
+
+
+def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds: int = 1, jobs: int = 0) -> None:
+    """Run a recipe at every point of a grid of its values, judged on the validation views; the test views never count.
+
+    The result, best point first, is printed and written to ``sweep.json`` in the run's folder.
+    """
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    folder = options.output / "augnerf" / f"sweep-{options.name or 'recipe'}"
+    write_text(folder / "recipe.yaml", to_yaml(recipe))
+    arms = {
+        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
+    }
+    claim = Claim(
+        id="sweep",
+        table="",
+        statement="",
+        data=recipe.data.name,
+        model=recipe.model.kind,
+        scale="mini",
+        provenance="none",
+        metric=Metric("validation PSNR", "dB"),
+        method="point-0",
+        arms=arms,
+        seeds=seeds,
+    )
+    results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
+    rows = []
+    for name, point in zip(arms, points, strict=True):
+        found = [results["sweep", name, options.seed + i] for i in range(seeds)]
+        values = [measured.value for measured in found]
+        interval = mean_interval([value for value in values if value is not None])
+        collapsed = sum(bool(measured.extras.get("collapsed")) for measured in found)
+        rows.append({**point, "values": values, "mean": interval.mean, "collapsed": collapsed})
+    rows.sort(key=lambda row: -(row["mean"] or 0.0))
+    write_json(
+        folder / "sweep.json",
+        {
+            "recipe": yaml.safe_load(to_yaml(recipe)),
+            "metric": "validation PSNR, dB",
+            "seeds": [options.seed + i for i in range(seeds)],
+            "points": rows,
+        },
+    )
+    for row in rows:
+        print(json.dumps({key: row[key] for key in (*grid, "mean", "values", "collapsed")}))
+    print(f"written to {folder / 'sweep.json'}")
+
+
+# -- figures --------------------------------------------------------------------------------------------------------------
+
+
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+    """Renderings and depth of every arm beside the truth, test PSNR by arm and seed, and sharpness by level."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
+
+    widest = max(outcomes, key=lambda outcome: (len(_arms(outcome)), outcome.claim))
+    claim = next(claim for claim in claims if claim.id == widest.claim)
+    drawn = []
+    with figure_style():
+        pictures = _pictures(claim, widest, folder)
+        if pictures is not None:
+            drawn.append(pictures)
+        figure, axes = plt.subplots(figsize=(6.4, 0.5 + 0.42 * max(3, len(_arms(widest)))), layout="constrained")
+        _bars(axes, widest, claim)
+        collapsed = sum(bool(extras.get("collapsed")) for arm in widest.arms.values() for extras in arm.extras)
+        drawn.append(
+            ReportFigure(
+                figure,
+                title=f"{claim.metric.name} by arm",
+                caption=f"{widest.claim}: dots are seeds, bars their mean; crosses are collapsed runs ({collapsed}).",
+                alt=f"{claim.metric.name} of every arm and seed",
+            )
+        )
+        levels = _sharpness(widest)
+        if levels:
+            figure, panels = plt.subplots(1, len(levels), figsize=(3.6 * len(levels), 3.2), layout="constrained")
+            for panel, (level, arms) in zip(np.atleast_1d(panels), levels.items(), strict=True):
+                _sharpness_curves(panel, level, arms)
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Sharpness",
+                    caption="Rise of the test error under a one-step worst-case perturbation, mean over the seeds.",
+                    alt="Rise of the squared error against the radius, by level and arm",
+                )
+            )
+    return drawn
+
+
+def _arms(outcome: Outcome) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
+    """(value, extras) of the seeds of each arm that gave a value."""
+    found = {}
+    for name, arm in outcome.arms.items():
+        pairs = [(v, e) for v, e in zip(arm.values, arm.extras, strict=True) if v is not None]
+        if pairs:
+            found[name] = pairs
+    return found
+
+
+def _colours(arms: Iterable[str]) -> dict[str, str]:
+    return dict(zip(arms, itertools.cycle(COLOURS)))
+
+
+def _pictures(claim: Claim, outcome: Outcome, folder: Path) -> ReportFigure | None:
+    """Rows are arms; columns the truth, the rendering, its error and its depth, at the first test view, first seed."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    rows = {}
+    for name, pairs in _arms(outcome).items():
+        run = folder / "runs" / str(pairs[0][1].get("run"))
+        if (run / "checkpoints" / "last.safetensors").is_file():
+            rows[name] = run
+    if not rows:
+        return None
+    figure, panels = plt.subplots(len(rows), 4, figsize=(7.2, 1.8 * len(rows)), layout="constrained", squeeze=False)
+    for place, (name, run) in enumerate(rows.items()):
+        line = panels[place]
+        recipe = load_recipe("tenfold_augnerf", str(claim.arms[name].recipe), Recipe, **claim.arms[name].options)
+        data = load_data(recipe.data)
+        renderer, _ = load_renderer(run, data)
+        found, truth = render_view(renderer.eval(), data.test, 0), truth_of(data.test, 0)
+        depth = (found.depth / found.acc.clamp(min=1e-3)).masked_fill(found.acc < 1e-3, data.test.far)
+        line[0].imshow(truth.numpy())
+        line[1].imshow(found.rgb.clamp(0, 1).numpy())
+        line[2].imshow((found.rgb - truth).abs().mean(-1).numpy(), vmin=0, vmax=0.5, cmap="magma")
+        line[3].imshow(depth.numpy(), vmin=data.test.near, vmax=data.test.far, cmap="viridis")
+        line[0].set_ylabel(name)
+        for axes, title in zip(line, ("truth", "rendering", "error", "depth"), strict=True):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.grid(False)
+            if place == 0:
+                axes.set_title(title)
+    corruption = f"{recipe.data.corruption} {recipe.data.amount:g}" if recipe.data.corruption != "none" else "clean"
+    return ReportFigure(
+        figure,
+        title="A test view, by arm",
+        caption=f"{outcome.claim} ({corruption} training views): first test view, first seed.",
+        alt="Truth, rendering, error and depth of every arm",
+    )
+
+
+def _bars(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
+    arms = _arms(outcome)
+    colours = _colours(arms)
+    for place, (name, pairs) in enumerate(arms.items()):
+        values = [value for value, _ in pairs]
+        axes.barh(place, float(np.mean(values)), color=colours[name], alpha=0.35)
+        for value, extras in pairs:
+            axes.plot(value, place, "x" if extras.get("collapsed") else "o", color=colours[name])
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    values = [value for pairs in arms.values() for value, _ in pairs]
+    axes.set_xlim(min(values) - 0.2 * (max(values) - min(values)) - 0.1, None)
+    axes.set_xlabel(f"{claim.metric.name}, {claim.metric.unit}")
+
+
+def _sharpness(outcome: Outcome) -> dict[str, dict[str, list[list[dict[str, float]]]]]:
+    """Level -> arm -> one list of points a seed, with the rise over the clean error."""
+    levels: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
+    for name, pairs in _arms(outcome).items():
+        for _, extras in pairs:
+            probe = extras.get("sharpness") or {"levels": {}}
+            for level, points in probe["levels"].items():
+                rises = [{"eps": p["eps"], "rise": p["worst"] - probe["clean"]} for p in points]
+                levels.setdefault(level, {}).setdefault(name, []).append(rises)
+    return levels
+
+
+def _sharpness_curves(axes: "Axes", level: str, arms: Mapping[str, list[list[dict[str, float]]]]) -> None:
+    colours = _colours(arms)
+    for name, seeds in arms.items():
+        eps = [point["eps"] for point in seeds[0]]
+        rise = np.mean([[point["rise"] for point in points] for points in seeds], axis=0)
+        axes.plot(eps, rise, "o-", color=colours[name], label=name)
+    axes.set_title(level)
+    axes.set_xlabel("radius")
+    axes.set_ylabel("rise of the squared error")
+    axes.legend(fontsize=7)

@@ -1,0 +1,253 @@
+"""The outer step, and its modes of cost: each gives the gradients of the plain computation where it is exact."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold_augnerf import Adversary, Batch, Objective, Rays, RaySampling, Renderer, Step, accumulate, create_model
+from tenfold_augnerf.attack import ascend
+from tenfold_augnerf.objective import detached, free_replay, random_starts
+from tenfold_augnerf.schedules import RadiusControl, RadiusSchedule, learning_rate
+from tenfold_augnerf.weights import WeightPerturbation, sharpness_aware
+from tenfold_shared.errors import UserError
+
+LOW = ["zval_c", "zval_f", "pts_c", "pts_f", "dir_f", "feat_c", "feat_f", "raw_c", "raw_f", "rgb"]
+HIGH = ["dir_c", "feat_c", "feat_f", "raw_c", "raw_f", "rgb"]
+
+
+def setting(n: int = 7, white: bool = True, kind: str = "tiny") -> tuple[Renderer, Batch]:
+    torch.manual_seed(0)
+    model = create_model(kind, RaySampling(2.0, 6.0, 6, 5), white=white).double()
+    draw = torch.Generator().manual_seed(1)
+    origins = torch.tensor([0.0, 0.0, 4.0]) + 0.1 * torch.randn(n, 3, generator=draw)
+    directions = torch.tensor([0.0, 0.0, -1.0]) + 0.2 * torch.randn(n, 3, generator=draw)
+    rays = Rays(origins.double(), directions.double(), torch.arange(n) % 2, torch.full((n, 1), 0.01).double())
+    draws = model.draws(n, draw, noise_std=0.3)
+    draws = type(draws)(*(None if x is None else x.double() for x in draws))
+    return model, Batch(rays, torch.rand(n, 3, generator=draw).double(), draws)
+
+
+def gradients(model: Renderer) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=tolerance, rtol=1e-7)
+
+
+def steps_of_keys(keys: list[str], norm: str = "l_inf", iterations: int = 1) -> dict[str, Step]:
+    sizes = {"zval": 0.1, "pts": 0.02, "dir": 0.05, "feat": 0.05, "raw": 0.2, "rgb": 0.02}
+    return {k: Step(sizes[k.split("_")[0]], 0.8 * sizes[k.split("_")[0]], iterations, norm) for k in keys}
+
+
+def zeros(model: Renderer, steps: Mapping[str, Step], n: int = 7):
+    return random_starts(steps, model.geometry(40, 50), n, torch.Generator(), torch.float64, zero=True)
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 3])
+def test_chunks_give_the_gradients_of_the_whole_batch(chunk: int) -> None:
+    model, batch = setting()
+    loss = Objective()(model(batch.rays, draws=batch.draws), batch.truth).mean()
+    loss.backward()
+    expected = gradients(model)
+    losses = accumulate(model, batch, chunk=chunk)
+    same(gradients(model), expected)
+    torch.testing.assert_close(losses.clean, loss.detach())
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("mix", ["convex", "additive"])
+def test_outer_loss_by_hand(chunk: int, mix: str) -> None:
+    model, batch = setting()
+    steps = steps_of_keys(LOW, iterations=2)
+    adversary = Adversary(steps, weight=0.3, mix=mix)
+    starts = random_starts(
+        steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
+    )
+    objective = Objective()
+    delta = {key: value.clone() for key, value in starts(0, slice(0, 7)).items()}
+    for _ in range(2):  # with a full backward pass, weight gradients included
+        leaves = {key: value.requires_grad_() for key, value in delta.items()}
+        objective(model(batch.rays, leaves), batch.truth).mean().backward()
+        delta = {key: ascend(leaf.detach(), leaf.grad, steps[key]) for key, leaf in leaves.items()}
+        model.zero_grad()
+    clean = objective(model(batch.rays, draws=batch.draws), batch.truth).mean()
+    worst = objective(model(batch.rays, delta), batch.truth).mean()
+    ((0.7 if mix == "convex" else 1.0) * clean + 0.3 * worst).backward()
+    expected = gradients(model)
+    losses = accumulate(model, batch, adversary, starts, chunk=chunk)
+    same(gradients(model), expected)
+    torch.testing.assert_close(losses.adversarial, worst.detach())
+
+
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+@pytest.mark.parametrize("kind", ["tiny", "mip-nerf"])
+def test_reuse_is_plain_fgsm(norm: str, kind: str) -> None:
+    """Without jitter, the clean backward pass gives the δ and the gradients of an attack of its own from zero."""
+    model, batch = setting(kind=kind)
+    batch = batch._replace(draws=type(batch.draws)())
+    steps = steps_of_keys(LOW, norm)
+    accumulate(model, batch, Adversary(steps, zero_start=True), zeros(model, steps))
+    expected = gradients(model)
+    losses = accumulate(model, batch, Adversary(steps, cost="reuse"), zeros(model, steps), chunk=3)
+    same(gradients(model), expected, 1e-9)
+    assert losses.adversarial > losses.clean
+
+
+def test_heads_share_the_samples_and_features() -> None:
+    """Equal to renderings that compute everything anew at the clean pass's samples."""
+    model, batch = setting()
+    steps = steps_of_keys(HIGH, iterations=2)
+    starts = random_starts(
+        steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
+    )
+    objective = Objective()
+
+    def anew(delta: Mapping[str, Tensor]) -> Tensor:
+        clean = model(batch.rays, draws=batch.draws)
+        total = torch.zeros(7, dtype=torch.float64)
+        for which, field, old in (("c", model.nerf, clean.coarse), ("f", model.nerf_fine, clean.fine)):
+            features = field.encode(field.locate(clean.rays, old.z.detach())) + delta[f"feat_{which}"]
+            views = clean.views
+            if f"dir_{which}" in delta:
+                views = torch.nn.functional.normalize(views + delta[f"dir_{which}"], dim=-1)
+            raw = field.heads(features, views) + delta[f"raw_{which}"]
+            rgb = field.compose(raw, old.z.detach(), clean.rays.directions, white=True, noise=None).rgb
+            rgb = rgb + delta["rgb"] if which == "f" else rgb
+            total = total + (rgb - batch.truth).square().mean(-1)
+        return total
+
+    delta = dict(starts(0, slice(0, 7)))
+    for _ in range(2):
+        leaves = {key: value.detach().requires_grad_() for key, value in delta.items()}
+        found = torch.autograd.grad(anew(leaves).mean(), list(leaves.values()))
+        delta = {key: ascend(leaves[key].detach(), g, steps[key]) for key, g in zip(leaves, found, strict=True)}
+    clean = objective(model(batch.rays, draws=batch.draws), batch.truth).mean()
+    (0.5 * clean + 0.5 * anew(delta).mean()).backward()
+    expected = gradients(model)
+    losses = accumulate(model, batch, Adversary(steps, cost="heads"), starts, chunk=4)
+    same(gradients(model), expected)
+    torch.testing.assert_close(losses.adversarial, anew(delta).mean().detach())
+
+
+def test_free_replay_is_the_outer_step_and_one_ascent() -> None:
+    model, batch = setting()
+    steps = steps_of_keys(LOW)
+    adversary = Adversary(steps, weight=0.4)
+    starts = random_starts(
+        steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
+    )
+    delta = dict(starts(0, slice(0, 7)))
+    losses, following = free_replay(model, batch, adversary, delta)
+    found = gradients(model)
+    leaves = {key: value.detach().requires_grad_() for key, value in delta.items()}
+    objective = Objective()
+    worst = objective(model(batch.rays, leaves), batch.truth).mean()
+    clean = objective(model(batch.rays, draws=batch.draws), batch.truth).mean()
+    (0.6 * clean + 0.4 * worst).backward()
+    same(found, gradients(model))
+    torch.testing.assert_close(losses.adversarial, worst.detach())
+    for key, leaf in leaves.items():
+        torch.testing.assert_close(following[key], ascend(leaf.detach(), leaf.grad, steps[key]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cost": "heads", "steps": steps_of_keys(["pts_c"])}, "pts_c moves samples"),
+        ({"cost": "reuse", "steps": steps_of_keys(["raw_c"], iterations=2)}, "one ascent step"),
+        ({"cost": "reuse", "mode": "random", "steps": steps_of_keys(["raw_c"])}, "one ascent step"),
+        ({"cost": "reuse", "steps": {"cam_r": Step(1, 1), "cam_t": Step(1, 1)}}, "camera keys"),
+        ({"weight": 1.5}, "lambda"),
+    ],
+)
+def test_modes_that_do_not_fit_are_refused(options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Adversary(**options)
+
+
+def test_shared_samples_do_not_follow_moved_ones() -> None:
+    model, batch = setting()
+    fixed = detached(model(batch.rays, keep_features=True))
+    with pytest.raises(UserError, match="moves samples"):
+        model(batch.rays, {"pts_c": torch.zeros(7, 6, 3).double()}, fixed=fixed)
+
+
+def test_robust_losses() -> None:
+    model, batch = setting()
+    for kind in ("huber", "trimmed"):
+        losses = accumulate(model, batch, objective=Objective(1.0, kind), chunk=2)
+        found = gradients(model)
+        plain = accumulate(model, batch)
+        assert losses.clean <= plain.clean
+        assert any(not torch.equal(found[name], value) for name, value in gradients(model).items())
+
+
+# -- weights --------------------------------------------------------------------------------------------------------------
+
+
+def test_weight_perturbation_raises_the_loss_and_is_taken_off() -> None:
+    model, batch = setting()
+    awp = WeightPerturbation(model, gamma=0.01, lr=5e-4)
+
+    def loss(model: Renderer) -> Tensor:
+        return Objective()(model(batch.rays), batch.truth).mean()
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    direction = awp.direction(model, loss)
+    for name, value in direction.items():
+        assert value.ndim > 1
+        torch.testing.assert_close(value.norm(), before[name].norm())
+    clean = float(loss(model).detach())
+    with awp.applied(model, direction):
+        assert float(loss(model).detach()) > clean
+    same(model.state_dict(), before, 1e-15)
+    other = WeightPerturbation(model)
+    other.load_state_dict(awp.state_dict())
+    same(awp.direction(model, loss), other.direction(model, loss))
+
+
+def test_sharpness_aware_step_by_hand() -> None:
+    model, batch = setting()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    accumulate(model, batch)
+    held = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norm = torch.stack([g.norm() for g in held.values()]).norm()
+    with sharpness_aware(model, 0.05):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), before[name] + 0.05 * held[name] / norm)
+            assert parameter.grad is None
+    same(model.state_dict(), before, 0.0)
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_is_exponential() -> None:
+    assert learning_rate(250_000) == pytest.approx(5e-5)
+    assert learning_rate(125_000, 1.0, 0.01, 125_000) == pytest.approx(0.01)
+
+
+def test_radii_warm_up_ramp_and_anneal() -> None:
+    schedule = RadiusSchedule(0.2, 0.4, 0.2)
+    assert [schedule.share(step, 10) for step in (0, 1, 2, 4, 6, 8, 9)] == pytest.approx([0, 0, 0, 0.5, 1, 1, 0.5])
+    assert RadiusSchedule().share(0, 10) == 1.0
+    with pytest.raises(UserError, match="fractions"):
+        RadiusSchedule(0.8, 0.4)
+
+
+def test_control_finds_the_ratio() -> None:
+    """On a loss that rises linearly with the scale, the ratio settles at its target."""
+    control = RadiusControl(1.5, rate=0.1)
+    for _ in range(100):
+        control.observe(1.0, 1.0 + 0.1 * control.scale)
+    assert 1 + 0.1 * control.scale == pytest.approx(1.5, rel=0.02)
+    other = RadiusControl(1.5)
+    other.load_state_dict(control.state_dict())
+    assert other.scale == control.scale

@@ -1,0 +1,219 @@
+"""Every recipe is built and stepped, every method and option runs, and Aug-NeRF learns."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold_augnerf import export, sharpness
+from tenfold_augnerf.data import Data, DataConfig, load_data
+from tenfold_augnerf.evaluate import load_renderer, scores_of
+from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
+from tenfold_augnerf.models import ModelConfig
+from tenfold_augnerf.reproduce import sweep
+from tenfold_augnerf.train import Attack, Optimisation, Recipe, Trainer, run_recipe
+from tenfold_augnerf.views import Views
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.scenes import blocks_cameras
+
+TINY = ModelConfig(depth=3, width=16, octaves=4, view_octaves=1, density="softplus")
+DATA = DataConfig(name="blocks-tiny", near=2.4, far=5.6, views=2)
+KEYS = ["zval_f", "pts_c", "pts_f", "feat_c", "feat_f", "raw_c", "raw_f", "rgb"]
+
+
+def recipe(method: str = "aug", *, steps: int = 2, rays: int = 24, loss: str = "mse", **attack: object) -> Recipe:
+    settings = {"keys": KEYS, "eps": [0.1], **attack}
+    optim = Optimisation(steps=steps, batch_rays=rays, lr=5e-3, lr_every=steps, loss=loss)
+    return Recipe(method=method, data=DATA, model=TINY, coarse=6, fine=5, attack=Attack(**settings), optim=optim)
+
+
+def options(folder: Path, name: str = "x", **changes: object) -> RunOptions:
+    return RunOptions(output=folder, name=name, device="cpu", quiet=True, **changes)
+
+
+def generated(config: DataConfig) -> Data:
+    """Random pictures seen by the blocks' cameras, with the data set's kind of bounds."""
+    cameras = blocks_cameras(3, 36)
+    draw = torch.Generator().manual_seed(0)
+    turns = torch.from_numpy(cameras.camera_to_world[:, :3, :3]).float() @ torch.linalg.inv(
+        torch.from_numpy(cameras.intrinsics[0]).float()
+    )
+    colours = torch.randint(0, 256, (3, 36, 36, 3), generator=draw, dtype=torch.uint8)
+    views = Views(colours, turns, torch.from_numpy(cameras.centres.copy()).float(), 2.0, 6.0)
+    return Data(views, views, views, views, config.white)
+
+
+@pytest.mark.parametrize("name", list(recipes("tenfold_augnerf")))
+def test_every_recipe_is_built_and_stepped(name: str, tmp_path: Path) -> None:
+    """The recipe's networks at their real size take one step with the perturbations in force."""
+    chosen = load_recipe("tenfold_augnerf", name, Recipe)
+    attack = dataclasses.replace(chosen.attack, warmup=0.0, ramp=0.0)
+    optim = dataclasses.replace(chosen.optim, batch_rays=2)
+    chosen = dataclasses.replace(chosen, attack=attack, optim=optim)
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        trainer = Trainer(run, chosen, generated(chosen.data))
+        for field in trainer.renderer.children():  # no density is dead at the start
+            torch.nn.init.constant_(field.mlp.alpha_linear.bias, 0.5)
+        before = trainer.renderer.nerf.mlp.pts_linears[0].weight.detach().clone()
+        losses = trainer.step(0)
+    assert losses.clean.isfinite()
+    assert (losses.adversarial is None) == (chosen.method == "nerf")
+    assert not torch.equal(trainer.renderer.nerf.mlp.pts_linears[0].weight, before)
+
+
+VARIANTS = {
+    "nerf": recipe("nerf"),
+    "random": recipe("random"),
+    "unadv": recipe("unadv"),
+    "awp": recipe("awp"),
+    "sam": recipe("sam"),
+    "auxiliary": recipe("auxiliary"),
+    "plain l_2": recipe(norm=["l_2"], iterations=[2], restarts=2),
+    "reuse": recipe(cost="reuse", start="zero"),
+    "heads": recipe(cost="heads", levels=["features", "samples"]),
+    "free": recipe(replays=3),
+    "ratio": recipe(target_ratio=1.3),
+    "cameras": recipe(keys=["cam_r", "cam_t"], eps=[1.0, 0.02]),
+    "huber": recipe(loss="huber"),
+    "trimmed": recipe(loss="trimmed"),
+    "additive": recipe(mix="additive", every=2),
+    "mip-nerf": dataclasses.replace(recipe(), model=ModelConfig("mip-nerf", 3, 16, 4, 1)),
+    "one pass": dataclasses.replace(recipe(keys=["pts_f", "raw_f"]), fine=0),
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_method_and_option_runs(name: str, tmp_path: Path) -> None:
+    chosen = VARIANTS[name]
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        trainer = Trainer(run, chosen, load_data(chosen.data))
+        before = {n: p.detach().clone() for n, p in trainer.renderer.named_parameters()}
+        for step in range(2):
+            losses = trainer.step(step)
+            assert losses.clean.isfinite()
+    moved = {n for n, p in trainer.renderer.named_parameters() if not torch.equal(p, before[n])}
+    assert {n for n in before if n.startswith("nerf.mlp")} <= moved
+
+
+def test_auxiliary_training_of_the_evaluated_networks_is_plain_training(tmp_path: Path) -> None:
+    """As released: whatever the radii, the networks that are evaluated never hear of the perturbations."""
+    ends = []
+    for name, eps in (("a", 0.0), ("b", 0.5)):
+        chosen = recipe("auxiliary", eps=[eps])
+        with Run("augnerf", chosen, options(tmp_path, name)) as run:
+            trainer = Trainer(run, chosen, load_data(DATA))
+            for step in range(2):
+                trainer.step(step)
+        ends.append(trainer.renderer.state_dict())
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]) or key.startswith("nerf_adv."), key
+    assert any(not torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keys": ["pts"]}, "no perturbation"),
+        ({"levels": ["colours"]}, "levels are coordinates"),
+        ({"eps": [-1.0]}, "0 or more"),
+        ({"cost": "heads"}, "moves samples"),
+        ({"levels": ["features"], "keys": ["pts_c"]}, "leaves no key"),
+        ({"warmup": 0.9, "ramp": 0.9}, "fractions"),
+    ],
+)
+def test_bad_attacks_are_refused(changes: dict, words: str, tmp_path: Path) -> None:
+    def attempt() -> None:
+        chosen = recipe(**changes)
+        with Run("augnerf", chosen, options(tmp_path)) as run:
+            Trainer(run, chosen, load_data(DATA))
+
+    with pytest.raises(UserError, match=words):
+        attempt()
+
+
+def test_half_precision_without_range_is_refused(tmp_path: Path) -> None:
+    chosen = recipe("nerf")
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        run.options.precision = "fp16"
+        with pytest.raises(UserError, match="fp16"):
+            Trainer(run, chosen, load_data(DATA))
+
+
+def test_bfloat16_follows_single_precision(tmp_path: Path) -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        chosen = recipe()
+        with Run("augnerf", chosen, options(tmp_path, precision, precision=precision)) as run:
+            losses.append(Trainer(run, chosen, load_data(DATA)).step(0))
+    assert float(losses[1].clean) == pytest.approx(float(losses[0].clean), rel=0.05)
+
+
+def test_aug_nerf_learns(tmp_path: Path) -> None:
+    """A few hundred cheap steps end far above an empty rendering, and every verb works on the run."""
+    chosen = dataclasses.replace(
+        recipe(steps=150, rays=64, cost="reuse", start="zero", eps=[0.05], warmup=0.3), coarse=10
+    )
+    chosen = dataclasses.replace(chosen, optim=dataclasses.replace(chosen.optim, lr=1e-2, validate_every=75))
+    data = load_data(chosen.data)
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        _, result = run_recipe(run, chosen, data)
+    white = -10 * torch.log10((1 - data.train.colours.float() / 255).square().mean())
+    assert result.train_psnr > float(white) + 3
+    assert not result.collapsed
+    assert len(result.history) == 2
+    assert len(result.budget) == len(KEYS)
+    loaded, about = load_renderer(tmp_path / "augnerf" / "x", data)
+    assert about["method"] == "aug"
+    assert scores_of(loaded, data.test)["psnr"] == pytest.approx(result.test["psnr"], abs=1e-4)
+
+    run_folder, out = tmp_path / "augnerf" / "x", tmp_path / "out"
+    export.render(RenderConfig(run_folder, chosen.data, "path", 2), RunOptions(output=out, device="cpu"))
+    assert len(list((out / "augnerf" / "render-path").glob("depth_*.npy"))) == 2
+    config = ExportConfig(run_folder, chosen.data, points=24, threshold=1.0, step=150)
+    export.export(config, RunOptions(output=out, device="cpu"))
+    assert {p.name for p in (out / "augnerf" / "export").iterdir()} == {"density.npy", "mesh.obj", "00000150.ckpt"}
+    probe = sharpness.SharpnessConfig(out / "augnerf" / "export" / "00000150.ckpt", chosen.data, rays=32)
+    sharpness.sharpness(probe, RunOptions(output=out, device="cpu"))
+    assert (out / "augnerf" / "sharpness" / "sharpness.png").is_file()
+
+
+def test_worst_case_curves_rise_above_random_ones() -> None:
+    torch.manual_seed(0)
+    data = load_data(DATA)
+    from tenfold_augnerf import RaySampling, create_model  # noqa: PLC0415
+
+    model = create_model(TINY, RaySampling(2.4, 5.6, 6, 5), white=True)
+    rows = sharpness.curves(model, data.test, rays=48, radii={"features": (0.0, 0.1), "samples": (0.2,)})
+    nothing, some = rows["levels"]["features"]
+    assert nothing["worst"] == pytest.approx(rows["clean"], rel=1e-5)
+    assert some["worst"] > max(some["random"], rows["clean"])
+
+
+def test_a_collapsed_run_is_noticed(tmp_path: Path) -> None:
+    """A field without density: every score says that the scene is empty."""
+    chosen = dataclasses.replace(recipe("nerf"), model=dataclasses.replace(TINY, density="relu"))
+    data = load_data(DATA)
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        trainer = Trainer(run, chosen, data)
+    for field in (trainer.renderer.nerf, trainer.renderer.nerf_fine):
+        torch.nn.init.constant_(field.mlp.alpha_linear.bias, -100.0)
+    assert scores_of(trainer.renderer, data.test, exact=True)["collapsed"]
+
+
+def test_sweeps_are_judged_on_validation_views(tmp_path: Path) -> None:
+    sweep(recipe("nerf", steps=1), options(tmp_path, "grid"), {"optim.lr": [1e-3, 1e-2]}, seeds=1, jobs=1)
+    import json  # noqa: PLC0415
+
+    found = json.loads((tmp_path / "augnerf" / "sweep-grid" / "sweep.json").read_text())
+    assert found["metric"] == "validation PSNR, dB"
+    assert len(found["points"]) == 2
+
+
+@pytest.mark.parametrize("layout", ["rays", "blender", "llff"])
+def test_prepared_folders(layout: str, tmp_path: Path) -> None:
+    export.prepare(PrepareConfig(DataConfig(name="blocks-tiny"), layout, tmp_path / "made"))
+    names = {"rays": "meta.json", "blender": "transforms_train.json", "llff": "poses_bounds.npy"}
+    assert (tmp_path / "made" / names[layout]).is_file()
