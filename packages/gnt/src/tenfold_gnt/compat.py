@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tenfold_gnt.features import ResUNet
 from tenfold_gnt.network import GNT
+from tenfold_shared.errors import UserError
 
 ATTENTION = {
     "query": "q_fc",
@@ -50,7 +51,7 @@ FEATURES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file that is no checkpoint of the network asked for; the message lists the keys that do not fit."""
 
 

@@ -5,9 +5,10 @@ at a time: forward and backward of a chunk stay in the cache (or within a memory
 features are gathered, and go through the sampling and the feature network once.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -42,16 +43,31 @@ class RayBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimisation:
-    """Adam with two learning rates and a step schedule; the defaults are the paper's for training from scratch."""
+    """Adam with two learning rates and a schedule; the defaults are the paper's for training from scratch."""
 
     feature_rate: float = 1e-3
+    """Learning rate of the feature network."""
     network_rate: float = 5e-4
+    """Learning rate of the rendering network."""
     decay_every: int = 50_000
+    """Steps between two decays of the step schedule."""
     decay: float = 0.5
+    """Factor of a decay."""
+    schedule: Literal["step", "cosine"] = "step"
+    """Halved every so often as in the paper, or a cosine down to a tenth over all steps."""
 
 
-def build_optimiser(model: Model, settings: Optimisation) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.StepLR]:
-    """Adam over the rendering networks (first group) and the feature network, and the scheduler, stepped every step."""
+def build_optimiser(
+    model: Model, settings: Optimisation, steps: int | None = None
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam over the rendering networks (first group) and the feature network, and the scheduler, stepped every step.
+
+    Args:
+        model: to train.
+        settings: rates and schedule.
+        steps: of the whole training; the cosine schedule needs it.
+
+    """
     networks = [*model.coarse.parameters(), *(model.fine.parameters() if model.fine is not None else ())]
     groups = [
         {"params": networks, "lr": settings.network_rate},
@@ -59,6 +75,12 @@ def build_optimiser(model: Model, settings: Optimisation) -> tuple[torch.optim.A
     ]
     groups = [group for group in groups if group["params"]]
     optimiser = torch.optim.Adam(groups)
+    if settings.schedule == "cosine" and steps:
+
+        def factor(step: int) -> float:
+            return 0.1 + 0.45 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+
+        return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     return optimiser, torch.optim.lr_scheduler.StepLR(optimiser, settings.decay_every, settings.decay)
 
 

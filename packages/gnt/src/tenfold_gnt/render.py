@@ -275,11 +275,13 @@ def render_picture(
     )
 
 
-def surface_points(picture: Picture, camera: Float[Tensor, "34"], stride: int = 1) -> Float[Tensor, "pixels 3"]:
-    """World points at the rendered depths, in the order of the picture's pixels."""
+def surface_points(
+    depth: Float[Tensor, "height width"], camera: Float[Tensor, "34"], stride: int = 1
+) -> Float[Tensor, "pixels 3"]:
+    """World points at the depths of a picture's pixels, row by row."""
     height, width = (int(x) for x in camera[:2].tolist())
     origins, directions = rays_through(camera, pixel_grid(height, width, stride).to(camera.device))
-    return origins + picture.depth.reshape(-1, 1).to(origins) * directions
+    return origins + depth.reshape(-1, 1).to(origins) * directions
 
 
 def target_centre(camera: Float[Tensor, "34"]) -> Float[Tensor, "3"]:

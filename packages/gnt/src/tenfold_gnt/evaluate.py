@@ -1,0 +1,205 @@
+"""What a network is worth (section 9): scores of judged views, and of checkpoints."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold_gnt.baselines import nearest_view
+from tenfold_gnt.compat import load_official_checkpoint
+from tenfold_gnt.data import TargetViews
+from tenfold_gnt.experiments import DataConfig, Target, judged_targets
+from tenfold_gnt.metrics import constant_depth_error, depth_scores, lpips, psnr, ssim
+from tenfold_gnt.models import NetworkConfig, create_model
+from tenfold_gnt.render import Model, Picture, prepare_views, render_picture
+from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+
+
+@dataclasses.dataclass
+class Scores:
+    """Scores of one view, or their means; NaN where there is no truth to compare with or it was not asked for."""
+
+    psnr: float
+    """dB, of colours clipped to [0, 1]."""
+    ssim: float
+    """Structural similarity in the published convention."""
+    foreground_psnr: float
+    """dB on the pixels that the scene covers."""
+    nearest_psnr: float
+    """dB of the floor: a copy of the nearest source view."""
+    depth_error: float
+    """Mean absolute error of the depth on the pixels that meet a surface."""
+    depth_correlation: float
+    """Correlation of the depth with the truth there."""
+    constant_depth_error: float
+    """The error that the best constant depth has."""
+    lpips: float = math.nan
+    """LPIPS (VGG)."""
+    lpips_01: float = math.nan
+    """LPIPS as the published numbers were made, on images in the wrong range."""
+
+    def sentence(self) -> str:
+        """The scores that exist, in words."""
+        parts = [f"PSNR {self.psnr:.2f} dB (nearest view {self.nearest_psnr:.2f}), SSIM {self.ssim:.3f}"]
+        if not math.isnan(self.depth_error):
+            parts.append(
+                f"depth error {self.depth_error:.3f} (a constant {self.constant_depth_error:.3f}), "
+                f"correlation {self.depth_correlation:.2f}"
+            )
+        return ", ".join(parts)
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """What to evaluate."""
+
+    checkpoint: Path
+    """A run's folder, a .safetensors file of ours, or an authors' model_<step>.pth."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The judged views."""
+    samples: int = 192
+    """Depths a ray."""
+    importance: int = 0
+    """Further depths of a second pass."""
+    stride: int = 1
+    """Every n-th pixel of both directions: 1 is the full protocol, 2 the one behind the published numbers."""
+    lpips: bool = False
+    """Also LPIPS, both ways; its VGG weights are fetched by torchmetrics."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.samples < 2 or self.importance < 0 or self.stride < 1:
+            raise UserError("--samples takes 2 or more, --importance 0 or more, --stride 1 or more")
+
+
+def evaluate(config: EvalConfig, options: RunOptions) -> None:
+    """Print the mean scores of a checkpoint with the protocol they are of, as one JSON line."""
+    model, about = load_model(config.checkpoint)
+    targets = judged_targets(config.data)
+    with Run.evaluation("gnt", options) as run:
+        table = score_targets(
+            run,
+            model.to(run.device),
+            targets,
+            sources=config.data.sources,
+            samples=config.samples,
+            importance=config.importance,
+            inverse=about.get("inverse", True),
+            stride=config.stride,
+            with_lpips=config.lpips,
+        )
+        if run.is_main:
+            found = {k: v for k, v in dataclasses.asdict(mean_scores(table)).items() if not math.isnan(v)}
+            protocol = {
+                "data": config.data.name,
+                "split": config.data.split if config.data.name == "nerf_synthetic" else "test",
+                "judged_views": len(targets),
+                "sources": config.data.sources,
+                "samples": config.samples,
+                "protocol": {1: "full (stride 1)", 2: "official (stride 2)"}.get(
+                    config.stride, f"stride {config.stride}"
+                ),
+            }
+            print(json.dumps({**about, **protocol, **found}))
+
+
+def load_model(checkpoint: Path) -> tuple[Model, dict[str, Any]]:
+    """The network of a checkpoint, and what the checkpoint says about itself.
+
+    Raises:
+        UserError: unreadable, or of no known network (the keys that do not fit are named).
+
+    """
+    path = checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
+    if path.suffix in (".pth", ".pt"):
+        official = load_official_checkpoint(path)
+        return Model(official.features, official.coarse, official.fine), {"step": official.step, "inverse": True}
+    state, about = load_weights(path)
+    if "network" not in about:
+        raise UserError(f"{path} does not say which network it holds: it was not written by tenfold-gnt")
+    model = create_model(NetworkConfig(**about["network"]))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its network: {' '.join(str(error).split())}") from error
+    return model, about
+
+
+def score_targets(
+    run: Run,
+    model: Model,
+    targets: Sequence[Target],
+    *,
+    sources: int,
+    samples: int,
+    importance: int = 0,
+    inverse: bool = True,
+    stride: int = 1,
+    with_lpips: bool = False,
+) -> list[Scores]:
+    """Scores of every target, shared out over the processes."""
+    names = [field.name for field in dataclasses.fields(Scores)]
+    table = torch.zeros(len(targets), len(names), dtype=torch.float64, device=run.device)
+    for number in range(run.rank, len(targets), run.world):
+        target = targets[number]
+        views = target.views(sources).to(run.device)
+        with run.accelerator.autocast():
+            picture = render_target(model, views, samples, importance, inverse=inverse, stride=stride)
+        found = score_picture(picture, target, views, stride, with_lpips=with_lpips)
+        for column, name in enumerate(names):
+            table[number, column] = found.get(name, math.nan)
+    return [Scores(**dict(zip(names, row, strict=True))) for row in run.reduce(table).tolist()]
+
+
+@torch.inference_mode()
+def render_target(
+    model: Model,
+    views: TargetViews,
+    samples: int,
+    importance: int = 0,
+    *,
+    inverse: bool = True,
+    stride: int = 1,
+    occlusion: bool = False,
+) -> Picture:
+    """The target as the network sees it from its sources."""
+    prepared = prepare_views(model, views.images, views.cameras)
+    sampling = views.sampling(samples, importance, inverse=inverse)
+    return render_picture(model, prepared, views.camera, sampling, stride=stride, occlusion=occlusion)
+
+
+def score_picture(
+    picture: Picture, target: Target, views: TargetViews, stride: int = 1, *, with_lpips: bool = False
+) -> dict[str, Tensor]:
+    """A rendering against the true view, every `stride`-th pixel; `Scores` as tensors on the device."""
+    truth = views.rgb[::stride, ::stride]
+    rgb, depth = picture.rgb.to(truth), picture.depth.to(truth)
+    row = {
+        "psnr": psnr(rgb, truth),
+        "ssim": ssim(rgb, truth),
+        "nearest_psnr": psnr(nearest_view(views.camera, views.images, views.cameras)[::stride, ::stride], truth),
+    }
+    alpha = target.scene.alpha(target.view)
+    if alpha is not None:
+        row["foreground_psnr"] = psnr(rgb, truth, torch.from_numpy(alpha[::stride, ::stride] > 0).to(truth))
+    if target.scene.depth is not None:
+        true_depth = torch.from_numpy(target.scene.depth[target.view][::stride, ::stride]).to(truth)
+        row["depth_error"], row["depth_correlation"] = depth_scores(depth, true_depth)
+        row["constant_depth_error"] = constant_depth_error(true_depth)
+    if with_lpips:
+        row["lpips"], row["lpips_01"] = lpips(rgb, truth), lpips(rgb, truth, as_published=True)
+    return row
+
+
+def mean_scores(table: Sequence[Scores]) -> Scores:
+    """Means over views; of every score, over the views that have it."""
+    names = [field.name for field in dataclasses.fields(Scores)]
+    columns = torch.tensor([[getattr(row, name) for name in names] for row in table], dtype=torch.float64)
+    return Scores(**dict(zip(names, columns.nanmean(0).tolist(), strict=True)))

@@ -1,0 +1,158 @@
+"""The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+
+from tenfold_gnt.baselines import nearest_view
+from tenfold_gnt.evaluate import load_model, render_target
+from tenfold_gnt.experiments import judged_targets
+from tenfold_gnt.train import Recipe, run_recipe
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
+from tenfold_shared.cli import load_recipe
+from tenfold_shared.report import COLOURS, ReportFigure, figure_style
+from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.run import Run, RunOptions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+VALUES = {
+    "PSNR": "psnr",
+    "SSIM": "ssim",
+    "LPIPS": "lpips_01",
+    "depth correlation": "depth_correlation",
+}
+"""Name of a claim's metric -> the score it is."""
+PICTURES = 3  # rows of the figure
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments the miniature on tables never seen."""
+    reproduce_claims("gnt", claims, request, options, measure, figures)
+
+
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """What one arm gives with one seed; an arm that several claims share is run once."""
+    name = f"{arm.key}-seed{seed}"
+    file = folder / "measured" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            write_json(file, dataclasses.asdict(_run_arm(arm, name, options, folder)))
+        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    score = "nearest_psnr" if arm.name == "nearest" else VALUES[claim.metric.name]
+    return dataclasses.replace(measured, value=measured.extras["scores"][score])
+
+
+def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurement:
+    recipe = load_recipe("tenfold_gnt", str(arm.recipe), Recipe, **arm.options)
+    with Run("gnt", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+        model, result = run_recipe(run, recipe)
+        scores = {key: value for key, value in dataclasses.asdict(result.scores).items() if not math.isnan(value)}
+        about = {
+            "scores": scores,
+            "history": result.history,
+            "parameters": sum(p.numel() for p in model.coarse.parameters()),
+            "run": name,
+        }
+        return Measurement(result.scores.psnr, extras=about, **run.usage())
+
+
+# -- figures --------------------------------------------------------------------------------------------------------------
+
+
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+    """Held-out views beside the truth, with depth; and the course of training. Of the claim with most arms."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
+
+    chosen = max(outcomes, key=lambda outcome: len(outcome.arms))
+    claim = next(claim for claim in claims if claim.id == chosen.claim)
+    runs = {arm: found[0]["run"] for arm in chosen.arms if (found := _extras(chosen, arm)) and arm != "nearest"}
+    if not runs:
+        return []
+    drawn = []
+    with figure_style():
+        figure = _pictures(claim, runs, folder)
+        drawn.append(
+            ReportFigure(
+                figure,
+                title="Held-out views",
+                caption=f"{claim.model} on {claim.data}, first seed: the true view, the nearest source view, each arm's "
+                "rendering, the true depth, each arm's expected depth (near is bright).",
+                alt="Renderings and depth maps of held-out views, one row a view",
+            )
+        )
+        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        _courses(axes, chosen)
+        drawn.append(
+            ReportFigure(
+                figure,
+                title="PSNR over training",
+                caption=f"{chosen.claim}, every seed, on every second pixel; dotted, a copy of the nearest view.",
+                alt="PSNR against training steps for every arm",
+            )
+        )
+    return drawn
+
+
+def _extras(outcome: Outcome, arm: str) -> list[Mapping[str, Any]]:
+    result = outcome.arms[arm]
+    return [extras for value, extras in zip(result.values, result.extras, strict=True) if value is not None]
+
+
+def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
+    """One row a judged view: truth, nearest, arms, true depth, depths of the arms."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    arm = claim.arms[claim.method]
+    recipe = load_recipe("tenfold_gnt", str(arm.recipe), Recipe, **arm.options)
+    targets = judged_targets(recipe.data)
+    targets = targets[:: max(1, len(targets) // PICTURES)][:PICTURES]
+    models = {name: load_model(folder / "runs" / run)[0] for name, run in runs.items()}
+    columns = ["truth", "nearest", *models, "true depth", *(f"{name} depth" for name in models)]
+    figure, axes = plt.subplots(
+        len(targets), len(columns), figsize=(1.35 * len(columns), 1.45 * len(targets)), layout="constrained"
+    )
+    axes = np.atleast_2d(axes)
+    for row, target in zip(axes, targets, strict=True):
+        views = target.views(recipe.data.sources)
+        rays = recipe.rays
+        found = {
+            name: render_target(model, views, rays.judged_samples, rays.importance, inverse=rays.inverse)
+            for name, model in models.items()
+        }
+        shown = [views.rgb, nearest_view(views.camera, views.images, views.cameras), *(p.rgb for p in found.values())]
+        for cell, picture in zip(row, shown, strict=False):
+            cell.imshow(np.clip(picture.numpy(), 0, 1))
+        depths = [p.depth.numpy() for p in found.values()]
+        truth = None if target.scene.depth is None else target.scene.depth[target.view]
+        for cell, depth in zip(row[len(shown) :], [truth, *depths], strict=True):
+            if depth is not None:
+                cell.imshow(
+                    np.where(np.isfinite(depth), depth, np.nan), cmap="viridis_r", vmin=views.near, vmax=views.far
+                )
+        for cell in row:
+            cell.axis("off")
+    for cell, title in zip(axes[0], columns, strict=True):
+        cell.set_title(title, fontsize="small")
+    return figure
+
+
+def _courses(axes: "Axes", outcome: Outcome) -> None:
+    for arm, colour in zip((a for a in outcome.arms if a != "nearest"), COLOURS, strict=False):
+        for number, extras in enumerate(_extras(outcome, arm)):
+            steps, values = zip(*extras["history"], strict=True)
+            axes.plot(steps, values, "o-", color=colour, alpha=0.8, label=None if number else arm)
+    floors = [extras["scores"]["nearest_psnr"] for arm in outcome.arms for extras in _extras(outcome, arm)]
+    axes.axhline(sum(floors) / len(floors), linestyle=":", color="0.4", label="nearest view")
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("PSNR, dB")
+    axes.legend()

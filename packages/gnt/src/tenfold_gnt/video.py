@@ -1,0 +1,331 @@
+"""The command `render`: pictures, depth, confidence and occlusion along a path of cameras, a point cloud, a video.
+
+Every tile of a frame is kept as soon as it is rendered, so that an interrupted call goes on where it was. The feature map
+of a source image is computed once, whatever the number of frames.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold_gnt.cameras import pack_cameras, pixel_grid, resize_camera
+from tenfold_gnt.data import packed_cameras
+from tenfold_gnt.evaluate import load_model
+from tenfold_gnt.experiments import DataConfig, Target, judged_targets
+from tenfold_gnt.features import FeatureMaps
+from tenfold_gnt.projection import source_views
+from tenfold_gnt.render import Model, Sampling, Views, render_pixels, surface_points
+from tenfold_gnt.views import nearest_views
+from tenfold_shared.checkpoint import atomic_write, write_json
+from tenfold_shared.errors import UserError
+from tenfold_shared.progress import Progress
+from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.scenes import (
+    LLFFPoses,
+    Scene,
+    circle_path,
+    opencv_from_opengl,
+    opengl_from_opencv,
+    spiral_path,
+    write_image,
+)
+from tenfold_shared.scenes.views import to_uint8
+
+FAR_QUANTILES = (0.02, 0.98)  # of the depths shown, so that a few outliers do not take the whole range of colours
+
+
+@dataclasses.dataclass
+class RenderConfig:
+    """What to render."""
+
+    checkpoint: Path
+    """A run's folder, a .safetensors file of ours, or an authors' model_<step>.pth."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The scene whose views are the sources."""
+    path: Literal["judged", "spiral", "circle", "poses"] = "judged"
+    """Cameras: the judged views; a spiral before a forward-facing scene; a circle around the origin; or given poses."""
+    poses: Path | None = None
+    """For poses: a .npy file of OpenCV camera-to-world matrices [N, 4, 4]."""
+    frames: int = 120
+    """Frames of a spiral or a circle."""
+    radius: float = 4.0
+    """Radius of the circle."""
+    elevation: float = 30.0
+    """Elevation of the circle, degrees."""
+    samples: int = 192
+    """Depths a ray."""
+    importance: int = 0
+    """Further depths of a second pass."""
+    resize: float = 1.0
+    """Render at this multiple of the size of the scene's pictures."""
+    tile_rows: int = 64
+    """Rows of a frame that are kept at a time."""
+    memory_mb: int = 0
+    """Bound on the memory of a chunk of rays, MB; 0: the processor's cache, or half of the free GPU memory."""
+    video: Literal["none", "gif", "mp4"] = "gif"
+    """Video of the frames; mp4 needs the extra `video`."""
+    fps: int = 24
+    """Frames a second."""
+    points: bool = True
+    """Write the surface points of all frames as points.ply."""
+    confident: float = 0.2
+    """Least confidence, in [0, 1], of a surface point that is kept."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be rendered."""
+        if self.frames < 1 or self.samples < 2 or self.tile_rows < 1 or self.fps < 1:
+            raise UserError("--frames, --tile_rows and --fps take 1 or more, --samples 2 or more")
+        if self.resize <= 0:
+            raise UserError(f"--resize takes a positive factor, got {self.resize}")
+        if self.path == "poses" and self.poses is None:
+            raise UserError("--path poses needs --poses FILE, a .npy of OpenCV camera-to-world matrices [N, 4, 4]")
+
+
+class Frame(NamedTuple):
+    """A camera of the path with the depths between which to look, and the views to render it from."""
+
+    camera: Tensor
+    near: float
+    far: float
+    pool: Scene
+    method: Literal["dist", "vector", "matrix"]
+    skip: int | None  # a view of the pool that is the target itself
+
+
+class SourceCache:
+    """Feature maps of a scene's pictures, each computed when it is first needed."""
+
+    def __init__(self, model: Model, pool: Scene, device: torch.device) -> None:
+        self.model, self.pool, self.device = model, pool, device
+        self.cameras = packed_cameras(pool).to(device)
+        self.images: dict[int, Tensor] = {}
+        self.maps: dict[int, FeatureMaps] = {}
+
+    @torch.inference_mode()
+    def views(self, chosen: np.ndarray) -> Views:
+        """The chosen views, ready to render from; instance norm makes a view's map independent of the others."""
+        for i in map(int, chosen):
+            if i not in self.maps:
+                self.images[i] = torch.from_numpy(self.pool.rgb(i)).to(self.device)
+                self.maps[i] = self.model.features(self.images[i].permute(2, 0, 1)[None])
+        picked = [int(i) for i in chosen]
+        sources = source_views(torch.stack([self.images[i] for i in picked]), self.cameras[picked])
+        coarse, fine = (torch.cat([self.maps[i][level] for i in picked]) for level in (0, 1))
+        return Views(sources, FeatureMaps(coarse, fine))
+
+
+def render(config: RenderConfig, options: RunOptions) -> None:
+    """Render a path of cameras with a checkpoint."""
+    model, about = load_model(config.checkpoint)
+    frames = path_frames(config)
+    folder = options.output / "gnt" / (options.name or f"render-{config.path}")
+    claim_folder(folder, config, resume=options.resume)
+    with Run.evaluation("gnt", options) as run:
+        model = model.to(run.device).eval()
+        progress = Progress(enabled=run.is_main and not options.quiet)
+        progress.start("frames", len(frames))
+        caches: dict[int, SourceCache] = {}
+        for number in range(run.rank, len(frames), run.world):
+            frame = frames[number]
+            cache = caches.setdefault(id(frame.pool), SourceCache(model, frame.pool, run.device))
+            with run.accelerator.autocast():
+                render_frame(model, cache, frame, folder, number, config, inverse=about.get("inverse", True))
+            progress.advance()
+        progress.close()
+        run.accelerator.wait_for_everyone()
+        if run.is_main:
+            written = assemble(folder, frames, config)
+            print(f"{len(frames)} frames in {folder}: rgb, depth, confidence, occlusion{written}")
+
+
+def claim_folder(folder: Path, config: RenderConfig, *, resume: bool) -> None:
+    """Start a folder, or go on with one of the same configuration.
+
+    Raises:
+        UserError: it holds frames and `resume` is off, or frames of another configuration.
+
+    """
+    about = folder / "render.json"
+    text: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    if about.exists():
+        if not resume:
+            raise UserError(f"{folder} holds frames already; add --resume to go on with them or choose another --name")
+        if json.loads(about.read_text(encoding="utf-8")) != text:
+            raise UserError(f"{about} differs from the configuration given; choose another --name")
+    write_json(about, text)
+
+
+def path_frames(config: RenderConfig) -> list[Frame]:
+    """The cameras to render.
+
+    Raises:
+        UserError: the poses are no file of matrices, or the scene has fewer views than sources are asked for.
+
+    """
+    targets = judged_targets(config.data)
+    if config.path == "judged":
+        return [_judged_frame(target, config) for target in targets]
+    pool = targets[0].pool or targets[0].scene
+    cameras = pool.cameras
+    bounds = cameras.bounds
+    assert bounds is not None
+    if config.path == "spiral":
+        poses = LLFFPoses(
+            opengl_from_opencv(cameras.camera_to_world), np.tile(bounds, (len(pool), 1)), cameras.intrinsics[:, 0, 0]
+        )
+        path = opencv_from_opengl(spiral_path(poses, config.frames))
+    elif config.path == "circle":
+        path = circle_path(config.frames, config.radius, config.elevation)
+    else:
+        path = read_poses(config.poses)
+    matrix = torch.from_numpy(cameras.intrinsics[:1]).float().expand(len(path), 3, 3)
+    packed = pack_cameras(matrix, torch.from_numpy(path).float(), cameras.height, cameras.width)
+    near, far = map(float, bounds)
+    return [Frame(_resized(camera, config), near, far, pool, targets[0].method, None) for camera in packed]
+
+
+def _judged_frame(target: Target, config: RenderConfig) -> Frame:
+    cameras = target.scene.cameras
+    assert cameras.near is not None
+    assert cameras.far is not None
+    near, far = float(cameras.near[target.view]), float(cameras.far[target.view])
+    camera = _resized(packed_cameras(target.scene)[target.view], config)
+    own = target.view if target.pool is None else None
+    return Frame(camera, near, far, target.pool or target.scene, target.method, own)
+
+
+def _resized(camera: Tensor, config: RenderConfig) -> Tensor:
+    return resize_camera(camera, config.resize) if config.resize != 1 else camera
+
+
+def read_poses(path: Path | None) -> np.ndarray:
+    """OpenCV camera-to-world matrices [N, 4, 4] of a .npy file."""
+    assert path is not None
+    try:
+        poses = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--poses {path} is no readable .npy file ({error})") from error
+    if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not np.isfinite(poses).all():
+        raise UserError(f"--poses {path} needs finite matrices [N, 4, 4], got an array of shape {poses.shape}")
+    return poses
+
+
+def render_frame(
+    model: Model, cache: SourceCache, frame: Frame, folder: Path, number: int, config: RenderConfig, *, inverse: bool
+) -> None:
+    """Render a frame tile by tile into ``frames/NNNN.npz``; tiles and frames that are there are kept."""
+    done = folder / "frames" / f"{number:04d}.npz"
+    if done.exists():
+        return
+    pool, pose = frame.pool.cameras.camera_to_world, frame.camera[18:34].reshape(4, 4).double().numpy()
+    available = len(pool) - (frame.skip is not None)
+    if available < config.data.sources:
+        raise UserError(f"--data.sources {config.data.sources}: the scene has {available} views to render from")
+    chosen = np.arange(available)
+    if available > config.data.sources or frame.skip is not None:
+        chosen = nearest_views(pose, pool, config.data.sources, frame.method, target_index=frame.skip)
+    views = cache.views(chosen)
+    camera, sampling = frame.camera.to(cache.device), Sampling(frame.near, frame.far, config.samples, config.importance)
+    sampling = dataclasses.replace(sampling, inverse=inverse)
+    height, width = (int(x) for x in frame.camera[:2].tolist())
+    tiles = [folder / "tiles" / f"{number:04d}-{top:05d}.npz" for top in range(0, height, config.tile_rows)]
+    for pixels, tile in zip(_tiles(height, width, config.tile_rows), tiles, strict=True):
+        if tile.exists():
+            continue
+        rgb, depth, confidence, labels = render_pixels(
+            model,
+            views,
+            camera,
+            pixels.to(cache.device),
+            sampling,
+            occlusion=True,
+            memory=config.memory_mb * 2**20 or None,
+        )
+        # The label is an index into the frame's sources; what is kept names the view of the scene.
+        seen = np.full(len(depth), -1) if labels is None else chosen[labels.cpu().numpy()]
+        kept = {"depth": depth.float().cpu().numpy(), "confidence": confidence.float().cpu().numpy()}
+        with atomic_write(tile) as file:
+            np.savez(file, rgb=to_uint8(rgb.float().cpu().numpy()), occlusion=seen, **kept)  # type: ignore[arg-type]
+    loaded = [np.load(tile, allow_pickle=False) for tile in tiles]
+    whole = {key: np.concatenate([tile[key] for tile in loaded]) for key in loaded[0].files}
+    with atomic_write(done) as file:
+        shaped = {key: value.reshape(height, width, *value.shape[1:]) for key, value in whole.items()}
+        np.savez(file, **shaped)  # type: ignore[arg-type]
+    for tile in tiles:
+        tile.unlink()
+
+
+def _tiles(height: int, width: int, rows: int) -> Iterator[Tensor]:
+    return iter(pixel_grid(height, width).split(rows * width))
+
+
+def assemble(folder: Path, frames: list[Frame], config: RenderConfig) -> str:
+    """Pictures, point cloud and video from the finished frames; returns what was written besides the pictures."""
+    import matplotlib as mpl  # noqa: PLC0415 - slow to import, needed once the frames are done
+
+    depths, labels = mpl.colormaps["turbo"], mpl.colormaps["tab20"]
+    pictures, points, colours = [], [], []
+    for number, frame in enumerate(frames):
+        found = np.load(folder / "frames" / f"{number:04d}.npz", allow_pickle=False)
+        rgb, depth, confidence = found["rgb"], found["depth"], found["confidence"]
+        low, high = np.quantile(depth, FAR_QUANTILES)
+        shade = np.clip((depth - low) / max(high - low, 1e-6), 0, 1)
+        write_image(folder / "rgb" / f"{number:04d}.png", rgb)
+        write_image(folder / "depth" / f"{number:04d}.png", depths(1 - shade)[..., :3])
+        write_image(folder / "confidence" / f"{number:04d}.png", np.repeat(confidence[..., None], 3, -1))
+        write_image(folder / "occlusion" / f"{number:04d}.png", labels(found["occlusion"] % 20)[..., :3])
+        pictures.append(rgb)
+        sure = confidence.ravel() >= config.confident
+        points.append(surface_points(torch.from_numpy(depth), frame.camera).numpy()[sure])
+        colours.append(rgb.reshape(-1, 3)[sure])
+    written = ""
+    if config.points:
+        write_ply(folder / "points.ply", np.concatenate(points), np.concatenate(colours))
+        written += f", points.ply ({sum(map(len, points))} points)"
+    if config.video != "none" and len(pictures) > 1:
+        file = folder / f"video.{config.video}"
+        write_video(file, pictures, config.fps)
+        written += f", {file.name}"
+    return written
+
+
+def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
+    """Points [N, 3] with colours [N, 3] (uint8) as a binary PLY file."""
+    table = np.empty(len(points), dtype=[("p", "<f4", 3), ("c", "u1", 3)])
+    table["p"], table["c"] = points, colours
+    names = [*(f"float {axis}" for axis in "xyz"), *(f"uchar {colour}" for colour in ("red", "green", "blue"))]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
+    with atomic_write(path) as file:
+        file.write("\n".join([*header, *(f"property {name}" for name in names), "end_header\n"]).encode())
+        file.write(table.tobytes())
+
+
+def write_video(path: Path, pictures: list[np.ndarray], fps: int) -> None:
+    """Pictures [H, W, 3] (uint8) as an animated GIF or an MP4.
+
+    Raises:
+        UserError: MP4 without its encoder.
+
+    """
+    if path.suffix == ".gif":
+        from PIL import Image  # noqa: PLC0415 - with the first picture
+
+        first, *rest = (Image.fromarray(picture) for picture in pictures)
+        first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        return
+    try:
+        import imageio_ffmpeg  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise UserError("--video mp4 needs an encoder: pip install 'tenfold-gnt[video]', or use gif") from error
+    height, width = (side - side % 2 for side in pictures[0].shape[:2])  # the codec takes even sides only
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
+    writer.send(None)
+    for picture in pictures:
+        writer.send(np.ascontiguousarray(picture[:height, :width]))
+    writer.close()

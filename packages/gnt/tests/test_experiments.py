@@ -1,0 +1,225 @@
+"""Experiments as a user runs them: every recipe, the networks by name, judging, rendering paths, what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tenfold_gnt.compat import save_official_checkpoint
+from tenfold_gnt.evaluate import Scores, load_model, mean_scores
+from tenfold_gnt.experiments import OFFSETS, UNSEEN, DataConfig, capture, judged_targets, training_set
+from tenfold_gnt.models import NetworkConfig, create_model
+from tenfold_gnt.network import parameter_count
+from tenfold_gnt.train import Rays, Recipe, run_recipe
+from tenfold_gnt.video import RenderConfig, render, write_ply, write_video
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.scenes import tabletop_views, write_blender, write_llff
+
+TINY = DataConfig(sources=3, scenes=1, views=6, size=20, unseen=False)
+RAYS = Rays(count=8, samples=6, judged_samples=6, inverse=False)
+
+
+def trained(folder: Path, name: str = "run", **changes) -> Path:
+    """A run of two steps on a tiny table; its folder."""
+    values = {"data": TINY, "rays": RAYS, "steps": 2, "judge_every": 1, **changes}
+    recipe = dataclasses.replace(load_recipe("tenfold_gnt", "tabletop-single-gnt", Recipe), **values)
+    with Run("gnt", recipe, RunOptions(output=folder, name=name, device="cpu", quiet=True)) as run:
+        run_recipe(run, recipe)
+        return run.directory
+
+
+@pytest.mark.parametrize("name", sorted(recipes("tenfold_gnt")))
+def test_every_recipe_is_built_and_stepped(name: str, tmp_path: Path) -> None:
+    """On one small table in place of its data: the networks at their full size, one step, judged."""
+    recipe = load_recipe("tenfold_gnt", name, Recipe)
+    rays = dataclasses.replace(
+        recipe.rays, count=4, samples=10, judged_samples=10, importance=min(recipe.rays.importance, 4)
+    )
+    small = dataclasses.replace(recipe, data=TINY, rays=rays, steps=1, judge_every=1, judge_stride=4)
+    with Run("gnt", small, RunOptions(output=tmp_path, name="run", device="cpu", quiet=True)) as run:
+        before = create_model(small.network)
+        model, result = run_recipe(run, small)
+    assert np.isfinite(result.scores.psnr)
+    assert result.history[-1][0] == 1
+    assert model.state_dict().keys() == before.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "features", "network"),
+    [
+        (NetworkConfig(depth=4), 8_877_056, 444_739),
+        (NetworkConfig(depth=8), 8_877_056, 882_691),
+        (NetworkConfig(depth=4, fine=True), 8_917_120, 444_739),
+        (NetworkConfig(width=32, depth=2, features="small"), 69_936, 59_891),
+        (NetworkConfig(name="ibrnet"), 8_877_056, 20_136),
+    ],
+)
+def test_parameter_counts(config: NetworkConfig, features: int, network: int) -> None:
+    """Those of the description."""
+    model = create_model(config)
+    assert parameter_count(model.features) == features
+    assert parameter_count(model.coarse) == network
+
+
+def test_what_is_judged_is_never_trained_on() -> None:
+    """Scenes and poses for training, for choosing values and for the test are apart."""
+    assert not set(UNSEEN["test"]) & set(UNSEEN["validation"])
+    assert min(UNSEEN["validation"]) >= DataConfig().scenes
+    assert len({0.0, *OFFSETS.values()}) == 3
+    target = judged_targets(TINY)[0]
+    poses = training_set(TINY).scenes[0].cameras.camera_to_world
+    own = target.scene.cameras.camera_to_world[target.view]
+    assert np.abs(poses - own).max(axis=(1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["blender", "llff"])
+def test_a_capture_is_read_in_its_layout(layout: str, tmp_path: Path) -> None:
+    """A folder that one writes is trained on as it is."""
+    scene = tabletop_views(0, 16, 20)
+    if layout == "blender":
+        for split, views in (("train", range(12)), ("test", range(12, 16))):
+            write_blender(tmp_path, scene.subset(list(views)), split)
+    else:
+        write_llff(tmp_path, scene)
+    config = DataConfig(name="capture", root=tmp_path, sources=3, factor=1)
+    train, test = capture(config)
+    assert len(train) + len(test) == 16
+    assert len(judged_targets(config)) == len(test)
+    assert trained(tmp_path, data=config, judge_stride=8).is_dir()
+
+
+def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
+    """One sentence: what, where."""
+    with pytest.raises(UserError, match="does not exist"):
+        training_set(DataConfig(name="capture", root=tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"data\.root"):
+        training_set(DataConfig(name="capture"))
+    with pytest.raises(UserError, match="nerf_llff_data"):
+        training_set(DataConfig(name="llff_test", root=tmp_path))
+    (tmp_path / "nerf_llff_data" / "fern").mkdir(parents=True)
+    with pytest.raises(UserError, match="no scene 'farn'; there are fern"):
+        training_set(DataConfig(name="llff_test", root=tmp_path, scene="farn"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (DataConfig, {"sources": 1}, r"data\.sources"),
+        (DataConfig, {"near": 3.0, "far": 2.0}, "near < far"),
+        (NetworkConfig, {"width": 12}, "multiple of 8"),
+        (NetworkConfig, {"dropout": 1.0}, "dropout"),
+        (Rays, {"samples": 1}, "samples"),
+        (Rays, {"centre": 1.5}, "centre"),
+        (Recipe, {"steps": 0}, "steps"),
+        (RenderConfig, {"checkpoint": Path("x"), "path": "poses"}, "--poses"),
+        (RenderConfig, {"checkpoint": Path("x"), "resize": 0.0}, "resize"),
+    ],
+)
+def test_configurations_that_cannot_be(kind: type, values: dict, words: str) -> None:
+    """Refused when they are read, by the option's name."""
+    with pytest.raises(UserError, match=words):
+        kind(**values)
+
+
+def test_too_few_views_for_the_sources(tmp_path: Path) -> None:
+    """More sources than the scene has views."""
+    with pytest.raises(UserError, match="source views"):
+        trained(tmp_path, data=dataclasses.replace(TINY, sources=9))
+
+
+def test_scores_are_averaged_over_the_views_that_have_them() -> None:
+    """A view without true depth does not spoil the mean of the others."""
+    nan = float("nan")
+    rows = [Scores(20.0, 0.5, 18.0, 15.0, nan, nan, nan), Scores(22.0, 0.7, 20.0, 17.0, 0.3, 0.5, 0.4)]
+    mean = mean_scores(rows)
+    assert mean.psnr == 21.0
+    assert mean.depth_error == 0.3
+    assert "correlation 0.50" in mean.sentence()
+
+
+def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    """Ours starts where it was; another network is refused."""
+    first = trained(tmp_path, "first")
+    still = {"feature_rate": 0.0, "network_rate": 0.0}
+    recipe = load_recipe("tenfold_gnt", "tabletop-single-gnt", Recipe)
+    second = trained(tmp_path, "second", init=first, optimisation=dataclasses.replace(recipe.optimisation, **still))
+    one, two = (load_model(run)[0].state_dict() for run in (first, second))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(UserError, match="another network"):
+        trained(tmp_path, "third", init=first, network=NetworkConfig(width=16, depth=1, features="small"))
+
+
+def test_rendering_is_resumed_by_tile(tmp_path: Path) -> None:
+    """Pictures, depth, points and video of a circle; a frame and a tile that are there are not rendered again."""
+    run = trained(tmp_path)
+    config = RenderConfig(run, TINY, path="circle", frames=3, samples=6, tile_rows=7, confident=0.0)
+    options = RunOptions(output=tmp_path, name="film", device="cpu", quiet=True)
+    render(config, options)
+    folder = tmp_path / "gnt" / "film"
+    assert len(list((folder / "rgb").glob("*.png"))) == len(list((folder / "depth").glob("*.png"))) == 3
+    assert (folder / "video.gif").stat().st_size > 0
+    header = (folder / "points.ply").read_bytes().split(b"end_header\n")
+    assert b"element vertex 1200" in header[0]
+    assert len(b"end_header\n".join(header[1:])) == 1200 * 15
+    with pytest.raises(UserError, match="--resume"):
+        render(config, options)
+    whole = dict(np.load(folder / "frames" / "0001.npz"))
+    (folder / "frames" / "0001.npz").unlink()
+    marked = {key: np.full_like(value[:7].reshape(140, *value.shape[2:]), 3) for key, value in whole.items()}
+    np.savez(folder / "tiles" / "0001-00000.npz", **marked)
+    again = dataclasses.replace(options, resume=True)
+    render(config, again)
+    resumed = np.load(folder / "frames" / "0001.npz")
+    assert (resumed["rgb"][:7] == 3).all()
+    np.testing.assert_array_equal(resumed["rgb"][7:], whole["rgb"][7:])
+    with pytest.raises(UserError, match="differs"):
+        render(dataclasses.replace(config, samples=7), again)
+
+
+def test_the_authors_checkpoint_is_rendered(tmp_path: Path) -> None:
+    """A file of the released layout, along given poses; poses that are none are refused."""
+    model = create_model(NetworkConfig(width=16, depth=1))
+    file = tmp_path / "model_000100.pth"
+    save_official_checkpoint(file, model.coarse, model.features)
+    poses = tmp_path / "poses.npy"
+    np.save(poses, tabletop_views(0, 6, 20).cameras.camera_to_world[:1])
+    options = RunOptions(output=tmp_path, name="given", device="cpu", quiet=True)
+    render(RenderConfig(file, TINY, path="poses", poses=poses, samples=4), options)
+    assert (tmp_path / "gnt" / "given" / "rgb" / "0000.png").is_file()
+    np.save(poses, np.zeros((3, 3)))
+    with pytest.raises(UserError, match="4, 4"):
+        render(RenderConfig(file, TINY, path="poses", poses=poses), dataclasses.replace(options, name="other"))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+def test_videos(suffix: str, tmp_path: Path) -> None:
+    """Frames of an odd size make a file in either format."""
+    frames = [np.full((21, 23, 3), value, dtype=np.uint8) for value in (0, 120, 240)]
+    write_video(tmp_path / f"v.{suffix}", frames, 12)
+    assert (tmp_path / f"v.{suffix}").stat().st_size > 100
+
+
+def test_points_file(tmp_path: Path) -> None:
+    """Positions and colours, one after the other."""
+    write_ply(tmp_path / "p.ply", np.array([[1.0, 2.0, 3.0]]), np.array([[4, 5, 6]], dtype=np.uint8))
+    body = (tmp_path / "p.ply").read_bytes().split(b"end_header\n", 1)[1]
+    assert np.frombuffer(body[:12], "<f4").tolist() == [1.0, 2.0, 3.0]
+    assert list(body[12:]) == [4, 5, 6]
+
+
+def test_evaluation_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the protocol that the numbers are of."""
+    from tenfold_gnt.evaluate import EvalConfig, evaluate  # noqa: PLC0415
+
+    run = trained(tmp_path)
+    capsys.readouterr()
+    evaluate(EvalConfig(run, TINY, samples=6, stride=2), RunOptions(output=tmp_path, device="cpu"))
+    told = json.loads(capsys.readouterr().out)
+    assert told["protocol"] == "official (stride 2)"
+    assert told["judged_views"] == 3
+    assert np.isfinite(told["psnr"])
