@@ -117,7 +117,7 @@ def warm_up() -> None:
     coords, targets = lattice((4, 4)), torch.rand(2, 16, 3)
     networks = NetworkBatch(NetworkConfig(hidden_dim=4, pos_emb="Id"), 2)
     for optimiser in ("adam", "sgd"):
-        next(itertools.islice(fit_networks(networks, coords, targets, optimiser=optimiser), 2, None))  # type: ignore[arg-type]
+        next(itertools.islice(fit_networks(networks, coords, targets, optimiser=optimiser), 2, None))
     ridge(system(torch.rand(48, 10), targets), penalty=1e-3)
 
 

@@ -88,7 +88,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
                 continue
             figure, one = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
             unit = f", {claim.metric.unit}" if claim.metric.unit else ""
-            bar_chart(one, values, f"{claim.metric.name}{unit}", log=claim.metric.unit == "s")
+            bar_chart(one, values, f"{claim.metric.name}{unit}", log=claim.metric.unit == "ms")
             drawn.append(ReportFigure(figure, claim.id, claim.statement, f"{claim.metric.name} of every arm"))
         atlas = atom_atlas(plt, {**few, **stepped}, folder)
         if atlas is not None:
