@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -28,7 +29,7 @@ class Dataset:
         return N
 
     def __getitem__(self, index):
-        noise = torch.rand(2) + random.random()
+        noise = torch.rand(2) + random.random() + np.random.rand()  # noqa: NPY002 - as libraries draw
         return torch.cat([IMAGES[index].flatten().float(), noise]), index
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -223,14 +224,16 @@ class _Keyed(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         mixed = _mixed(self.seed, *key)
-        state = random.getstate()
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002 - libraries draw from the global generator
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed)
             random.seed(mixed)
+            np.random.seed(mixed)  # noqa: NPY002
             try:
                 return self.dataset[key[1]]
             finally:
-                random.setstate(state)
+                random.setstate(states[0])
+                np.random.set_state(states[1])  # noqa: NPY002
 
 
 class _Keys:
@@ -251,8 +254,8 @@ class _Keys:
 class StreamedBatches:
     """Batches of a data set too large for memory, read by `workers` processes; otherwise like `Batches`.
 
-    `dataset[i]` gives a transformed image and its label; its random transforms may use torch's and Python's global
-    generators, which are seeded from (seed, epoch, i) for each sample, so neither the number of processes or workers
+    `dataset[i]` gives a transformed image and its label; its random transforms may use torch's, NumPy's and Python's
+    global generators, which are seeded from (seed, epoch, i) for each sample, so neither the number of processes or workers
     nor a resume changes what is drawn. `collate` makes a batch of a list of samples.
     """
 
