@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold_shared.errors import UserError
 from tenfold_slak.layer import MergedOne, merge_large_kernels
 from tenfold_slak.models.slak import SLaK
 
@@ -19,7 +20,7 @@ _CONTAINERS = ("model", "state_dict", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is not a SLaK network, or not this one; the message lists the keys that do not fit."""
 
 
