@@ -18,7 +18,6 @@ from tenfold_shared.images import (
     ImageSet,
     StreamedBatches,
     load_images,
-    measured_normalisation,
     split_train_validation,
     stream_images,
 )
@@ -174,7 +173,8 @@ def _augmented(config: DataConfig, seed: int) -> tuple[Any, Any]:
 
 def _embedded(config: DataConfig, batch_size: int, run: Run) -> Data:
     train, test = embedded_sets(config.name, config.size, config.validation)
-    mean, std = measured_normalisation(train) if train.images.shape[1] == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    # Black stays zero in grey images, so that empty places of a map say nothing.
+    mean, std = ((0.0,), (1.0,)) if train.images.shape[1] == 1 else (IMAGENET_MEAN, IMAGENET_STD)
 
     def batches(chosen: ImageSet, purpose: str, *, rank: int = run.rank, world: int = run.world) -> Batches:
         training = purpose != "evaluation"

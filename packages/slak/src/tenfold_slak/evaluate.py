@@ -171,22 +171,13 @@ def erf(
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         batches = [(picture - mean) / std for picture in resized]
     else:
-        batches = [normalised_row_cues(embedded_sets("row-cue")[1].images[:images])]
+        batches = [embedded_sets("row-cue")[1].images[:images].float() / 255]
     check_fit(model, (batches[0].shape[1], batches[0].shape[2], batches[0].shape[3]), model.num_classes, data)  # type: ignore[arg-type]
     field = effective_receptive_field(model, batches)
     plot({checkpoint.name: field}, output)
     squares = {str(share): square._asdict() for share, square in field.rectangles.items()}
     print(json.dumps({"size": batches[0].shape[-1], "squares": squares}))
     print(f"drawn to {output}")
-
-
-def normalised_row_cues(images: Tensor) -> Tensor:
-    """Test images of the row cues as the network sees them."""
-    from tenfold_shared.images import measured_normalisation  # noqa: PLC0415
-    from tenfold_slak.data import embedded_sets  # noqa: PLC0415
-
-    mean, std = measured_normalisation(embedded_sets("row-cue")[0])
-    return (images.float() / 255 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 
 def export(checkpoint: Path, output: Path = Path("slak.onnx"), size: int = 224, form: Literal["two", "one"] = "two") -> None:

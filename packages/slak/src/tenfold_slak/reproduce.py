@@ -17,7 +17,7 @@ from tenfold_shared.reproduction import Request, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, seed_everything
 from tenfold_slak.data import embedded_sets, load_data
 from tenfold_slak.erf import ReceptiveField, effective_receptive_field
-from tenfold_slak.evaluate import costs, load_model, normalised_row_cues
+from tenfold_slak.evaluate import costs, load_model
 
 from tenfold_slak.train import Recipe, build, first_masks, run_recipe
 
@@ -105,7 +105,7 @@ def _counted(recipe: Recipe, seed: int, options: RunOptions) -> Measurement:
 
 def receptive_field(model: Any) -> ReceptiveField:
     """The effective receptive field on test images of the row cues."""
-    images = normalised_row_cues(embedded_sets("row-cue")[1].images[:ERF_IMAGES])
+    images = embedded_sets("row-cue")[1].images[:ERF_IMAGES].float() / 255
     return effective_receptive_field(model, [images.to(next(model.parameters()).device)])
 
 

@@ -84,6 +84,7 @@ class SLaK(nn.Module):
         drop_path_rate: of the last block; earlier ones rise linearly from 0.
         layer_scale_init: initial gamma; 0 leaves gamma out.
         head_init_scale: multiplies the initial head.
+        init_std: of the initial weights; the paper's 0.02 suits its widths of a hundred and more.
         drop_rate: dropout before the head.
         global_pool: `avg`, or an empty string to keep the map in `forward_head`.
         backend: of `large_kernel_dwconv`.
@@ -109,6 +110,7 @@ class SLaK(nn.Module):
         drop_path_rate: float = 0.0,
         layer_scale_init: float = 1e-6,
         head_init_scale: float = 1.0,
+        init_std: float = 0.02,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
         backend: str = "auto",
@@ -150,7 +152,8 @@ class SLaK(nn.Module):
 
         self.norm: nn.Module = nn.LayerNorm(widths[-1], eps=1e-6)
         self.head = nn.Linear(widths[-1], num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_initialise)
+        self.init_std = init_std
+        self.apply(self._initialise)
         if isinstance(self.head, nn.Linear):
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
@@ -180,6 +183,13 @@ class SLaK(nn.Module):
         if not pre_logits:
             x = self.head(x)
         return x if self.global_pool else x.permute(0, 3, 1, 2)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Truncated normal (cut at ±2) for convolutions and Linears, zero biases."""
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=self.init_std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def minimum_size(self) -> int:
@@ -252,7 +262,7 @@ class SLaK(nn.Module):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         like = self.downsample_layers[0][0].weight  # type: ignore[index]
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
-        self.head = nn.Identity() if head is None else head.apply(_initialise)
+        self.head = nn.Identity() if head is None else head.apply(self._initialise)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their maps."""
@@ -269,14 +279,6 @@ class SLaK(nn.Module):
             return {"stem": stem, "blocks": r"^(?:stages|downsample_layers)\.(\d+)"}
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": stem, "blocks": blocks}
-
-
-def _initialise(module: nn.Module) -> None:
-    """Truncated normal of standard deviation 0.02 (cut at ±2) for convolutions and Linears, zero biases."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 @dataclass(frozen=True)
