@@ -9,7 +9,9 @@ COMMANDS = {
     "train": Command("tenfold_slak.train:train", "train SLaK or a baseline: classify, segment or detect"),
     "eval": Command("tenfold_slak.evaluate:evaluate", "accuracy and costs of a checkpoint, ours or the authors'"),
     "erf": Command("tenfold_slak.evaluate:erf", "draw the effective receptive field of a checkpoint"),
-    "export": Command("tenfold_slak.evaluate:export", "merge a checkpoint for inference and write ONNX or torch.export"),
+    "export": Command(
+        "tenfold_slak.evaluate:export", "merge a checkpoint for inference and write ONNX or torch.export"
+    ),
     "profile": Command("tenfold_slak.evaluate:profile", "multiply-adds and time of a network, layer by layer"),
 }
 

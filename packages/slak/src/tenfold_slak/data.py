@@ -247,7 +247,8 @@ def compose_row_cues(
         return torch.randint(low, high + 1, shape, generator=draws)
 
     chosen, cued = integers(0, len(glyphs) - 1, count, 4), integers(0, 3, count)
-    margin, start = integers(0, 4, count, 4), integers(48, 56, count)  # 48 - (4 + 16) = 28 pixels apart at least
+    # Everything lies on a grid of 4 pixels; 48 - (4 + 16) = 28 pixels apart at least.
+    margin, start = 4 * integers(0, 1, count, 4), 4 * integers(12, 14, count)
     mirrored, turned = integers(0, 1, count).bool(), integers(0, 1, count).bool()
     # Only the sides change places: the digits themselves are not mirrored.
     left, start = torch.where(mirrored[:, None], 48 - margin, margin), torch.where(mirrored, 56 - start, start)
@@ -256,7 +257,7 @@ def compose_row_cues(
     for row in range(4):
         columns = left[:, row, None] + torch.arange(16)
         canvas[image, (16 * row + torch.arange(16))[:, None], columns[:, None]] = glyphs[chosen[:, row]]
-    top, square = 16 * cued + integers(0, 8, count), torch.arange(8)
+    top, square = 16 * cued + 4 * integers(0, 2, count), torch.arange(8)
     canvas[image, (top[:, None] + square)[:, :, None], (start[:, None] + square)[:, None]] = 255
     canvas = torch.where(turned[:, None, None], canvas.transpose(1, 2), canvas)
     return canvas[:, None].contiguous(), labels[chosen.gather(1, cued[:, None])[:, 0]]

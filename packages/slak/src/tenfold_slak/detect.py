@@ -150,7 +150,9 @@ class Voc(Dataset[Any]):
         self.folder = root / "VOCdevkit" / "VOC2007" if (root / "VOCdevkit").is_dir() else root / "VOC2007"
         names = self.folder / "ImageSets" / "Main" / f"{split}.txt"
         if not names.is_file():
-            raise missing("PASCAL VOC 2007", "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/", f"{root}/VOCdevkit/VOC2007")
+            raise missing(
+                "PASCAL VOC 2007", "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/", f"{root}/VOCdevkit/VOC2007"
+            )
         self.names, self.training = names.read_text(encoding="utf-8").split(), training
 
     def __len__(self) -> int:
@@ -244,7 +246,9 @@ def resized(image: Tensor, target: Mapping[str, Tensor], shorter: int) -> Sample
     size = [round(side * scale) for side in image.shape[1:]]
     found["boxes"] = found["boxes"] * torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]] * 2)
     if "masks" in found:
-        found["masks"] = nn.functional.interpolate(found["masks"][None].float(), size, mode="nearest")[0].to(torch.uint8)
+        found["masks"] = nn.functional.interpolate(found["masks"][None].float(), size, mode="nearest")[0].to(
+            torch.uint8
+        )
     return nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1), found
 
 
@@ -445,7 +449,11 @@ def voc_precision(
 
 
 def _class_precision(
-    found: Sequence[Mapping[str, Tensor]], truth: Sequence[Mapping[str, Tensor]], label: int, overlap: float, points: bool
+    found: Sequence[Mapping[str, Tensor]],
+    truth: Sequence[Mapping[str, Tensor]],
+    label: int,
+    overlap: float,
+    points: bool,
 ) -> float | None:
     from torchvision.ops import box_iou  # noqa: PLC0415 - slow to import
 
@@ -454,9 +462,7 @@ def _class_precision(
         return None
     ranked: list[tuple[float, int, int]] = []
     for image, answer in enumerate(found):
-        ranked += [
-            (float(answer["scores"][i]), image, int(i)) for i in (answer["labels"] == label).nonzero().flatten()
-        ]
+        ranked += [(float(answer["scores"][i]), image, int(i)) for i in (answer["labels"] == label).nonzero().flatten()]
     ranked.sort(key=lambda entry: -entry[0])
     taken: set[tuple[int, int]] = set()
     hits = []

@@ -13,7 +13,7 @@ from tenfold_shared.batches import Batches, StreamedBatches
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_slak.compat import check_state, load_official_checkpoint
+from tenfold_slak.compat import check_state, load_official_checkpoint, weights_file
 from tenfold_slak.data import DataConfig, load_data
 from tenfold_slak.layer import LargeKernel, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters
@@ -26,7 +26,7 @@ class EvalConfig:
     """What to evaluate."""
 
     checkpoint: Path
-    """A run's folder, a .safetensors file of ours, or a checkpoint-*.pth file of the authors."""
+    """A run's folder, a .safetensors file of ours, or a .pth file of the authors (looked for in the data root too)."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The images."""
     batch_size: int = 256
@@ -72,9 +72,11 @@ def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tu
         UserError: there is none, it is damaged, or its keys do not fit, which are listed.
 
     """
-    path = checkpoint / "checkpoints" / f"{weights}.safetensors" if checkpoint.is_dir() else checkpoint
+    path = weights_file(checkpoint)
+    if path.is_dir():
+        path = path / "checkpoints" / f"{weights}.safetensors"
     if not path.is_file():
-        what = "no moving average was kept there" if weights == "ema" and checkpoint.is_dir() else "check the path"
+        what = "it keeps no moving average" if weights == "ema" else "the run has not ended"
         raise UserError(f"there is no checkpoint {path}: {what}")
     if path.suffix != ".safetensors":
         return load_official_checkpoint(path, weights="model_ema" if weights == "ema" else None), {"arch": "released"}
@@ -180,7 +182,9 @@ def erf(
     print(f"drawn to {output}")
 
 
-def export(checkpoint: Path, output: Path = Path("slak.onnx"), size: int = 224, form: Literal["two", "one"] = "two") -> None:
+def export(
+    checkpoint: Path, output: Path = Path("slak.onnx"), size: int = 224, form: Literal["two", "one"] = "two"
+) -> None:
     """Merge the branches of a checkpoint's layers and write it as ONNX (.onnx) or as a torch.export program (.pt2)."""
     from tenfold_slak.export import export_onnx, export_program  # noqa: PLC0415 - slow to import
 

@@ -171,9 +171,7 @@ class DilatedKernel(nn.Module):
         spacing = min(sides, key=lambda d: abs(sides[d] ** 2 - wanted))
         side = sides[spacing]
         padding = spacing * (side // 2)
-        self.conv = nn.Conv2d(
-            channels, channels, side, padding=padding, dilation=spacing, groups=channels, bias=False
-        )
+        self.conv = nn.Conv2d(channels, channels, side, padding=padding, dilation=spacing, groups=channels, bias=False)
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:

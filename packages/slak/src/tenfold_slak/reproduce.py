@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import filelock
 
@@ -16,15 +16,20 @@ from tenfold_shared.report import COLOURS, ReportFigure, figure_style
 from tenfold_shared.reproduction import Request, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, seed_everything
 from tenfold_slak.data import embedded_sets, load_data
+from tenfold_slak.downstream import SLaKBackbone, UPerNet
 from tenfold_slak.erf import ReceptiveField, effective_receptive_field
 from tenfold_slak.evaluate import costs, load_model
 
+from tenfold_slak.macs import count_macs, count_parameters
 from tenfold_slak.train import Recipe, build, first_masks, run_recipe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from tenfold_slak.models.slak import SLaK
+
 ERF_IMAGES = 64
+SEGMENTED = (512, 2048)  # the image for which segmenters are counted, pixels
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
@@ -37,20 +42,25 @@ VALUES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "test accuracy": lambda extras: extras["accuracy"],
     "top-1 accuracy": lambda extras: extras["accuracy"],
     "mIoU": lambda extras: extras["miou"],
-    "box AP": lambda extras: extras["box_ap"],
-    "mask AP": lambda extras: extras["mask_ap"],
     "mAP": lambda extras: extras["map50"],
-    "receptive field at half": lambda extras: extras["erf_side"],
+    **{
+        f"{kind} AP{level}": (lambda extras, key=f"{kind}_ap{level}": extras[key])
+        for kind in ("box", "mask")
+        for level in ("", "50", "75")
+    },
     # As printed in the paper's table: whole millions, and one decimal of 1e9.
     "non-zero parameters": lambda extras: round(extras["parameters_nonzero"] / 1e6),
     "stored parameters": lambda extras: extras["parameters"],
     "multiply-adds": lambda extras: round(extras["macs_nonzero"] / 1e9, 1),
+    "segmenter parameters": lambda extras: round(extras["segmenter_parameters_nonzero"] / 1e6),
+    "segmenter multiply-adds": lambda extras: round(extras["segmenter_macs_nonzero"] / 1e9),
 }
+COUNTS = {name for name in VALUES if name.endswith(("parameters", "multiply-adds"))}
 
 
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
-    counting = claim.metric.name in {"non-zero parameters", "stored parameters", "multiply-adds"}
+    counting = claim.metric.name in COUNTS
     name = f"{arm.name}-{arm.key}-seed{seed}"
     file = folder / "measured" / f"{name}{'-counts' if counting else ''}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +110,11 @@ def _counted(recipe: Recipe, seed: int, options: RunOptions) -> Measurement:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_((parameter == 0).to(parameter))
-        return Measurement(None, extras=costs(model, (3, size, size)))
+        segmenter = UPerNet(SLaKBackbone(cast("SLaK", model)))
+        large = count_macs(segmenter, SEGMENTED), count_parameters(segmenter)
+        names = "segmenter_macs_nonzero", "segmenter_parameters_nonzero"
+        extras = costs(model, (3, size, size)) | dict(zip(names, (count.nonzero for count in large), strict=True))
+        return Measurement(None, extras=extras)
 
 
 def receptive_field(model: Any) -> ReceptiveField:

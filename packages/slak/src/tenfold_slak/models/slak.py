@@ -84,7 +84,7 @@ class SLaK(nn.Module):
         drop_path_rate: of the last block; earlier ones rise linearly from 0.
         layer_scale_init: initial gamma; 0 leaves gamma out.
         head_init_scale: multiplies the initial head.
-        init_std: of the initial weights; the paper's 0.02 suits its widths of a hundred and more.
+        init_std: of the initial weights; 0 scales them by their fan-in as PyTorch does, which suits narrow networks.
         drop_rate: dropout before the head.
         global_pool: `avg`, or an empty string to keep the map in `forward_head`.
         backend: of `large_kernel_dwconv`.
@@ -129,7 +129,8 @@ class SLaK(nn.Module):
         self.drop_rate, self.global_pool, self.grad_checkpointing = drop_rate, global_pool, False
         self.stem_stride = stem_stride
         self.feature_info = [
-            {"num_chs": width, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
+            {"num_chs": width, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
+            for i, width in enumerate(widths)
         ]
         patches = nn.Conv2d(in_chans, widths[0], stem_stride, stem_stride)
         stem = nn.Sequential(patches, ChannelsFirstLayerNorm(widths[0], eps=1e-6))
@@ -187,7 +188,8 @@ class SLaK(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         """Truncated normal (cut at ±2) for convolutions and Linears, zero biases."""
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=self.init_std)
+            if self.init_std:
+                nn.init.trunc_normal_(module.weight, std=self.init_std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
