@@ -44,8 +44,9 @@ class CascadeRoIHeads(RoIHeads):
     """Takes the place of a torchvision detector's `roi_heads`."""
 
     def __init__(self, heads: RoIHeads, channels: int, classes: int) -> None:
+        samples = heads.fg_bg_sampler.batch_size_per_image
         super().__init__(
-            heads.box_roi_pool, None, None, 0.5, 0.5, 512, 0.25, None, heads.score_thresh, heads.nms_thresh,
+            heads.box_roi_pool, None, None, 0.5, 0.5, samples, 0.25, None, heads.score_thresh, heads.nms_thresh,
             heads.detections_per_img, heads.mask_roi_pool, heads.mask_head, heads.mask_predictor,
         )  # fmt: skip
         self.stages = nn.ModuleList(BoxStage(channels, classes) for _ in OVERLAPS)

@@ -65,6 +65,8 @@ class Detection:
     """The longer side at most."""
     channels: int = 256
     """Of the feature pyramid."""
+    samples: int = 512
+    """Regions of an image that the heads are trained on."""
     workers: int = 8
     """Processes that decode images."""
 
@@ -163,7 +165,7 @@ class Voc(Dataset[Any]):
         """An image and its objects."""
         file = self.folder / "Annotations" / f"{self.names[index]}.xml"
         try:
-            objects = ElementTree.parse(file).getroot().findall("object")  # noqa: S314 - the set's own files
+            objects = ElementTree.parse(file).getroot().findall("object")
             boxes = [[float(item.findtext(f"bndbox/{side}", "")) - 1 for side in ("xmin", "ymin")] for item in objects]
             boxes = [
                 box + [float(item.findtext(f"bndbox/{side}", "")) for side in ("xmax", "ymax")]
@@ -292,7 +294,8 @@ def detector(recipe: "Recipe", classes: int) -> nn.Module:
     backbone = SLaKBackbone(body)
     load_backbone(backbone, recipe)
     build = {"cascade": cascade_mask_rcnn, "mask": mask_rcnn, "box": faster_rcnn}[settings.heads]
-    return build(backbone, classes, settings.channels, min_size=tuple(settings.scales), max_size=settings.longest)
+    sizes = {"min_size": tuple(settings.scales), "max_size": settings.longest}
+    return build(backbone, classes, settings.channels, box_batch_size_per_image=settings.samples, **sizes)
 
 
 class Losses(nn.Module):

@@ -19,7 +19,6 @@ from tenfold_slak.data import embedded_sets, load_data
 from tenfold_slak.downstream import SLaKBackbone, UPerNet
 from tenfold_slak.erf import ReceptiveField, effective_receptive_field
 from tenfold_slak.evaluate import costs, load_model
-
 from tenfold_slak.macs import count_macs, count_parameters
 from tenfold_slak.train import Recipe, build, first_masks, run_recipe
 
@@ -61,13 +60,14 @@ COUNTS = {name for name in VALUES if name.endswith(("parameters", "multiply-adds
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     counting = claim.metric.name in COUNTS
+    segmenter = claim.metric.name.startswith("segmenter")
     name = f"{arm.name}-{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}{'-counts' if counting else ''}.json"
+    file = folder / "measured" / f"{name}{'-segmenter' * segmenter}{'-counts' * counting}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(file.with_suffix(".lock")):
         if not file.exists():
             recipe = load_recipe("tenfold_slak", str(arm.recipe), Recipe, **arm.options)
-            done = _counted(recipe, seed, options) if counting else _trained(recipe, name, options, folder)
+            done = _counted(recipe, seed, options, segmenter) if counting else _trained(recipe, name, options, folder)
             write_json(file, dataclasses.asdict(done))
         measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
     return dataclasses.replace(measured, value=VALUES[claim.metric.name](measured.extras))
@@ -91,8 +91,9 @@ def _trained(recipe: Recipe, name: str, options: RunOptions, folder: Path) -> Me
         return Measurement(None, extras=extras, **run.usage())
 
 
-def _counted(recipe: Recipe, seed: int, options: RunOptions) -> Measurement:
-    """Parameters and multiply-adds of a freshly built network under its first masks; nothing is trained.
+def _counted(recipe: Recipe, seed: int, options: RunOptions, segmenter: bool) -> Measurement:
+    """Parameters and multiply-adds of a freshly built network under its first masks, or of UPerNet on it; nothing is
+    trained.
 
     SNIP scores the weights on crops of photographs, of the size and the number of classes of the recipe's data.
     """
@@ -110,10 +111,13 @@ def _counted(recipe: Recipe, seed: int, options: RunOptions) -> Measurement:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_((parameter == 0).to(parameter))
-        segmenter = UPerNet(SLaKBackbone(cast("SLaK", model)))
-        large = count_macs(segmenter, SEGMENTED), count_parameters(segmenter)
-        names = "segmenter_macs_nonzero", "segmenter_parameters_nonzero"
-        extras = costs(model, (3, size, size)) | dict(zip(names, (count.nonzero for count in large), strict=True))
+        if not segmenter:
+            return Measurement(None, extras=costs(model, (3, size, size)))
+        network = UPerNet(SLaKBackbone(cast("SLaK", model)))
+        extras = {
+            "segmenter_macs_nonzero": count_macs(network, SEGMENTED).nonzero,
+            "segmenter_parameters_nonzero": count_parameters(network).nonzero,
+        }
         return Measurement(None, extras=extras)
 
 
@@ -127,7 +131,9 @@ def receptive_field(model: Any) -> ReceptiveField:
 
 
 def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
-    """The miniature's two: accuracy of every arm over its non-zero parameters, and the effective receptive fields."""
+    """The miniature's two, accuracy of every arm over its non-zero parameters and the effective receptive fields; and
+    counts beside the paper's.
+    """
     import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
     kinds = {claim.id: claim.metric.name for claim in claims}
@@ -163,7 +169,31 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
                         alt="Maps of the effective receptive field of every arm",
                     )
                 )
+        counted = [outcome for outcome in outcomes if kinds[outcome.claim] in COUNTS]
+        if counted:
+            figure, axes = plt.subplots(figsize=(6.8, 1.2 + 0.4 * len(counted)), layout="constrained")
+            _count_bars(axes, counted)
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Counts",
+                    caption="Parameters and multiply-adds under the first masks, over the paper's number.",
+                    alt="Bars of counts over the paper's",
+                )
+            )
     return drawn
+
+
+def _count_bars(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
+    names, ratios = [], []
+    for outcome in outcomes:
+        arm = outcome.arms[outcome.method]
+        if arm.mean is not None and arm.paper:
+            names.append(f"{outcome.claim.removeprefix('count-')}: {arm.mean:.12g} (paper {arm.paper:.12g})")
+            ratios.append(arm.mean / arm.paper)
+    axes.barh(names, ratios, color=COLOURS[0], alpha=0.75)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("ours over the paper's")
 
 
 def _accuracy_bars(axes: "Axes", arms: Mapping[str, Any]) -> None:
