@@ -16,7 +16,7 @@ from tenfold_shared.images import ImageSet
 from tenfold_shared.run import Run, RunOptions
 from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_data, transforms
 from tenfold_slak.detect import Coco, augmented, cropped, flipped, resized, train_detector, voc_precision
-from tenfold_slak.evaluate import load_model
+from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
 from tenfold_slak.models import create_network
 from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, train_segmenter, training_transform
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
@@ -259,6 +259,30 @@ def test_finetuning_keeps_zeros_and_takes_a_new_head(tmp_path: Path) -> None:
     for name, before in trained.named_parameters():
         if before.ndim == 4 and (before == 0).float().mean() > 0.02:
             assert torch.equal(before == 0, weights[name] == 0), name
+
+
+def test_a_checkpoint_is_drawn_exported_and_evaluated_merged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    classify(short(), tmp_path)
+    run = tmp_path / "slak" / "x"
+    erf(run, tmp_path / "erf.png", "row-cue", images=4)
+    assert (tmp_path / "erf.png").stat().st_size > 1000
+    export(run, tmp_path / "net.pt2", 32)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    x = torch.rand(3, 1, 32, 32)
+    torch.testing.assert_close(program(x), load_model(run)[0].eval()(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="ending"):
+        export(run, tmp_path / "net.txt", 32)
+    with pytest.raises(UserError, match="at least 8 x 8"):
+        export(run, tmp_path / "net.pt2", 4)
+    profile(checkpoint=run, size=32, batch_size=1, repeats=1)
+    capsys.readouterr()
+    answers = []
+    for merge in (False, True):
+        evaluate(EvalConfig(run, DataConfig(name="digits"), merge=merge), options(tmp_path))
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["top1"] == pytest.approx(answers[1]["top1"], abs=0.2)
+    with pytest.raises(UserError, match="channels"):
+        evaluate(EvalConfig(run, DataConfig(name="pictures", size=64)), options(tmp_path))
 
 
 def test_batches_are_mixed_as_asked() -> None:

@@ -70,9 +70,9 @@ def profile_layers(
         for hook in hooks:
             hook.remove()
     rows = []
-    for name in times:
+    for name, seconds in times.items():
         own = [counts[key] for key in counts if key.startswith(f"{name}.")]
         macs, nonzero = sum(count.stored for count in own), sum(count.nonzero for count in own)
         kind = LargeKernel if name in whole else type(watched[name])
-        rows.append(LayerProfile(name, kind, macs, nonzero, times[name]))
+        rows.append(LayerProfile(name, kind, macs, nonzero, seconds))
     return rows
