@@ -106,8 +106,7 @@ def _generate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     chosen = lambda name, *a, **k: real(name, *a, **k) if name == "digits" else images(name)  # noqa: E731
     monkeypatch.setattr(tenfold_slak.data, "load_images", chosen)
     whole = embedded_sets
-    if folder.name:
-        monkeypatch.setattr(tenfold_slak.data, "embedded_sets", lambda *a: tuple(_first(part) for part in whole(*a)))
+    monkeypatch.setattr(tenfold_slak.data, "embedded_sets", lambda *a: tuple(_first(part) for part in whole(*a)))
     for split in ("train", "val"):
         for label in ("n01", "n02"):
             target = folder / "imagenet" / split / label

@@ -144,12 +144,16 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
         if arms:
             figure, axes = plt.subplots(figsize=(6.8, 4.0), layout="constrained")
             _accuracy_bars(axes, arms)
+            caption = f"{claims[0].data}: mean over the seeds (dots: every seed), non-zero parameters under each arm"
+            if all(claim.scale == "mini" for claim in claims):
+                axes.axhline(10, linestyle=":", color="0.4", linewidth=1)
+                axes.axhline(25, linestyle="--", color="0.4", linewidth=1)
+                caption += "; dotted, the chance of naming a digit, dashed, one of the four digits in the image"
             drawn.append(
                 ReportFigure(
                     figure,
                     title="Accuracy by kernel",
-                    caption=f"{claims[0].data}: mean over the seeds (dots: every seed), non-zero parameters under each "
-                    "arm; dotted, the chance of naming a digit, dashed, of one of the four digits in the image.",
+                    caption=f"{caption}.",
                     alt="Bars of test accuracy for every arm",
                 )
             )
@@ -201,8 +205,6 @@ def _accuracy_bars(axes: "Axes", arms: Mapping[str, Any]) -> None:
         values = [value for value in arm.values if value is not None]
         axes.bar(place, arm.mean, color=colour, alpha=0.75)
         axes.plot([place] * len(values), values, "o", color="black", markersize=4)
-    axes.axhline(10, linestyle=":", color="0.4", linewidth=1)
-    axes.axhline(25, linestyle="--", color="0.4", linewidth=1)
     labels = []
     for name, arm in arms.items():
         counts = [extras["parameters_nonzero"] for extras in arm.extras if "parameters_nonzero" in extras]
