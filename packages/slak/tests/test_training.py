@@ -15,7 +15,16 @@ from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
 from tenfold_shared.run import Run, RunOptions
 from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_data, transforms
-from tenfold_slak.detect import Coco, augmented, cropped, flipped, resized, train_detector, voc_precision
+from tenfold_slak.detect import (
+    Coco,
+    augmented,
+    coco_precision,
+    cropped,
+    flipped,
+    resized,
+    train_detector,
+    voc_precision,
+)
 from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
 from tenfold_slak.models import create_network
 from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, train_segmenter, training_transform
@@ -439,6 +448,19 @@ def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
     with pytest.raises(UserError, match="instances_val2017"):
         Coco(tmp_path, "val2017", training=False)
+
+
+def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> None:
+    _generate_coco(tmp_path)
+    data = Coco(tmp_path, "val2017", training=False)
+    masks = torch.zeros(1, 1, 72, 72)
+    masks[..., 10:51, 10:41] = 1
+    objects = [(index, {**data[index][1], "scores": torch.ones(1), "masks": masks}) for index in range(2)]
+    scores = coco_precision(objects, data)
+    assert scores["box_ap"] == scores["box_ap75"] == pytest.approx(100)
+    assert scores["mask_ap50"] == pytest.approx(100)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    assert coco_precision([(0, nothing), (1, nothing)], data)["box_ap"] == 0
 
 
 def test_voc_precision_by_hand() -> None:

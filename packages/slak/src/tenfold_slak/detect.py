@@ -1,6 +1,8 @@
 """Detection on COCO and PASCAL VOC with torchvision's detectors (section 6), without mmdet: data, loop, average precision."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -399,7 +401,8 @@ def coco_precision(found: Sequence[tuple[int, Mapping[str, Tensor]]], data: Coco
         from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
     except ImportError as error:
         raise UserError("COCO's precision needs pycocotools: install tenfold-slak[coco]") from error
-    truth = COCO(str(data.file))
+    with contextlib.redirect_stdout(io.StringIO()):  # it narrates what it does
+        truth = COCO(str(data.file))
     entries = []
     for index, answer in found:
         for i, box in enumerate(answer["boxes"].tolist()):
@@ -417,10 +420,11 @@ def coco_precision(found: Sequence[tuple[int, Mapping[str, Tensor]]], data: Coco
     for name, kind in kinds.items():
         values = [0.0, 0.0, 0.0]
         if entries:
-            judge = COCOeval(truth, truth.loadRes(entries), kind)
-            judge.evaluate()
-            judge.accumulate()
-            judge.summarize()
+            with contextlib.redirect_stdout(io.StringIO()):
+                judge = COCOeval(truth, truth.loadRes(entries), kind)
+                judge.evaluate()
+                judge.accumulate()
+                judge.summarize()
             values = [float(value) for value in judge.stats[:3]]
         scores |= {f"{name}_ap{suffix}": 100 * value for suffix, value in zip(("", "50", "75"), values, strict=True)}
     return scores
