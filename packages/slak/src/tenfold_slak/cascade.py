@@ -71,14 +71,16 @@ class CascadeRoIHeads(RoIHeads):
             sampled = proposals
             logits, codes = stage(self.box_roi_pool(features, proposals, image_shapes))
             counts = [len(boxes) for boxes in proposals]
-            refined = coder.decode(codes, proposals)[:, 0].split(counts)
+            refined = coder.decode(codes, proposals).reshape(-1, 4).split(counts)
             proposals = [
                 clip_boxes_to_image(boxes.detach(), shape) for boxes, shape in zip(refined, image_shapes, strict=True)
             ]
             scores.append(logits.softmax(-1))
             if targets is not None and self.training:
                 weight = LOSS_WEIGHTS[number]
-                truth = [target["boxes"][index] for target, index in zip(targets, matched, strict=True)]
+                # An image without objects has no positive regions; the row of zeros is there to be indexed.
+                objects = [target["boxes"] if len(target["boxes"]) else labels[0].new_zeros(1, 4) for target in targets]
+                truth = [boxes[index] for boxes, index in zip(objects, matched, strict=True)]
                 classes = torch.cat(labels)
                 found = classes > 0
                 overlap_loss = generalized_box_iou_loss(torch.cat(refined)[found], torch.cat(truth)[found]).sum()
