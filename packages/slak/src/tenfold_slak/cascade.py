@@ -79,8 +79,9 @@ class CascadeRoIHeads(RoIHeads):
             if targets is not None and self.training:
                 weight = LOSS_WEIGHTS[number]
                 # An image without objects has no positive regions; the row of zeros is there to be indexed.
-                objects = [target["boxes"] if len(target["boxes"]) else labels[0].new_zeros(1, 4) for target in targets]
-                truth = [boxes[index] for boxes, index in zip(objects, matched, strict=True)]
+                boxes = [target["boxes"] for target in targets]
+                boxes = [own if len(own) else own.new_zeros(1, 4) for own in boxes]
+                truth = [own[index] for own, index in zip(boxes, matched, strict=True)]
                 classes = torch.cat(labels)
                 found = classes > 0
                 overlap_loss = generalized_box_iou_loss(torch.cat(refined)[found], torch.cat(truth)[found]).sum()
