@@ -69,6 +69,14 @@ def test_a_closed_phase_is_not_done_again(tmp_path: Path) -> None:
     assert torch.equal(again[0].weight, model[0].weight)
 
 
+def test_a_closed_phase_keeps_its_log(tmp_path: Path) -> None:
+    """A run that ends after a phase was closed, before another checkpoint, loses no line of that phase on resume."""
+    with Run("toy", Recipe(), options(tmp_path, checkpoint_every=2)) as run:
+        fit(run, 5)
+    with Run("toy", Recipe(), options(tmp_path, checkpoint_every=2, resume=True)) as run:
+        assert len(run.logged("train", "loss")) == 5
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     with (
         pytest.raises(RunFailure, match="loss became inf at step 5 of phase train"),

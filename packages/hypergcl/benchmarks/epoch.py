@@ -17,11 +17,13 @@ import time
 import straightforward
 import torch
 
+from tenfold_hypergcl.data import Dataset
 from tenfold_hypergcl.hypergraph import Hypergraph
 from tenfold_hypergcl.minibatch import HypergraphSampler, train_on_batches
+from tenfold_hypergcl.recipe import Recipe
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 from tenfold_hypergcl.steps import receptive_field
-from tenfold_hypergcl.train import fabricated_epoch
+from tenfold_hypergcl.train import Session, fabricated_epoch
 
 
 def synthetic(
@@ -59,11 +61,14 @@ def measure(what: str, options: argparse.Namespace) -> None:
     elif what == "ours":
         h = Hypergraph.from_incidence(incidence, options.nodes, options.hyperedges).with_singletons()
         ours = SetGNN(100, 40, EncoderConfig(hidden=options.hidden), options.projection)
-        optimizer = torch.optim.Adam(ours.parameters(), lr=1e-3)
+        optimizer = torch.optim.Adam(ours.parameters(), lr=1e-3, fused=True)
         field = receptive_field(h, x, train, 1)
+        recipe = Recipe("A2", encoder=ours.config, projection=options.projection)
+        data = Dataset("synthetic", h, x, labels, 40)
+        session = Session(recipe, data, ours, optimizer, field, labels[train])
 
         def epoch() -> None:
-            fabricated_epoch(ours, optimizer, h, x, field, labels[train], "A2", 0.3, 0.1, 0.3)
+            fabricated_epoch(session)
 
     else:
         h = Hypergraph.from_incidence(incidence, options.nodes, options.hyperedges).with_singletons()

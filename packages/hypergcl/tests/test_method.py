@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tenfold_hypergcl import augment, contrast, generative, steps
 from tenfold_hypergcl.hypergraph import Hypergraph, disjoint_union
 from tenfold_hypergcl.mlp import MLP, dropout, normalized_linear
+from tenfold_hypergcl.products import multiply
 from tenfold_hypergcl.propagate import SparseFeatures, sum_members
 from tenfold_hypergcl.rowwise import layer, random_drop_mask
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
@@ -93,6 +94,18 @@ def test_row_blocks_have_the_gradients_of_the_plain_layers(normed, p_in, p_out, 
     expected = torch.autograd.grad((plain(x) * probe).sum(), parameters)
     for actual, wanted in zip(torch.autograd.grad((ours(x) * probe).sum(), parameters), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "inner", "out"), [(1, 1, 1), (7, 3, 5), (65, 130, 33)])
+def test_products_are_those_of_the_plain_operations(dtype, rows, inner, out):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, inner), torch.randn(out, inner), torch.randn(out)
+    expected = x.double() @ weight.double().T
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    torch.testing.assert_close(multiply(x, weight).double(), expected, atol=1e-4, rtol=1e-4)
+    positive = multiply(x, weight, bias, relu=True).double()
+    torch.testing.assert_close(positive, (expected + bias.double()).relu(), atol=1e-4, rtol=1e-4)
 
 
 def test_dropout_drops_the_stated_share_and_keeps_the_mean():

@@ -100,7 +100,8 @@ def seed_everything(*parts: object) -> None:
     seed = derived_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
-    torch.manual_seed(seed)
+    # Without an accelerator torch.manual_seed would still queue a call, with its traceback, for each kind there could be.
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
 
 
 class Usage(TypedDict):
@@ -147,6 +148,7 @@ class Run:
         self._stop: int | None = None
         self._state: dict[str, Any] = {}
         self._phase, self._step = "", 0
+        self._tracked: dict[str, Any] = {}
 
     @classmethod
     @contextlib.contextmanager
@@ -265,7 +267,7 @@ class Run:
             Interrupted: a signal came; the state has been saved.
 
         """
-        self._phase, self._step = phase, 0
+        self._phase, self._step, self._tracked = phase, 0, tracked
         if self.completed(phase):
             return
         if self._state.get("phase") == phase:
@@ -327,10 +329,14 @@ class Run:
             tensors, kept = load_weights(path)
             self.unwrap(model).load_state_dict(tensors)
             return kept
+        if self._phase == phase:  # the log is whole as of this state: a later resume cuts nothing of it
+            self._checkpoint(self._tracked)
         self._flush()
         self.save_weights(phase, model, **metadata)
         self.accelerator.wait_for_everyone()
-        self.accelerator.free_memory()  # it would keep every model of every phase
+        for held in (self.accelerator._models, self.accelerator._optimizers):  # they would keep every phase's
+            held.clear()  # free_memory() would also collect all garbage, a third of a second
+        self._tracked = {}
         return metadata
 
     def save_weights(self, name: str, model: nn.Module, **metadata: Any) -> Path:
@@ -342,7 +348,10 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, scaled where the precision asks for it."""
-        self.accelerator.backward(loss)
+        if self.accelerator.scaler is None:
+            loss.backward()  # Accelerate would look for other engines at every step
+        else:
+            self.accelerator.backward(loss)
 
     def log(self, **values: Tensor | float) -> None:
         """Record values of this step; tensors stay on the device until they are flushed, so nothing waits."""

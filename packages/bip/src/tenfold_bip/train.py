@@ -230,6 +230,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     try:
         model = create_model(recipe.arch, session.data.classes)
         check_fit(model, session.data, recipe.data.name)
+        if recipe.method != "dense":  # a cut that cannot be made is refused before anything is trained
+            masks_of(session, magnitude_importance(model))
         model = METHODS[recipe.method](session, model)
     except (
         ValueError

@@ -141,17 +141,16 @@ class HypergraphConvNet(nn.Module):
 
     def forward(self, x: Features, incidence: Incidence) -> Float[Tensor, "nodes classes"]:
         """Class logits."""
+        out: Tensor
         for i, conv in enumerate(self.convs):
-            if i:
-                x = dropout(F.elu(x), self.p, self.training)
-            out = conv.product(x)
+            out = conv.product(dropout(F.elu(out), self.p, self.training) if i else x)
             degree = _inverse(incidence.node_degrees, out.dtype, 0.5 if self.symmetric else 1.0)
             if self.symmetric:
                 out = out * degree
             out = sum_members(out, incidence.by_hyperedge, incidence.by_node)
             out = out * _inverse(incidence.hyperedge_sizes, out.dtype, 1.0)
-            x = sum_members(out, incidence.by_node, incidence.by_hyperedge) * degree + conv.bias
-        return x
+            out = sum_members(out, incidence.by_node, incidence.by_hyperedge) * degree + conv.bias
+        return out
 
 
 def _inverse(count: Tensor, dtype: torch.dtype, power: float) -> Float[Tensor, "rows 1"]:
@@ -211,15 +210,15 @@ class HNHN(nn.Module):
         """Class logits; ``weights`` saves computing :meth:`HNHNWeights.of` anew."""
         by_node, by_edge = incidence.by_node, incidence.by_hyperedge
         w = weights or HNHNWeights.of(incidence, self.convs[0].weight_v2e.weight.dtype, self.alpha, self.beta)
+        out: Tensor
         for i, conv in enumerate(self.convs):
-            if i:
-                x = dropout(F.relu(x), self.p, self.training)
-            sent = linear(x, conv.weight_v2e.weight, conv.weight_v2e.bias)
+            read = dropout(F.relu(out), self.p, self.training) if i else x
+            sent = linear(read, conv.weight_v2e.weight, conv.weight_v2e.bias)
             received = sum_members(sent * w.node[:, None], by_edge, by_node)
             sent = conv.weight_e2v(F.relu(received * w.inverse_node_sum[:, None]))
             received = sum_members(sent * w.hyperedge[:, None], by_node, by_edge)
-            x = received * w.inverse_hyperedge_sum[:, None]
-        return x
+            out = received * w.inverse_hyperedge_sum[:, None]
+        return out
 
 
 class _UniConv(nn.Module):
@@ -364,8 +363,9 @@ class HyperGCN(nn.Module):
 
     def forward(self, x: Features, graph: Graph) -> Float[Tensor, "nodes classes"]:
         """Class logits (not negative). ``wide`` at construction is the width rule of citeseer."""
+        out: Tensor
         for i, layer in enumerate(self.layers):
-            x = F.relu(graph.propagate(layer.product(x)) + layer.bias)
+            out = F.relu(graph.propagate(layer.product(out if i else x)) + layer.bias)
             if i < len(self.layers) - 1:
-                x = dropout(x, self.p, self.training)
-        return x
+                out = dropout(out, self.p, self.training)
+        return out

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold_hypergcl.setgnn import SetEncoder
+from tenfold_hypergcl.setgnn import EncoderConfig, SetEncoder, SetGNN
+from tenfold_shared.checkpoint import load_pickled_tensors, load_weights
+from tenfold_shared.errors import UserError
 
 _UNUSED = re.compile(r"(?:^|\.)bn(?:V2E|E2V)s\.\d+\.")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint does not fit the model; the message lists the keys."""
 
 
@@ -64,23 +66,52 @@ def released_parameter_count(module: nn.Module) -> int:
     return unused + sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def load_official_checkpoint(path: str | Path, module: nn.Module) -> None:
-    """Load a state dict that a run of the released code saved (``.pt``, read with ``weights_only``, or ``.safetensors``).
+def recognise(state: Mapping[str, Tensor]) -> SetGNN:
+    """An untrained SetGNN of the architecture that a state in the released layout has, by its keys and shapes.
 
     Raises:
-        CheckpointError: if the file is no state dict, or does not fit ``module``.
+        CheckpointError: if it is no SetGNN's; the keys that are there are named.
+    """
+    needed = ("V2EConvs.0.", "E2VConvs.0.", "classifier.lins.0.weight", "proj_head.lins.0.weight", "linear.weight")
+    lacking = [key for key in needed if not any(name.startswith(key) for name in state)]
+    if lacking:
+        raise CheckpointError(
+            f"The checkpoint is of no SetGNN: it lacks {', '.join(lacking)} and has {', '.join(sorted(state)[:6])}."
+        )
+    layers = len({name.split(".")[1] for name in state if name.startswith("V2EConvs.")})
+    classes, hidden = state["linear.weight"].shape
+    heads_of = state.get("V2EConvs.0.prop.att_r")
+    mlp = "V2EConvs.0." + ("f_enc." if heads_of is None else "prop.rFF.")
+    norms = [name for name in state if name.startswith(f"{mlp}normalizations.")]
+    batch = any(name.endswith("running_mean") for name in norms)
+    config = EncoderConfig(
+        hidden=hidden,
+        layers=layers,
+        mlp_layers=sum(name.startswith(f"{mlp}lins.") and name.endswith("weight") for name in state),
+        attention=heads_of is not None,
+        heads=1 if heads_of is None else heads_of.shape[1],
+        norm="bn" if batch else "ln" if norms or heads_of is not None else None,
+        input_norm=f"{mlp}normalizations.0.weight" in state,
+        gpr="GPRweights.weight" in state,
+    )
+    first = f"{mlp}lins.0.weight" if heads_of is None else "V2EConvs.0.prop.lin_K.weight"
+    head_layers = sum(name.startswith("proj_head.lins.") and name.endswith("weight") for name in state)
+    return SetGNN(state[first].shape[1], classes, config, state["proj_head.lins.0.weight"].shape[0], head_layers)
+
+
+def load_official_checkpoint(path: str | Path, module: nn.Module | None = None) -> nn.Module:
+    """The model of a state dict that a run of the released code saved (``.pt``, nothing in it can run, or ``.safetensors``).
+
+    Without ``module`` it is a SetGNN, recognised by its keys; VHGAE and the baselines are given as ``module``.
+
+    Raises:
+        CheckpointError: if the file holds no state dict, or one that does not fit.
+        UserError: if the file is missing, damaged, or holds other objects than tensors.
     """
     path = Path(path)
-    state: Any
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # noqa: PLC0415 - only for this format
-
-        state = load_file(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read as a PyTorch state dict: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    state: Any = load_weights(path)[0] if path.suffix == ".safetensors" else load_pickled_tensors(path)
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict (names and tensors).")
+    module = recognise(state) if module is None else module
     load_state(module, state)
+    return module

@@ -1,7 +1,7 @@
 """Contrastive losses between the node representations of two views (section 2.4).
 
-No similarity matrix outlives its block: the denominators of InfoNCE are summed block by block, and the gradient, known in closed form,
-recomputes each block instead of storing it.
+No similarity matrix is ever whole: the denominators of InfoNCE are summed block by block, and the gradient, known in closed form, goes
+over the blocks again. A fixed budget of them is kept for it, so memory does not grow with the square of the nodes.
 """
 
 from collections.abc import Iterator
@@ -13,68 +13,69 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 1024
-"""Rows and columns of one block of similarities."""
+from tenfold_hypergcl.products import multiply
+
+BLOCK = 512
+"""Rows and columns of one block of similarities: it fits a core's cache."""
+KEPT_VALUES = 1 << 27
+"""Values of similarity blocks (512 MiB in single precision) that may wait for the backward pass; further blocks are computed again."""
 MIN_TEMPERATURE = 0.002
 """Below it ``exp(1 / t)`` leaves double precision, and the loss is a maximum in all but name."""
 
 
-def _blocks(rows: int, columns: int, block: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+def _blocks(rows: int, block: int) -> Iterator[tuple[slice, slice]]:
+    """The blocks of the upper half of a symmetric matrix."""
     for i in range(0, rows, block):
-        for j in range(i if symmetric else 0, columns, block):
-            yield slice(i, min(i + block, rows)), slice(j, min(j + block, columns))
+        for j in range(i, rows, block):
+            yield slice(i, i + block), slice(j, j + block)
 
 
 class _LogDenominators(torch.autograd.Function):
-    """``log sum exp`` of the intra-view similarities (without the diagonal) and of the inter-view ones, for both views.
+    """``log sum_{j != i} exp(z_i . z_j)`` of every row ``i`` of both views' rows over one another, scaled by ``1 / sqrt(t)``.
 
-    A similarity of unit vectors is at most 1, so for the temperatures that come here ``exp(s / t)`` cannot overflow.
-    Intra-view blocks are symmetric: only the upper half is computed, and serves both its rows and its columns.
+    A similarity of unit vectors is at most 1, so for the temperatures that come here ``exp(s / t)`` cannot overflow. The matrix is
+    symmetric: only its upper half is computed, and serves both its rows and its columns. The first ``constant`` rows have no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, temperature: float, block: int) -> tuple[Tensor, Tensor]:
-        sum_a, sum_b = a.new_zeros(a.shape[0]), b.new_zeros(b.shape[0])
-        for left, right, sum_left, sum_right in ((a, a, sum_a, sum_a), (b, b, sum_b, sum_b), (a, b, sum_a, sum_b)):
-            same = left is right
-            for rows, columns in _blocks(left.shape[0], right.shape[0], block, same):
-                e = _exp_block(left[rows], right[columns], temperature, same and rows == columns)
-                sum_left[rows] += e.sum(1)
-                if not (same and rows == columns):
-                    sum_right[columns] += e.sum(0)
-        ctx.save_for_backward(a, b, sum_a, sum_b)
-        ctx.temperature, ctx.block = temperature, block
-        return sum_a.log(), sum_b.log()
+    def forward(ctx: Any, z: Tensor, constant: int, block: int, kept_values: int) -> Tensor:
+        sums, kept = z.new_zeros(z.shape[0]), []
+        for rows, columns in _blocks(z.shape[0], block):
+            e = _exp_block(z, rows, columns)
+            sums[rows] += e.sum(1)
+            if rows != columns:
+                sums[columns] += e.sum(0)
+            if columns.stop > constant:
+                kept_values -= e.numel()
+                if kept_values >= 0:
+                    kept.append(e)
+        ctx.save_for_backward(z, sums, *kept)
+        ctx.constant, ctx.block = constant, block
+        return sums.log()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        a, b, sum_a, sum_b = ctx.saved_tensors
-        t, needs = ctx.temperature, ctx.needs_input_grad
-        # d loss / d similarity(i, j) = (c_i + c_j) exp(s_ij / t): each pair is a term of both its rows.
-        c_a, c_b = grad_outputs[0] / sum_a / t, grad_outputs[1] / sum_b / t
-        grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-        groups = ((a, a, c_a, c_a, grad_a, grad_a), (b, b, c_b, c_b, grad_b, grad_b), (a, b, c_a, c_b, grad_a, grad_b))
-        wanted = ((needs[0], False), (needs[1], False), (needs[0], needs[1]))
-        for (left, right, c_left, c_right, into_left, into_right), (want_left, want_right) in zip(
-            groups, wanted, strict=True
-        ):
-            if not (want_left or want_right):
-                continue
-            same = left is right
-            for rows, columns in _blocks(left.shape[0], right.shape[0], ctx.block, same):
-                diagonal = same and rows == columns
-                e = _exp_block(left[rows], right[columns], t, diagonal)
-                e.mul_(c_left[rows, None] + c_right[None, columns])
-                if want_left:
-                    into_left[rows].addmm_(e, right[columns])
-                if want_right or (same and not diagonal):
-                    into_right[columns].addmm_(e.T, left[rows])
-        return grad_a if needs[0] else None, grad_b if needs[1] else None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        z, sums, *blocks = ctx.saved_tensors
+        kept = iter(blocks)
+        # d loss / d similarity(i, j) = (c_i + c_j) exp(s_ij): each pair is a term of both its rows.
+        c = grad_outputs[0] / sums
+        grad = torch.zeros_like(z)
+        with torch.autocast(z.device.type, enabled=False):
+            for rows, columns in _blocks(z.shape[0], ctx.block):
+                if columns.stop <= ctx.constant:
+                    continue
+                e = next(kept, None)
+                weight = (c[rows, None] + c[None, columns]).mul_(_exp_block(z, rows, columns) if e is None else e)
+                if rows.stop > ctx.constant:
+                    grad[rows].addmm_(weight, z[columns])
+                if rows != columns:
+                    grad[columns].addmm_(weight.T, z[rows])
+        return grad, None, None, None
 
 
-def _exp_block(left: Tensor, right: Tensor, temperature: float, diagonal: bool) -> Tensor:
-    e = torch.mm(left / temperature, right.T).exp_()
-    if diagonal:
+def _exp_block(z: Tensor, rows: slice, columns: slice) -> Tensor:
+    e = multiply(z[rows], z[columns]).exp_()
+    if rows == columns:
         e.fill_diagonal_(0)
     return e
 
@@ -102,7 +103,10 @@ def info_nce_rows(
         # Half precision cannot hold sums over all nodes, nor single precision exp(1 / t) for the smallest temperatures.
         kind = torch.float64 if temperature < 1 / 40 else torch.promote_types(z1.dtype, torch.float32)
         a, b = F.normalize(z1.to(kind)), F.normalize(z2.to(kind))
-        log_a, log_b = _LogDenominators.apply(a, b, temperature, block)
+        scaled = torch.cat([a, b]) * temperature**-0.5
+        kept_values = KEPT_VALUES if scaled.requires_grad else 0
+        constant = 0 if a.requires_grad else a.shape[0]
+        log_a, log_b = _LogDenominators.apply(scaled, constant, block, kept_values).split([a.shape[0], b.shape[0]])
         if common is not None:
             a, b, log_a, log_b = a[common[0]], b[common[1]], log_a[common[0]], log_b[common[1]]
         positive = (a * b).sum(1) / temperature

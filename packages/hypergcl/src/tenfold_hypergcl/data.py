@@ -6,9 +6,11 @@ Under the data root they lie as published: ``cocitation/cora/{features,hypergrap
 """
 
 import csv
+import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
@@ -16,10 +18,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tenfold_hypergcl.attacks import from_poisoned_pairs, remove_by_degree, remove_random
 from tenfold_hypergcl.fairness import nearest_others, rescale
 from tenfold_hypergcl.hypergraph import Hypergraph, HypergraphError, check_features, check_labels
 from tenfold_hypergcl.propagate import Features, SparseFeatures
-from tenfold_shared.download import SCIPY_GLOBALS, missing, restricted_pickle_load
+from tenfold_hypergcl.protocol import Split, random_splits, stratified_split
+from tenfold_shared.download import SCIPY_GLOBALS, data_root, missing, restricted_pickle_load
+from tenfold_shared.errors import UserError
 
 PICKLED = ("cocitation/cora", "cocitation/citeseer", "cocitation/pubmed", "coauthorship/cora", "coauthorship/dblp")
 CONTENT = ("zoo", "20newsW100", "Mushroom", "NTU2012", "ModelNet40")
@@ -303,3 +308,79 @@ def load(name: str, root: Path, feature_noise: float = 1.0) -> Dataset:
     if name in FAIR:
         return load_fair(root, name)
     raise HypergraphError(f"There is no data set {name!r}; there are {', '.join(names())}, and any .npz file.")
+
+
+@dataclass
+class DataConfig:
+    """Which hypergraph, how it is prepared, and which of its nodes have labels."""
+
+    name: str = "digits"
+    """The data set by name (cocitation/cora, zoo, german ...), or any .npz of a hypergraph."""
+    root: Path | None = None
+    """Folder that holds the data sets; default: $TENFOLD_DATA or the platform's cache."""
+    label_rate: float = 0.1
+    """Share of the labelled nodes that training sees (of each class, for the fairness sets)."""
+    split_seed: int = 123
+    """Seed of the list of splits; the run's seed says which of them is used."""
+    singletons: Literal["all", "missing"] = "all"
+    """Singleton hyperedges for all nodes (HyperGCL), or for those without a hyperedge of size 1 (AllSet)."""
+    feature_noise: float = 1.0
+    """Standard deviation of the noise that is the Cornell sets' features."""
+    attack: Literal["none", "minmax", "net", "remove", "degree"] = "none"
+    """Poisoned structure, for training and test: a released pair list, random removal, or removal by degree."""
+    attack_ratio: float = 0.1
+    """Share of the memberships that the removing attacks take."""
+
+    def __post_init__(self) -> None:
+        """Refuse rates that are none."""
+        for name in ("label_rate", "attack_ratio"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise UserError(f"--data.{name} is a share between 0 and 1, got {value}")
+
+
+def load_data(config: DataConfig) -> Dataset:
+    """The data set of a configuration, poisoned where it asks for it; removal at random is drawn from the global generator."""
+    root = data_root() if config.root is None else config.root
+    loaded = load(config.name, root, config.feature_noise)
+    h = loaded.hypergraph
+    if config.attack == "remove":
+        h = remove_random(h, config.attack_ratio)
+    elif config.attack == "degree":
+        h = remove_by_degree(h, config.attack_ratio)
+    elif config.attack != "none":
+        pairs = read_pairs(root, config.name, config.attack)
+        h = from_poisoned_pairs(pairs, h.num_nodes, h.num_real_hyperedges)
+    elif config.singletons == "all":
+        return loaded
+    return dataclasses.replace(loaded, hypergraph=h.without_singletons().with_singletons(config.singletons))
+
+
+def read_pairs(root: Path, name: str, attack: str) -> Int[Tensor, "a b"]:
+    """The released poisoned star expansion of a data set: the array ``pairs`` of ``attack/NAME_ATTACK_pairs.npz`` below the root,
+    NAME without the folder (``cora`` for ``cocitation/cora``).
+    """
+    source = "https://github.com/weitianxin/HyperGCL (data/attack_data), as the array 'pairs' of an .npz"
+    path = _require(root / "attack" / f"{Path(name).stem}_{attack}_pairs.npz", f"{name} under {attack}", source)
+    with np.load(path, allow_pickle=False) as file:
+        if "pairs" not in file.files:
+            raise HypergraphError(f"{path} lacks the array 'pairs'.")
+        return torch.from_numpy(file["pairs"].astype(np.int64))
+
+
+def split_of(config: DataConfig, data: Dataset, seed: int) -> Split:
+    """The split number ``seed`` of the data set's list: stratified for the fairness sets, else the paper's (section 5)."""
+    if data.sensitive_column is not None:
+        generator = torch.Generator().manual_seed(config.split_seed + seed)
+        return stratified_split(data.labels.cpu(), config.label_rate, generator)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # About all splits of the list; what is said below is about this one.
+            split = random_splits(data.labels, config.label_rate, seed + 1, config.split_seed)[seed]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    absent = sorted(set(data.labels[data.labels >= 0].tolist()) - set(data.labels.cpu()[split.train].tolist()))
+    if absent:
+        listed = ", ".join(map(str, absent))
+        warnings.warn(f"Split {seed} of {data.name} has no training node of class {listed}.", stacklevel=2)
+    return split

@@ -28,11 +28,11 @@ class Noise:
     @classmethod
     def draw(cls, h: Hypergraph, hidden: int, dtype: torch.dtype) -> "Noise":
         """Standard normal noise for the latents, standard Gumbel noise for the real memberships."""
-        options = {"device": h.incidence.device, "dtype": dtype}
-        exponential = torch.empty(h.num_real, 2, **options).exponential_()
+        device = h.incidence.device
+        exponential = torch.empty(h.num_real, 2, device=device, dtype=dtype).exponential_()
         return cls(
-            torch.randn(h.num_nodes, hidden, **options),
-            torch.randn(h.num_hyperedges, hidden, **options),
+            torch.randn(h.num_nodes, hidden, device=device, dtype=dtype),
+            torch.randn(h.num_hyperedges, hidden, device=device, dtype=dtype),
             -exponential.clamp_min(torch.finfo(dtype).tiny).log(),
         )
 

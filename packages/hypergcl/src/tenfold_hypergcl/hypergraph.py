@@ -19,8 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tenfold_shared.errors import UserError
 
-class HypergraphError(ValueError):
+
+class HypergraphError(UserError, ValueError):
     """A hypergraph, its features or its labels are not what they should be; the message says what, where, and what to do."""
 
 

@@ -12,6 +12,7 @@ from tenfold_hypergcl.hypergraph import Hypergraph
 from tenfold_hypergcl.mlp import dropout
 from tenfold_hypergcl.propagate import Features
 from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
+from tenfold_shared.run import seed_everything
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,18 @@ def split_memberships(h: Hypergraph) -> MembershipSplit:
     return MembershipSplit(h.keep(mask), valid, test, negatives[:, :held], negatives[:, held:])
 
 
+def link_split(h: Hypergraph, seed: int) -> MembershipSplit:
+    """The division of the memberships that belongs to a seed."""
+    seed_everything(seed, "memberships")
+    return split_memberships(h)
+
+
 def membership_logits(
     model: SetGNN, x: Features, h: Hypergraph, pairs: Int[Tensor, "2 pairs"]
 ) -> Float[Tensor, "pairs 2"]:
     """``decoder(x_v * e_e)`` of (node, hyperedge) pairs; column 1 = member."""
     nodes, edges = model.encode(dropout(x, INPUT_DROPOUT, model.training), h, want_hyperedges=True)
+    assert edges is not None  # They were asked for.
     return model.decoder(nodes[pairs[0]] * edges[pairs[1]])
 
 

@@ -1,7 +1,7 @@
 """Multi-layer perceptrons as the encoders use them (section 3), on dense or sparse input, and a cheap dropout."""
 
 import itertools
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,14 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return grad_outputs[0].masked_fill(mask, 0).mul_(ctx.scale), None
+
+
+@overload
+def dropout(x: Tensor, p: float, training: bool) -> Tensor: ...
+
+
+@overload
+def dropout(x: Features, p: float, training: bool) -> Features: ...
 
 
 def dropout(x: Features, p: float, training: bool) -> Features:
@@ -118,12 +126,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Features, relu: bool = False, p_out: float = 0.0) -> Float[Tensor, "rows out"]:
         """Rows of features to rows of outputs; with ``relu`` followed by a ReLU and, in training, dropout ``p_out``."""
-        last = len(self.lins) - 1
+        last, read = len(self.lins) - 1, x
+        out: Tensor
         for i, (norm, linear_map) in enumerate(zip(self.normalizations, self.lins, strict=True)):
             p_in = self.dropout if self.training and i else 0.0
             p_after = p_out if self.training and i == last else 0.0
-            x = _step(x, norm, linear_map, p_in, relu or i < last, p_after)
-        return x
+            read = out = _step(read, norm, linear_map, p_in, relu or i < last, p_after)
+        return out
 
 
 def _step(x: Features, norm: nn.Module, linear_map: nn.Linear, p_in: float, relu: bool, p_out: float) -> Tensor:

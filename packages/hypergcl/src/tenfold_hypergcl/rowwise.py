@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tenfold_hypergcl.products import multiply
+
 LEVELS = 1 << 16
 CACHED_ROWS = 1024
 """Rows of one block where a cache is to be used."""
@@ -53,7 +55,6 @@ class _Layer(torch.autograd.Function):
         out = x.new_empty(x.shape[0], weight.shape[0])
         mask = torch.empty(x.shape if p_in else 0, dtype=torch.bool, device=x.device)
         stats = x.new_empty(2, 0 if gain is None else x.shape[0], 1)
-        transposed = weight.T.contiguous()  # The faster of the two layouts, at the price of copying a small matrix.
         for rows in _row_blocks(x):
             part = x[rows]
             if gain is not None:
@@ -62,11 +63,10 @@ class _Layer(torch.autograd.Function):
             if p_in:
                 mask[rows] = random_drop_mask(part, p_in)
                 part = part.masked_fill(mask[rows], 0).mul_(threshold(p_in)[1])
-            result = torch.addmm(bias, part, transposed, out=out[rows])
-            if relu:
-                result.relu_()
+            result = multiply(part, weight, bias, relu)
             if p_out:
                 result.masked_fill_(random_drop_mask(result, p_out), 0).mul_(threshold(p_out)[1])
+            out[rows] = result
         ctx.eps, ctx.p_in, ctx.relu, ctx.p_out = eps, p_in, relu, p_out
         ctx.save_for_backward(x, gain, shift, weight, stats, mask, out if relu else None)
         return out
@@ -82,6 +82,7 @@ class _Layer(torch.autograd.Function):
         grad_shift = torch.zeros_like(shift) if need_shift else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = x.new_zeros(weight.shape[0]) if need_bias else None
+        transposed = weight.T.contiguous()
         for rows in _row_blocks(x):
             g = grad[rows]
             if ctx.relu:
@@ -100,7 +101,7 @@ class _Layer(torch.autograd.Function):
                 grad_weight.addmm_(g.T, part)
             if not (need_x or need_norm):
                 continue
-            g = g @ weight
+            g = multiply(g, transposed)
             if ctx.p_in:
                 g.masked_fill_(mask[rows], 0).mul_(threshold(ctx.p_in)[1])
             if gain is not None:

@@ -181,7 +181,8 @@ class SetEncoder(nn.Module):
         ``weight`` in [0, 1] scales every membership, in both directions. With ``rows`` only these nodes go through the last step.
         The hyperedges' are None unless asked for, because they would live as long as the graph.
         """
-        p, training, states = self.config.dropout, self.training, []
+        p, training = self.config.dropout, self.training
+        states: list[Tensor] = []
         mixed = self.MLP(x).relu() if self.config.gpr else None
         nodes, hyperedges = x, None
         for layer, (to_edge, to_node) in enumerate(zip(self.V2EConvs, self.E2VConvs, strict=True)):
@@ -195,9 +196,9 @@ class SetEncoder(nn.Module):
             states.append(nodes)
         if mixed is not None:
             states = [*states[:-1], dropout(states[-1], p, training), mixed]
-            nodes = self.GPRweights(torch.stack(states, dim=-1)).squeeze(-1)
-            nodes = nodes if rows is None else nodes[rows]
-        return nodes, hyperedges
+            combined = self.GPRweights(torch.stack(states, dim=-1)).squeeze(-1)
+            return combined if rows is None else combined[rows], hyperedges
+        return states[-1], hyperedges
 
 
 class SetGNN(SetEncoder):

@@ -3,14 +3,17 @@
 Each function computes one loss and leaves the gradients in place; the loop that calls them owns the optimisers.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from tenfold_hypergcl.augment import View, common_nodes
+from tenfold_hypergcl.augment import View, common_nodes, take_rows
+from tenfold_hypergcl.baselines import Graph
 from tenfold_hypergcl.contrast import info_nce, jsd, triplet_margin
 from tenfold_hypergcl.generative import (
     TARGET_DROP_RATIO,
@@ -22,7 +25,8 @@ from tenfold_hypergcl.generative import (
     vhgae_loss,
 )
 from tenfold_hypergcl.hypergraph import Hypergraph, Incidence, disjoint_union
-from tenfold_hypergcl.propagate import Features, SparseFeatures, stack_views
+from tenfold_hypergcl.models import node_logits
+from tenfold_hypergcl.propagate import Features, stack_views
 from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
 
 
@@ -30,7 +34,7 @@ from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
 class ReceptiveField:
     """All that the outputs of some nodes depend on: a part of a hypergraph, its features, and the rows of the nodes in it."""
 
-    incidence: Incidence
+    incidence: Incidence | Graph
     x: Features
     rows: Int[Tensor, "targets"]
 
@@ -52,13 +56,14 @@ def receptive_field(h: Incidence, x: Features, targets: Int[Tensor, "targets"], 
     mask = edges[h.incidence[1]]
     new_node = torch.cumsum(seen, 0) - 1
     incidence = torch.stack([new_node[h.incidence[0, mask]], (torch.cumsum(edges, 0) - 1)[h.incidence[1, mask]]])
-    part = x.rows(nodes) if isinstance(x, SparseFeatures) else x[nodes]
-    return ReceptiveField(Incidence(incidence, nodes.numel(), kept_edges.numel()), part, new_node[targets])
+    return ReceptiveField(
+        Incidence(incidence, nodes.numel(), kept_edges.numel()), take_rows(x, nodes), new_node[targets]
+    )
 
 
-def supervised_loss(model: SetGNN, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:
+def supervised_loss(model: nn.Module, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the training nodes on the clean hypergraph, in a forward pass of its own."""
-    return F.cross_entropy(model(field.x, field.incidence, field.rows), labels)
+    return F.cross_entropy(node_logits(model, field.x, field.incidence, field.rows), labels)
 
 
 def contrastive_loss(
@@ -148,10 +153,12 @@ def generator_step(
         vae = (dropped - TARGET_DROP_RATIO).abs()
     else:
         raise ValueError(f"The generator's objective is 'vhgae' or 'drop', not {objective!r}.")
-    # The clean view does not depend on the generator, so its pass needs no graph; nor do the model's own gradients, thrown away.
+    # The clean view does not depend on the generator, so its pass needs no graph; nor are the model's own gradients wanted.
     with torch.no_grad():
         z1 = model.project(x, h)
-    contrastive = info_nce(z1, model.project(x, h, keep), temperature)
+    with _frozen(model):
+        z2 = model.project(x, h, keep)
+    contrastive = info_nce(z1, z2, temperature)
     total = vae - contrast_weight * contrastive
     if drop_weight:
         total = total + drop_weight * (dropped - TARGET_DROP_RATIO).abs()
@@ -161,14 +168,56 @@ def generator_step(
     return GeneratorLosses(*[value.detach() for value in (total, vae, contrastive, dropped, keep)])
 
 
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """The module's parameters as constants of what is computed meanwhile."""
+    learned = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Core:
+    """The part of a hypergraph that its generated views depend on: no node without a real membership (about half of Cora's)."""
+
+    hypergraph: Hypergraph
+    x: Features
+    nodes: Int[Tensor, "kept"]
+    hyperedges: Int[Tensor, "kept_hyperedges"]
+
+    def restrict(self, noise: Noise) -> Noise:
+        """The part of a whole hypergraph's noise that belongs to the core."""
+        return Noise(noise.node[self.nodes], noise.hyperedge[self.hyperedges], noise.gumbel)
+
+
+def core(h: Hypergraph, x: Features) -> Core:
+    """Every real membership and hyperedge of ``h``, and of its nodes and singletons those that have one."""
+    mask = torch.zeros(h.num_nodes, dtype=torch.bool, device=h.incidence.device)
+    mask[h.incidence[0, : h.num_real]] = True
+    nodes, memberships = torch.nonzero(mask).squeeze(1), mask[h.incidence[0]]
+    hyperedges = torch.unique(h.incidence[1, memberships])
+    return Core(h.relabel(nodes, memberships), take_rows(x, nodes), nodes, hyperedges)
+
+
 def generate_view(
-    generator: VHGAE, h: Hypergraph, x: Features, noise: Noise | None = None, hard: bool = True
+    generator: VHGAE,
+    h: Hypergraph,
+    part: Core,
+    noise: Noise | None = None,
+    hard: bool = True,
 ) -> Float[Tensor, "memberships"]:
-    """The keep weights of a fresh view, without gradients; the generator runs in evaluation mode and is left as it was."""
+    """The keep weights of a fresh view of ``h`` with the core ``part``, without gradients; the generator runs in evaluation mode and is
+    left as it was. The ``noise``, where given, is of the core's sizes.
+    """
     mode = generator.training
     generator.eval()
     with torch.no_grad():
-        _, logits, noise = generator(x, h, noise)
+        _, logits, noise = generator(part.x, part.hypergraph, noise)
         keep = keep_weights(logits, h, noise.gumbel, hard)
     generator.train(mode)
     return keep

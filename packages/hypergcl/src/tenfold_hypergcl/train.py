@@ -1,193 +1,404 @@
-"""Training at the paper's protocol (sections 2.6, 6 and 9): one run is one split, one loop."""
+"""Training at the paper's protocol (sections 2.6, 6 and 9): one run is one split and one explicit loop over full-batch epochs."""
 
+import dataclasses
+import math
+import sys
 import time
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+import yaml
+from torch import Tensor, nn
 
 from tenfold_hypergcl.augment import View, fabricate, fabricate_pair
-from tenfold_hypergcl.data import Dataset
+from tenfold_hypergcl.baselines import CliqueNet, clique_expansion, gcn_normalized
+from tenfold_hypergcl.data import Dataset, load_data, split_of
+from tenfold_hypergcl.evaluate import evaluate_links, evaluate_nodes
 from tenfold_hypergcl.generative import VHGAE
 from tenfold_hypergcl.hypergraph import Hypergraph
+from tenfold_hypergcl.linkpred import link_split, membership_loss
+from tenfold_hypergcl.minibatch import HypergraphSampler, subsample, train_on_batches
+from tenfold_hypergcl.models import parameter_groups
 from tenfold_hypergcl.propagate import Features
 from tenfold_hypergcl.protocol import Split
-from tenfold_hypergcl.setgnn import INPUT_DROPOUT, EncoderConfig, SetGNN
+from tenfold_hypergcl.recipe import Recipe, create, fields
+from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
 from tenfold_hypergcl.steps import (
+    Core,
     ReceptiveField,
+    compare,
     contrastive_loss,
+    core,
     generate_view,
     generated_view,
     generator_step,
-    receptive_field,
     supervised_loss,
 )
+from tenfold_shared.cli import to_yaml
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions, seed_everything
 
 
-@dataclass(frozen=True)
-class FitConfig:
-    """One arm of an experiment."""
+@dataclasses.dataclass
+class Result:
+    """What a run ends with, in per cent where it is an accuracy, a score or a gap."""
 
-    method: str = "A2"
-    """supervised, A0-A5 (fabricated, and the extra names of augment.fabricate), or A6 (generative)."""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """The encoder; the generator of A6 has the same."""
-    projection: int = 128
-    """Width P of the projection head."""
-    epochs: int = 500
-    """Full-batch epochs."""
-    lr: float = 1e-3
-    """Adam's learning rate."""
-    weight_decay: float = 0.0
-    """Adam's weight decay (in the gradient)."""
-    temperature: float = 0.3
-    """Temperature t of InfoNCE."""
-    ratio: float = 0.3
-    """Augmentation ratio r."""
-    contrast_weight: float = 0.1
-    """Weight of the contrastive term: m_l of fabricated arms, a_l of A6."""
-    generator_lr: float = 1e-3
-    """Adam's learning rate for the generator."""
-    generator_contrast: float = 10.0
-    """Weight g_l of the contrastive term in the generator's loss."""
+    test: dict[str, float]
+    """Metrics on the test nodes at the selected epoch."""
+    valid: float
+    """The selected epoch's value on the validation nodes."""
+    best_epoch: int
+    """The selected epoch: the first with the best validation value."""
+    drop_ratio: list[float]
+    """A6: the generator's drop ratio, at up to 50 epochs spread over the run."""
+    cpu_seconds: float
+    """Processor time of this process since it took up the run."""
 
 
-def fabricated_epoch(
-    model: SetGNN,
-    optimizer: torch.optim.Optimizer,
-    h: Hypergraph,
-    x: Features,
-    training: ReceptiveField,
-    labels: Int[Tensor, "train"],
-    name: str,
-    ratio: float,
-    weight: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """One epoch with two fabricated views: the supervised loss plus ``weight`` times the contrast; returns both.
+class Best:
+    """The weights at the first best validation value."""
+
+    def __init__(self) -> None:
+        self.value, self.epoch = -math.inf, -1
+        self.weights: dict[str, Tensor] = {}
+
+    def offer(self, value: float, epoch: int, model: nn.Module) -> None:
+        """Take the weights if ``value`` is higher than all before."""
+        if value > self.value:
+            self.value, self.epoch = value, epoch
+            self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs."""
+        return {"value": self.value, "epoch": self.epoch, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        self.value, self.epoch, self.weights = state["value"], state["epoch"], dict(state["weights"])
+
+
+@dataclasses.dataclass
+class Session:
+    """What an epoch reads and changes."""
+
+    recipe: Recipe
+    data: Dataset
+    model: nn.Module
+    optimiser: Any
+    training: ReceptiveField
+    labels: Tensor
+    generator: VHGAE | None = None
+    generator_optimiser: Any = None
+    part: Core | None = None
+    clique: CliqueNet | None = None
+
+    def tracked(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        found = {name: getattr(self, name) for name in ("generator", "generator_optimiser", "clique")}
+        return {name: item for name, item in found.items() if item is not None}
+
+
+def train(recipe: Recipe, options: RunOptions) -> None:
+    """Run a recipe and keep its network."""
+    with Run("hypergcl", recipe, options) as run:
+        _, result = run_recipe(run, recipe)
+        if run.is_main:
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in result.test.items())
+            print(
+                f"{recipe.method} {recipe.model} on {recipe.data.name}, split {options.seed}: test {shown} at epoch "
+                f"{result.best_epoch} (validation {result.valid:.2f}); {run.directory}"
+            )
+
+
+def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
+    """Train as the recipe says; returns the network of the selected epoch and what it is worth.
+
+    A full-batch epoch has no batch to divide: several processes all take the same steps, and end with the same network.
+
+    Raises:
+        UserError: the recipe does not fit the data, or asks for what this package does not do.
+        RunFailure: a loss is no longer finite.
+
+    """
+    if run.options.precision == "fp16" or run.options.compile:
+        raise UserError(
+            "this package trains in fp32 or bf16 and without torch.compile: change --precision or --compile"
+        )
+    seed = run.options.seed
+    seed_everything(seed, "data")
+    data = load_data(recipe.data).to(run.device)
+    if recipe.task == "memberships":
+        return _train_links(run, recipe, data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        split = split_of(recipe.data, data, seed).to(run.device)
+    if run.is_main and not run.options.quiet:
+        for warning in caught:
+            print(f"note: {warning.message}", file=sys.stderr)
+    return _train_nodes(run, recipe, data, split)
+
+
+def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple[nn.Module, Result]:
+    seed, device = run.options.seed, run.device
+    seed_everything(seed, "init")
+    model = create(recipe, data)
+    parts = fields(recipe, data, split)
+    optimiser = torch.optim.Adam(parameter_groups(model, recipe.lr, recipe.weight_decay), fused=True)
+    session = Session(recipe, data, model, optimiser, parts["train"], data.labels[split.train])
+    if recipe.method == "A6":
+        session.generator = VHGAE(data.x.shape[1], recipe.encoder).to(device)
+        session.generator_optimiser = torch.optim.Adam(
+            session.generator.parameters(), lr=recipe.generator.lr, fused=True
+        )
+        session.part = core(data.hypergraph, data.x)
+    if recipe.method == "clique":
+        session.clique = CliqueNet(data.x.shape[1], recipe.encoder.hidden, recipe.projection).to(device)
+        optimiser.add_param_group(
+            {"params": list(session.clique.parameters()), "lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        )
+    epoch_of, best, began = _epoch_of(recipe, data, split), Best(), time.process_time()
+    tracked = {"model": model, "optimiser": optimiser, "best": best, **session.tracked()}
+    valid_labels = data.labels[split.valid]
+    for epoch in run.steps("train", recipe.epochs, **tracked):
+        seed_everything(seed, "train", epoch)  # The same in every process.
+        with _autocast(run):
+            losses = epoch_of(session)
+            valid = evaluate_nodes(model, parts["valid"], valid_labels, recipe.select)
+        value = 100 * valid[recipe.select]
+        best.offer(-value if recipe.select == "nll" else value, epoch, model)
+        run.log(**losses, valid=value)
+    return _close(
+        run,
+        recipe,
+        model,
+        best,
+        began,
+        data,
+        lambda: evaluate_nodes(
+            model, parts["test"], data.labels[split.test], "all" if data.sensitive_column is not None else "accuracy",
+            data, split.test,
+        ),
+    )  # fmt: skip
+
+
+def _autocast(run: Run) -> torch.autocast:
+    """The run's precision. Weights change within an epoch, and are read with and without gradients: nothing is cached."""
+    enabled = run.options.precision == "bf16"
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def _train_links(run: Run, recipe: Recipe, data: Dataset) -> tuple[nn.Module, Result]:
+    """The paper's side study (section 6): the encoder and its decoder learn which pairs are memberships."""
+    seed = run.options.seed
+    split = link_split(data.hypergraph, seed)
+    data = dataclasses.replace(data, hypergraph=split.hypergraph)
+    seed_everything(seed, "init")
+    model = create(recipe, data)
+    assert isinstance(model, SetGNN)
+    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    best, began = Best(), time.process_time()
+    for epoch in run.steps("train", recipe.epochs, model=model, optimiser=optimiser, best=best):
+        seed_everything(seed, "train", epoch)
+        model.train()
+        optimiser.zero_grad(set_to_none=True)
+        with _autocast(run):
+            loss = membership_loss(model, data.x, data.hypergraph)
+            loss.backward()
+            if recipe.method != "supervised":
+                (recipe.contrast_weight * _fabricated_loss(recipe, model, data.hypergraph, data.x)).backward()
+        optimiser.step()
+        valid = 100 * evaluate_links(model, data.x, split.hypergraph, split.valid, split.valid_negatives)["auc"]
+        best.offer(valid, epoch, model)
+        run.log(loss=loss, valid=valid)
+    return _close(
+        run, recipe, model, best, began, data,
+        lambda: evaluate_links(model, data.x, split.hypergraph, split.test, split.test_negatives),
+    )  # fmt: skip
+
+
+def _close(
+    run: Run,
+    recipe: Recipe,
+    model: nn.Module,
+    best: Best,
+    began: float,
+    data: Dataset,
+    test: Callable[[], dict[str, float]],
+) -> tuple[nn.Module, Result]:
+    """The network of the selected epoch, its metrics on what is held out, both kept."""
+    content = yaml.safe_load(to_yaml(recipe))
+    about = {"recipe": content, "features": data.x.shape[1], "classes": data.num_classes, "seed": run.options.seed}
+    run.save_weights("last", model, **about)
+    model.load_state_dict(best.weights)
+    dropped = run.logged("train", "drop_ratio") if recipe.method == "A6" else []
+    result = Result(
+        test={name: 100 * value for name, value in test().items()},
+        valid=abs(best.value),
+        best_epoch=best.epoch,
+        drop_ratio=[round(value, 4) for value in dropped[:: max(1, len(dropped) // 50)]],
+        cpu_seconds=time.process_time() - began,
+    )
+    run.save_weights("best", model, **about, epoch=best.epoch, valid=result.valid)
+    return model, result
+
+
+# -- one epoch of each method -----------------------------------------------------------------------------------------
+
+
+def _epoch_of(recipe: Recipe, data: Dataset, split: Split) -> Callable[[Session], dict[str, Tensor]]:
+    if recipe.batch_size:
+        return SampledEpoch(data, split.train, recipe)
+    if recipe.method == "supervised":
+        return supervised_epoch
+    if recipe.method == "A6":
+        return generative_epoch
+    if recipe.method == "clique":
+        return CliqueContrast(data.hypergraph)
+    return fabricated_epoch
+
+
+def supervised_epoch(session: Session) -> dict[str, Tensor]:
+    """The encoder, or a baseline, without contrast."""
+    session.model.train()
+    session.optimiser.zero_grad(set_to_none=True)
+    loss = supervised_loss(session.model, session.training, session.labels)
+    loss.backward()
+    session.optimiser.step()
+    return {"supervised": loss.detach()}
+
+
+def fabricated_epoch(session: Session) -> dict[str, Tensor]:
+    """The supervised loss plus ``m_l`` times the contrast of two fabricated views.
 
     The two terms go backward one after the other, so that their graphs are never in memory together.
     """
+    recipe, model = session.recipe, _encoder(session)
+    h, x = _contrasted(session)
     model.train()
-    optimizer.zero_grad(set_to_none=True)
-    supervised = supervised_loss(model, training, labels)
+    session.optimiser.zero_grad(set_to_none=True)
+    supervised = supervised_loss(model, session.training, session.labels)
     supervised.backward()
-    first, second = fabricate_pair(name, h, x, ratio)
+    contrastive = _fabricated_loss(recipe, model, h, x)
+    (recipe.contrast_weight * contrastive).backward()
+    session.optimiser.step()
+    return {"supervised": supervised.detach(), "contrastive": contrastive.detach()}
+
+
+def _fabricated_loss(recipe: Recipe, model: SetGNN, h: Hypergraph, x: Features) -> Tensor:
+    first, second = fabricate_pair(recipe.method, h, x, recipe.ratio)
     # Without an augmentation the views differ by dropout only, and the input's is left out (section 2.2).
-    contrastive = contrastive_loss(
-        model, first, second, temperature, input_dropout=0.0 if name == "A0" else INPUT_DROPOUT
-    )
-    (weight * contrastive).backward()
-    optimizer.step()
-    return supervised.detach(), contrastive.detach()
+    p = 0.0 if recipe.method == "A0" else INPUT_DROPOUT
+    return contrastive_loss(model, first, second, recipe.temperature, loss=recipe.loss, input_dropout=p)
 
 
-def generative_epoch(
-    model: SetGNN,
-    generator: VHGAE,
-    optimizer: torch.optim.Optimizer,
-    generator_optimizer: torch.optim.Optimizer,
-    h: Hypergraph,
-    x: Features,
-    training: ReceptiveField,
-    labels: Int[Tensor, "train"],
-    ratio: float,
-    weight: float,
-    generator_weight: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One epoch of the joint training: a generator step, then a model step on an A2 view and a generated one (section 2.6).
-
-    Returns the supervised and the contrastive loss and the generator's drop ratio.
-    """
+def generative_epoch(session: Session) -> dict[str, Tensor]:
+    """The joint training of A6: generator steps, then a model step on two views of which one or both are generated (section 2.6)."""
+    recipe, model, generator, options = session.recipe, _encoder(session), session.generator, session.recipe.generator
+    assert generator is not None
+    h, x = _contrasted(session)
+    part = session.part if h is session.data.hypergraph and session.part is not None else core(h, x)
     model.train()
     generator.train()
-    losses = generator_step(model, generator, h, x, generator_weight, temperature)
-    generator_optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    supervised = supervised_loss(model, training, labels)
+    for _ in range(options.steps):
+        losses = generator_step(
+            model,
+            generator,
+            h,
+            x,
+            options.contrast_weight,
+            recipe.temperature,
+            hard=options.hard,
+            kl_scale=options.kl_scale,
+            objective=options.objective,
+            drop_weight=options.drop_weight,
+        )
+        session.generator_optimiser.step()
+    session.optimiser.zero_grad(set_to_none=True)
+    supervised = supervised_loss(model, session.training, session.labels)
     supervised.backward()
-    keep = generate_view(generator, h, x)
-    if model.config.aggregate == "sum" or model.config.attention:
-        second, weights = generated_view(h, x, keep), None
-    else:
-        second, weights = View(h, x), keep
-    contrastive = contrastive_loss(model, fabricate("A2", h, x, ratio), second, temperature, weights=(None, weights))
-    (weight * contrastive).backward()
-    optimizer.step()
-    return supervised.detach(), contrastive.detach(), losses.drop_ratio
-
-
-@torch.inference_mode()
-def correct(model: SetGNN, part: ReceptiveField, labels: Tensor) -> Tensor:
-    """The share of the part's nodes that the model, in evaluation mode, classifies as labelled."""
-    model.eval()
-    return (model(part.x, part.incidence, part.rows).argmax(1) == labels).to(torch.float64).mean()
-
-
-def fit(config: FitConfig, data: Dataset, split: Split, seed: int) -> dict[str, Any]:
-    """Train one run from ``seed`` and return its metrics: test accuracy at the first best validation accuracy, in percent.
-
-    Validation is evaluated every epoch. The test nodes are only when validation improves, which leaves the result as it is.
-    """
-    torch.manual_seed(seed)
-    h, x, y = data.hypergraph, data.x, data.labels
-    layers = config.encoder.layers
-    parts = [receptive_field(h, x, nodes, layers) for nodes in (split.train, split.valid, split.test)]
-    targets = [y[nodes] for nodes in (split.train, split.valid, split.test)]
-    model = SetGNN(x.shape[1], data.num_classes, config.encoder, config.projection).to(y.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    generator = VHGAE(x.shape[1], config.encoder).to(y.device) if config.method == "A6" else None
-    generator_optimizer = (
-        None if generator is None else torch.optim.Adam(generator.parameters(), lr=config.generator_lr, fused=True)
+    views = [_model_view(session, generator, h, x, part, name) for name in options.views.split("-")]
+    contrastive = contrastive_loss(
+        model,
+        views[0][0],
+        views[1][0],
+        recipe.temperature,
+        weights=(views[0][1], views[1][1]),
+        loss=recipe.loss,
     )
-    best, test, best_epoch, dropped = -1.0, 0.0, -1, None
-    start, cpu = time.perf_counter(), time.process_time()
-    for epoch in range(config.epochs):
-        if generator is not None and generator_optimizer is not None:
-            *_, dropped = generative_epoch(
-                model,
-                generator,
-                optimizer,
-                generator_optimizer,
-                h,
-                x,
-                parts[0],
-                targets[0],
-                config.ratio,
-                config.contrast_weight,
-                config.generator_contrast,
-                config.temperature,
-            )
-        elif config.method == "supervised":
-            model.train()
-            optimizer.zero_grad(set_to_none=True)
-            supervised_loss(model, parts[0], targets[0]).backward()
-            optimizer.step()
-        else:
-            fabricated_epoch(
-                model,
-                optimizer,
-                h,
-                x,
-                parts[0],
-                targets[0],
-                config.method,
-                config.ratio,
-                config.contrast_weight,
-                config.temperature,
-            )
-        valid = float(correct(model, parts[1], targets[1]))
-        if valid > best:
-            best, best_epoch = valid, epoch
-            test = float(correct(model, parts[2], targets[2]))
+    (recipe.contrast_weight * contrastive).backward()
+    session.optimiser.step()
     return {
-        "test": 100 * test,
-        "valid": 100 * best,
-        "best_epoch": best_epoch,
-        "drop_ratio": None if dropped is None else float(dropped),
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - cpu,
+        "supervised": supervised.detach(),
+        "contrastive": contrastive.detach(),
+        "generator": losses.total,
+        "drop_ratio": losses.drop_ratio,
     }
+
+
+def _model_view(
+    session: Session, generator: VHGAE, h: Hypergraph, x: Features, part: Core, name: str
+) -> tuple[View, Tensor | None]:
+    """One view of A6's model step and its membership weights, where it is not simply a smaller hypergraph."""
+    if name == "a2":
+        return fabricate("A2", h, x, session.recipe.ratio), None
+    if name == "clean":
+        return View(h, x), None
+    encoder, hard = session.recipe.encoder, session.recipe.generator.hard
+    keep = generate_view(generator, h, part, hard=hard)
+    if hard and (encoder.aggregate == "sum" or encoder.attention):
+        return generated_view(h, x, keep), None
+    return View(h, x), keep
+
+
+class CliqueContrast:
+    """The paper's "Con" baseline: the contrast of the hypergraph's encoder with one of its clique expansion (section 8)."""
+
+    def __init__(self, h: Hypergraph) -> None:
+        self.graph = gcn_normalized(clique_expansion(h.without_singletons()))
+
+    def __call__(self, session: Session) -> dict[str, Tensor]:
+        """One epoch."""
+        recipe, data, model = session.recipe, session.data, _encoder(session)
+        assert session.clique is not None
+        model.train()
+        session.clique.train()
+        session.optimiser.zero_grad(set_to_none=True)
+        supervised = supervised_loss(model, session.training, session.labels)
+        supervised.backward()
+        z1, z2 = model.project(data.x, data.hypergraph), session.clique(data.x, self.graph)
+        contrastive = compare(z1, z2, recipe.temperature, recipe.loss)
+        (recipe.contrast_weight * contrastive).backward()
+        session.optimiser.step()
+        return {"supervised": supervised.detach(), "contrastive": contrastive.detach()}
+
+
+class SampledEpoch:
+    """The supervised loss and the contrast of fabricated views, batch by batch of sampled neighbourhoods."""
+
+    def __init__(self, data: Dataset, train: Tensor, recipe: Recipe) -> None:
+        self.train = train
+        self.sampler = HypergraphSampler(data.hypergraph, data.x, recipe.batch_size, layers=recipe.encoder.layers)
+
+    def __call__(self, session: Session) -> dict[str, Tensor]:
+        """One epoch."""
+        recipe, model = session.recipe, _encoder(session)
+        weight, t = recipe.contrast_weight, recipe.temperature
+        labels, name = session.data.labels, recipe.method
+        train_on_batches(model, session.optimiser, self.sampler, labels, self.train, name, recipe.ratio, weight, t)
+        return {}
+
+
+def _encoder(session: Session) -> SetGNN:
+    assert isinstance(session.model, SetGNN)
+    return session.model
+
+
+def _contrasted(session: Session) -> tuple[Hypergraph, Features]:
+    """The hypergraph that is contrasted: all of it, or the part of this epoch where it is large."""
+    h, x = session.data.hypergraph, session.data.x
+    if h.num_nodes <= session.recipe.sub_size:
+        return h, x
+    batch = subsample(h, x, session.recipe.sub_size)
+    return batch.hypergraph, batch.x

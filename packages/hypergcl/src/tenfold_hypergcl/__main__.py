@@ -1,0 +1,5 @@
+"""``python -m tenfold_hypergcl``, also the entry for torchrun."""
+
+from tenfold_hypergcl.cli import main
+
+main()

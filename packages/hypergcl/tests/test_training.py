@@ -1,0 +1,223 @@
+"""Training: every recipe, every method, what a seed fixes, and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tenfold_hypergcl import data as loaders
+from tenfold_hypergcl.attacks import remove_random
+from tenfold_hypergcl.compat import CheckpointError, export_state, load_official_checkpoint
+from tenfold_hypergcl.data import DataConfig, Dataset
+from tenfold_hypergcl.evaluate import EvalConfig, evaluate
+from tenfold_hypergcl.hypergraph import Hypergraph
+from tenfold_hypergcl.models import MODELS
+from tenfold_hypergcl.recipe import Generator, Recipe
+from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
+from tenfold_hypergcl.train import run_recipe
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+
+SHAPES = {
+    "digits": (64, 10),
+    "cocitation/cora": (1433, 7),
+    "coauthorship/cora": (1433, 7),
+    "cocitation/citeseer": (3703, 6),
+    "cocitation/pubmed": (500, 3),
+    "coauthorship/dblp": (1425, 6),
+    "zoo": (16, 7),
+    "20newsW100": (100, 4),
+    "Mushroom": (22, 2),
+    "NTU2012": (100, 67),
+    "ModelNet40": (100, 40),
+    "yelp": (1862, 9),
+    "house-committees": (100, 2),
+    "walmart-trips": (100, 11),
+    "german": (27, 2),
+    "bail": (18, 2),
+    "credit": (13, 2),
+}
+
+
+def clustered(features=8, classes=3, nodes=150, sensitive=None, name="clusters") -> Dataset:
+    """Noisy features of some classes, and hyperedges that mostly stay within one; sparse where there are many features."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(nodes) % classes
+    x = torch.randn(nodes, features, generator=generator) + 4 * torch.eye(classes, features)[labels]
+    if features > 1000:
+        x = x * (torch.rand(nodes, features, generator=generator) < 0.02)
+    if sensitive is not None:
+        x[:, sensitive] = (torch.rand(nodes, generator=generator) < 0.5).float()
+    hyperedges = []
+    for _ in range(nodes):
+        same = torch.nonzero(labels == torch.randint(classes, (), generator=generator)).flatten()
+        hyperedges.append(same[torch.randperm(same.numel(), generator=generator)[:4]].tolist())
+    return loaders.make_dataset(
+        name, Hypergraph.from_hyperedges(hyperedges, nodes), x, labels, sensitive_column=sensitive
+    )
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """Data sets of the published numbers of features and classes, made up and small."""
+
+    def load(name, root, feature_noise=1.0):
+        features, classes = SHAPES.get(name, (8, 3))
+        nodes = 150 if name in loaders.FAIR or name not in SHAPES else max(60, 4 * classes)
+        return clustered(features, classes, nodes, 0 if name in loaders.FAIR else None, name)
+
+    monkeypatch.setattr(loaders, "load", load)
+
+
+def run(recipe, folder, seed=0, **options):
+    """Train and return the network and the result."""
+    options = RunOptions(output=folder, name=f"r{seed}", seed=seed, device="cpu", quiet=True, **options)
+    with Run("hypergcl", recipe, options) as session:
+        return run_recipe(session, recipe)
+
+
+SMALL = Recipe(
+    encoder=EncoderConfig(hidden=16), projection=16, epochs=25, lr=1e-2, data=DataConfig(name="clusters", label_rate=0.2)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(recipes("tenfold_hypergcl")))
+def test_every_recipe_builds_and_steps(name, tmp_path, generated, monkeypatch):
+    monkeypatch.setattr(Run, "save_weights", lambda *_, **__: None)
+    recipe = load_recipe("tenfold_hypergcl", name, Recipe, epochs=1)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, label_rate=0.5))
+    model, result = run(recipe, tmp_path)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all(0 <= value <= 100 for key, value in result.test.items() if key != "nll")
+    if recipe.data.name in loaders.FAIR:
+        assert {"f1", "auc", "statistical_parity", "equal_opportunity", "counterfactual"} <= result.test.keys()
+
+
+@pytest.mark.parametrize("method", ["supervised", "A0", "A1", "A2", "A3", "A4", "A6", "clique", "adapt"])
+def test_learning_beats_chance(method, tmp_path, generated):
+    _, result = run(dataclasses.replace(SMALL, method=method), tmp_path)
+    assert result.test["accuracy"] > 50  # chance is 33
+    assert bool(result.drop_ratio) == (method == "A6")
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "setgnn"])
+def test_baselines_beat_chance(model, tmp_path, generated):
+    encoder = EncoderConfig(hidden=16, heads=2 if model in {"ce-gat", "unigcnii"} else 1)
+    _, result = run(dataclasses.replace(SMALL, method="supervised", model=model, encoder=encoder, epochs=60), tmp_path)
+    assert result.test["accuracy"] > 50  # chance is 33
+
+
+@pytest.mark.parametrize("method", ["A2", "A6"])
+def test_a_seed_fixes_the_run_whatever_ran_before(method, tmp_path, generated):
+    recipe = dataclasses.replace(SMALL, method=method, epochs=4)
+    first, _ = run(recipe, tmp_path / "a")
+    run(recipe, tmp_path / "b", seed=1)
+    second, _ = run(recipe, tmp_path / "c")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("views", ["a2-gen", "clean-gen", "gen-gen"])
+@pytest.mark.parametrize("hard", [True, False])
+def test_the_generators_options(views, hard, tmp_path, generated):
+    options = Generator(views=views, hard=hard, steps=2, objective="drop" if hard else "vhgae", drop_weight=0.5)
+    _, result = run(dataclasses.replace(SMALL, method="A6", generator=options, epochs=3, loss="jsd"), tmp_path)
+    assert len(result.drop_ratio) == 3
+
+
+def test_large_hypergraphs_are_contrasted_in_part(tmp_path, generated):
+    recipe = dataclasses.replace(SMALL, method="A6", sub_size=40, epochs=3)
+    assert run(recipe, tmp_path)[1].test["accuracy"] >= 0
+
+
+def test_batches_of_sampled_neighbourhoods_learn(tmp_path, generated):
+    _, result = run(dataclasses.replace(SMALL, batch_size=64, epochs=12), tmp_path)
+    assert result.test["accuracy"] > 50  # chance is 33
+
+
+def test_half_precision_follows_single(tmp_path, generated):
+    recipe = dataclasses.replace(SMALL, method="A6")
+    _, result = run(recipe, tmp_path, precision="bf16")
+    assert result.test["accuracy"] > 50
+    with pytest.raises(UserError, match="bf16"):
+        run(recipe, tmp_path / "other", precision="fp16")
+
+
+def test_checkpoints_evaluate_to_what_training_said(tmp_path, generated, capsys):
+    model, result = run(dataclasses.replace(SMALL, epochs=5, data=DataConfig("clusters")), tmp_path, seed=2)
+    options = RunOptions(device="cpu", quiet=True)
+    capsys.readouterr()
+    evaluate(EvalConfig(tmp_path / "hypergcl" / "r2"), options)
+    own = json.loads(capsys.readouterr().out)
+    assert own["test"]["accuracy"] == pytest.approx(result.test["accuracy"])
+    # The same network under the released names, recognised by its keys; the split is that of --seed.
+    torch.save(export_state(model), tmp_path / "official.pt")
+    evaluate(EvalConfig(tmp_path / "official.pt", data="clusters"), dataclasses.replace(options, seed=2))
+    assert json.loads(capsys.readouterr().out)["test"] == own["test"]
+    with pytest.raises(UserError, match="8 features"):
+        evaluate(EvalConfig(tmp_path / "official.pt", data="digits"), options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EncoderConfig(hidden=8, layers=2),
+        EncoderConfig(hidden=8, mlp_layers=1, norm=None),
+        EncoderConfig(hidden=8, norm="bn", mlp_layers=3),
+        EncoderConfig(hidden=8, attention=True, heads=4),
+        EncoderConfig(hidden=8, gpr=True, input_norm=False),
+    ],
+)
+def test_released_networks_are_recognised_by_their_keys(config, tmp_path):
+    model = SetGNN(5, 3, config, 6, head_layers=2)
+    torch.save(export_state(model), tmp_path / "state.pt")
+    again = load_official_checkpoint(tmp_path / "state.pt")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"V2EConvs.*fc\.weight"):
+        load_official_checkpoint(tmp_path / "other.pt")
+
+
+def test_poisoned_structure_from_a_pair_list(tmp_path, generated):
+    h = loaders.load("zoo", tmp_path).hypergraph
+    node, edge = h.incidence[:, : h.num_real]
+    pairs = torch.stack([node, edge + h.num_nodes])[:, 5:]
+    (tmp_path / "attack").mkdir()
+    np.savez(tmp_path / "attack" / "zoo_minmax_pairs.npz", pairs=pairs.numpy())
+    poisoned = loaders.load_data(DataConfig("zoo", tmp_path, attack="minmax")).hypergraph
+    assert poisoned.num_real == h.num_real - 5
+    assert poisoned.num_hyperedges - poisoned.num_real_hyperedges == h.num_nodes
+    with pytest.raises(UserError, match="zoo_net_pairs"):
+        loaders.load_data(DataConfig("zoo", tmp_path, attack="net"))
+    torch.manual_seed(0)
+    removed = loaders.load_data(DataConfig("zoo", tmp_path, attack="remove")).hypergraph
+    torch.manual_seed(0)
+    assert removed.num_real == remove_random(h).num_real < h.num_real
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epochs": 0}, "--epochs"),
+        ({"ratio": 1.0}, "--ratio"),
+        ({"model": "hgnn", "method": "A2"}, "--model hgnn"),
+        ({"batch_size": 64, "method": "A6"}, "--batch_size 64"),
+        ({"task": "memberships", "method": "A6"}, "--task memberships"),
+    ],
+)
+def test_recipes_that_cannot_be_run_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        Recipe(**changes)
+
+
+def test_data_that_does_not_fit_is_refused(tmp_path, generated):
+    with pytest.raises(UserError, match=r"--data\.label_rate"):
+        DataConfig(label_rate=0.0)
+    with pytest.raises(UserError, match="raise it"):
+        run(dataclasses.replace(SMALL, data=DataConfig("clusters", label_rate=0.001)), tmp_path)
+    with pytest.warns(UserWarning, match="no training node of class"):
+        loaders.split_of(DataConfig("clusters", label_rate=0.01), clustered(), 0)
+    with pytest.raises(UserError, match="heads"):
+        run(dataclasses.replace(SMALL, encoder=EncoderConfig(hidden=16, heads=3, attention=True)), tmp_path / "heads")

@@ -1,0 +1,247 @@
+"""The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import yaml
+
+from tenfold_shared.checkpoint import write_json, write_text
+from tenfold_shared.claims import Arm, ArmResult, Claim, Measurement, Metric, Outcome, mean_interval, paired_interval
+from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.errors import UserError
+from tenfold_shared.report import COLOURS, ReportFigure, figure_style
+from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
+from tenfold_shared.run import Run, RunOptions
+from tenfold_tost.train import Recipe, run_recipe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+QUICK = tuple(f"mini-{mask}-95-{name}" for mask in ("erk", "snip") for name in ("tost", "soft", "skip", "ls", "lrsi"))
+"""The claims that `reproduce` measures when it is told nothing, in two minutes; --seeds or names ask for others."""
+VANILLA = "vanilla"
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments those of the miniature on digits at 95 % sparsity, with two seeds,
+    and with --seeds 5 the whole miniature.
+    """
+    if not claims and request.scale == "mini" and not request.seeds:
+        claims = QUICK
+        options = dataclasses.replace(options, name=options.name or "reproduce-mini")
+    reproduce_claims("tost", claims, request, options, measure, figures)
+
+
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """What one arm gives with one seed: an accuracy, or its gain over the vanilla arm of the same seed."""
+    measured = _measured(arm, seed, options, folder)
+    value = measured.extras["accuracy"]
+    if claim.metric.name == "gain over vanilla":
+        value -= _measured(claim.arms[VANILLA], seed, options, folder).extras["accuracy"]
+    return dataclasses.replace(measured, value=value)
+
+
+def _measured(arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
+    """The arm's run; one that several claims share is made once."""
+    name = f"{arm.name}-{arm.key}-seed{seed}"
+    file = folder / "measured" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            write_json(file, dataclasses.asdict(_run_arm(arm, name, seed, options, folder)))
+        return Measurement(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) -> Measurement:
+    recipe = load_recipe("tenfold_tost", str(arm.recipe), Recipe, **arm.options)
+    options = dataclasses.replace(options, name=name, seed=seed)
+    with Run("tost", recipe, options, parent=folder / "runs") as run:
+        _, result = run_recipe(run, recipe)
+        fades = recipe.ghost_fraction if recipe.plan().fades else 0.0
+        extras = {**dataclasses.asdict(result), "ghost_fraction": fades, "wanted_density": recipe.mask.density}
+        return Measurement(result.accuracy, extras=extras, **run.usage())
+
+
+# -- choosing values, and ablations -----------------------------------------------------------------------------------------
+
+
+def sweep(
+    recipe: Recipe,
+    options: RunOptions,
+    grid: dict[str, list[Any]] | None = None,
+    points: list[dict[str, Any]] | None = None,
+    seeds: int = 3,
+    jobs: int = 0,
+) -> None:
+    """Run a recipe at every point of a grid of its values, or at the points listed, judged on held-out training images.
+
+    The points, best first, with their paired difference to the first point of the grid, are printed and written to
+    ``sweep.json`` in the run's folder. The test images are never looked at.
+    """
+    if recipe.data.judge != "dev":
+        raise UserError("sweep chooses values, which the test images must not do: add --data.judge dev --data.dev 200")
+    if (grid is None) == (points is None):
+        raise UserError("sweep takes either --grid '{key: [values]}' or --points '[{key: value}, ...]'")
+    if grid is not None:
+        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    assert points is not None
+    _compare("sweep", recipe, options, points, "dev accuracy", seeds, jobs)
+
+
+def ablate(recipe: Recipe, options: RunOptions, seeds: int = 3, jobs: int = 0) -> None:
+    """Run a recipe as vanilla, with each technique alone, with all but one, and with all; differences to vanilla."""
+    names = ("soft", "skip", "ls", "lrsi")
+    without = ["+".join(name for name in names if name != left) for left in names]
+    points = [{"techniques": name} for name in (VANILLA, *names, *without, "tost")]
+    _compare("ablate", recipe, options, points, f"{recipe.data.judge} accuracy", seeds, jobs)
+
+
+def _compare(
+    verb: str, recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], metric: str, seeds: int, jobs: int
+) -> None:
+    """Run a recipe with each set of changes, print and keep the table."""
+    folder = options.output / "tost" / f"{verb}-{options.name or 'recipe'}"
+    write_text(folder / "recipe.yaml", to_yaml(recipe))
+    arms = {
+        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
+    }
+    claim = Claim(
+        id=verb,
+        table="",
+        statement="",
+        data=recipe.data.name,
+        model=recipe.arch,
+        scale="mini",
+        provenance="none",
+        metric=Metric(metric, "%"),
+        method="point-0",
+        arms=arms,
+        seeds=seeds,
+    )
+    results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
+    numbers = [options.seed + i for i in range(seeds)]
+    first = [results[verb, "point-0", seed].value for seed in numbers]
+    rows = []
+    for name, point in zip(arms, points, strict=True):
+        values = [results[verb, name, seed].value for seed in numbers]
+        pairs = [(a, b) for a, b in zip(values, first, strict=True) if a is not None and b is not None]
+        mean = mean_interval([value for value in values if value is not None]).mean
+        paired = paired_interval([a for a, _ in pairs], [b for _, b in pairs])
+        difference = {"mean": paired.mean, "low": paired.low, "high": paired.high}
+        rows.append({**point, "values": values, "mean": mean, "against_first": difference})
+    rows.sort(key=lambda row: -(row["mean"] or 0.0))
+    content = {"recipe": yaml.safe_load(to_yaml(recipe)), "metric": f"{metric}, %", "seeds": numbers, "points": rows}
+    write_json(folder / f"{verb}.json", content)
+    for row in rows:
+        print(json.dumps(row))
+    print(f"written to {folder / f'{verb}.json'}")
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------------
+
+Arms = dict[str, ArmResult]
+
+
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+    """Accuracy of every arm under every mask; the training loss with the ghosts' window; zeros by layer."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
+
+    where, groups = f"{claims[0].model} on {claims[0].data}", by_mask(outcomes)
+    shown, arms = next(iter(groups.items()))
+    pages = (
+        (
+            partial(_bars, groups=groups),
+            "What each technique brings under each mask",
+            f"{where}: bars are means over the seeds, dots the seeds. All arms of a seed share mask, start and batches.",
+            "Grouped bars of test accuracy by mask and technique with a dot for every seed",
+        ),
+        (
+            partial(_losses, arms=arms),
+            "Training loss while the ghosts fade",
+            f"{shown}: mean over the seeds; grey, the window in which soft neurons and skips fade. Smoothed labels put a "
+            "floor above zero under the loss.",
+            "Training loss by epoch for every arm",
+        ),
+        (
+            partial(_zeros, arms=arms),
+            "Zero activations in the deployed network",
+            f"{shown}: fraction of zeros behind each ReLU on the test images, mean over the seeds.",
+            "Fraction of zero activations by layer for every arm",
+        ),
+    )
+    drawn = []
+    with figure_style():
+        for number, (draw, title, caption, alt) in enumerate(pages):
+            width = max(6.4, 2.6 * len(groups)) if number == 0 else 6.4
+            figure, axes = plt.subplots(figsize=(width, 3.9), layout="constrained")
+            draw(axes)
+            drawn.append(ReportFigure(figure, title=title, caption=caption, alt=alt))
+    return drawn
+
+
+def by_mask(outcomes: Sequence[Outcome]) -> dict[str, Arms]:
+    """The arms of all claims that differ in their method alone, vanilla first: "mini-erk-95-soft" is of "mini-erk-95"."""
+    groups: dict[str, Arms] = {}
+    for outcome in outcomes:
+        group = groups.setdefault(outcome.claim.removesuffix(f"-{outcome.method}"), {})
+        for name, arm in outcome.arms.items():
+            group.setdefault(name, arm)
+    return {key: dict(sorted(arms.items(), key=lambda item: item[0] != VANILLA)) for key, arms in groups.items()}
+
+
+def _extras(arm: ArmResult) -> list[Mapping[str, Any]]:
+    """Extras of the seeds that gave a value."""
+    return [extras for value, extras in zip(arm.values, arm.extras, strict=True) if value is not None]
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS)))
+
+
+def _bars(axes: "Axes", groups: Mapping[str, Arms]) -> None:
+    colours = _colours(name for arms in groups.values() for name in arms)
+    width = 0.8 / len(colours)
+    lowest = 100.0
+    for j, (name, colour) in enumerate(colours.items()):
+        found = [(i, arms[name]) for i, arms in enumerate(groups.values()) if name in arms and arms[name].n]
+        places = [i + (j - (len(colours) - 1) / 2) * width for i, _ in found]
+        axes.bar(places, [arm.mean or 0.0 for _, arm in found], 0.9 * width, color=colour, label=name, alpha=0.75)
+        for place, (_, arm) in zip(places, found, strict=True):
+            values = [value for value in arm.values if value is not None]
+            lowest = min(lowest, *values)
+            axes.plot([place] * len(values), values, "o", color="black", markersize=2.5)
+    axes.set_ylim(max(0.0, lowest - 4.0), 100.0)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(ncols=6, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12))
+
+
+def _losses(axes: "Axes", arms: Arms) -> None:
+    window = 0.0
+    for name, colour in _colours(arms).items():
+        curves = [extras["losses"] for extras in _extras(arms[name])]
+        if curves:
+            mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            axes.plot(range(1, len(mean) + 1), mean, color=colour, label=name)
+            window = max(window, *(extras["ghost_fraction"] * len(mean) for extras in _extras(arms[name])))
+    axes.axvspan(0.5, 0.5 + window, color="0.9", zorder=0)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss")
+    axes.legend()
+
+
+def _zeros(axes: "Axes", arms: Arms) -> None:
+    for name, colour in _colours(arms).items():
+        found = [list(extras["zero_rates"].values()) for extras in _extras(arms[name])]
+        if found:
+            mean = [100 * sum(values) / len(values) for values in zip(*found, strict=True)]
+            axes.plot(range(1, len(mean) + 1), mean, "o-", color=colour, label=name)
+    axes.set_xlabel("activation, from input to output")
+    axes.set_ylabel("zeros, %")
+    axes.legend()

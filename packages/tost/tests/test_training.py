@@ -1,0 +1,268 @@
+"""Every recipe is built and stepped, every mask and technique runs, and a sparse network learns."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tenfold_tost.data
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import RunFailure, UserError
+from tenfold_shared.images import ImageSet
+from tenfold_shared.run import Run, RunOptions
+from tenfold_tost import Ghosts, Lrsi, MaskKeeper, apply_masks, create_model, erk_masks, has_ghosts, masks_from_zeros
+from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
+from tenfold_tost.data import DataConfig, load_data
+from tenfold_tost.evaluate import load_model, operations, zero_rates
+from tenfold_tost.ghosts import Skips, Soft
+from tenfold_tost.maskmaking import MaskConfig
+from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
+from tenfold_tost.train import Recipe, make_optimiser, run_recipe
+
+SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
+SHAPES |= {"tiny-imagenet": (3, 64, 64, 200)}
+
+
+def short(**changes: object) -> Recipe:
+    """A few steps of everything."""
+    common = {"epochs": 2, "lr": 0.05, "milestones": [1], "batch_size": 250, "lrsi": Lrsi(iters=1)}
+    return Recipe(**{**common, "mask": MaskConfig(density=0.2), **changes})
+
+
+def options(folder: Path, **changes: object) -> RunOptions:
+    return RunOptions(output=folder, name="x", device="cpu", quiet=True, **changes)
+
+
+def run(recipe: Recipe, folder: Path):
+    with Run("tost", recipe, options(folder)) as running:
+        return run_recipe(running, recipe)
+
+
+@pytest.mark.parametrize("name", list(recipes("tenfold_tost")))
+def test_every_recipe_is_built_and_stepped(name: str) -> None:
+    """The recipe's network at its real size takes one masked step on generated images of its data's shape."""
+    recipe = load_recipe("tenfold_tost", name, Recipe)
+    channels, height, width, classes = SHAPES[recipe.data.name]
+    model, plan = create_model(recipe.arch, classes), recipe.plan()
+    masks = erk_masks(model, recipe.mask.density)
+    apply_masks(model, masks)
+    x = torch.randn(2, channels, height, width)
+    ghosts = Ghosts(model, plan, x)
+    keeper, optimiser = MaskKeeper(model, masks), make_optimiser(model, recipe, plan)
+    loss = plan.loss(model(x), torch.tensor([0, classes - 1]), 0.0)
+    loss.backward()
+    keeper.mask_gradients()
+    optimiser.step()
+    assert torch.isfinite(loss)
+    assert not any(bool((alive & ~masks[name]).any()) for name, alive in masks_from_zeros(model).items())
+    if plan.fades:
+        ghosts.advance(plan.ghost_fraction)
+        ghosts.finalize(masks)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "dense"},
+        {"method": "random", "scope": "layer"},
+        {"method": "magnitude"},
+        {"method": "snip", "batches": 2},
+        {"method": "grasp"},
+        {"method": "taylor"},
+        {"method": "synflow"},
+        {"method": "erk", "linear": True},
+        {"method": "lth", "percent": 0.6},
+        {"method": "lth-layerwise", "percent": 0.6, "rewind": "late", "rewind_epoch": 1},
+        {"method": "omp", "rewind": "none"},
+        {"method": "omp", "rewind": "random"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_mask_trains(settings: dict, tmp_path: Path) -> None:
+    recipe = short(techniques="soft+ls", epochs=1, milestones=[], mask=MaskConfig(density=0.3, **settings))
+    model, result = run(recipe, tmp_path)
+    expected = 1.0 if settings["method"] == "dense" else 0.3
+    assert result.density == pytest.approx(expected, abs=0.01)
+    loaded, about = load_model(tmp_path / "tost" / "x")
+    assert about["accuracy"] == result.accuracy
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    trainings = {"lth": 3, "lth-layerwise": 3, "omp": 2}.get(
+        settings["method"], 1
+    )  # dense, a round of 60 %, the ticket
+    assert result.steps == trainings * 4
+
+
+def test_the_whole_recipe_ends_in_the_plain_network(tmp_path: Path) -> None:
+    recipe = short(techniques="tost", recalibrate=2, warmup_steps=2, decay_norm=False, data=DataConfig(dev=200))
+    model, result = run(recipe, tmp_path)
+    assert not has_ghosts(model)
+    assert list(model.state_dict()) == list(create_model("digits_net").state_dict())
+    assert result.parameters["deployed"] == 35_354 < result.parameters["training"]
+    kept, total = result.counts["nonzero_conv"]
+    assert kept == pytest.approx(0.2 * total, abs=5)
+    assert len(result.losses) == 2
+    assert result.scales["iterations"] == 1
+    assert result.best_dev_accuracy is not None
+    assert result.counts["flops_sparse"] < result.counts["flops_dense"]
+
+
+def test_momentum_outlives_the_ghosts(tmp_path: Path) -> None:
+    """The network's parameters go on with their momentum when the skips' are gone."""
+    recipe = short(techniques="skip")
+    run(recipe, tmp_path)
+    from tenfold_shared.checkpoint import load_weights  # noqa: PLC0415
+
+    state, _ = load_weights(tmp_path / "tost" / "x" / "checkpoints" / "train-ghosts.safetensors")
+    momentum = {key for key in state if key.startswith("momentum/")}
+    assert momentum == {f"momentum/{name}" for name, _ in create_model("digits_net").named_parameters()}
+    assert all(bool(state[key].abs().sum() > 0) for key in momentum)
+
+
+def test_ghosts_that_stay_are_kept_in_the_checkpoint(tmp_path: Path) -> None:
+    recipe = short(techniques="soft+skip", soft=Soft(kind="mish", constant=True), skip=Skips(constant=True))
+    model, _ = run(recipe, tmp_path)
+    loaded, about = load_model(tmp_path / "tost" / "x")
+    assert about["soft"] == "mish"
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    with pytest.raises(UserError, match="keeps its ghosts"):
+        finalize(tmp_path / "tost" / "x", tmp_path / "plain.safetensors")
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """The forward and backward pass in bfloat16; the mask holds all the same."""
+    recipe = short(techniques="soft+skip+ls", epochs=1, milestones=[])
+    with Run("tost", recipe, options(tmp_path, precision="bf16")) as running:
+        model, result = run_recipe(running, recipe)
+    assert result.density == pytest.approx(0.2, abs=1e-3)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_arms_of_a_seed_share_mask_and_start(tmp_path: Path) -> None:
+    masks, batches = [], []
+    for techniques in ("vanilla", "tost"):
+        recipe = short(techniques=techniques, mask=MaskConfig(method="snip", density=0.2))
+        model, _ = run(recipe, tmp_path / techniques)
+        masks.append(masks_from_zeros(model))
+        with Run("tost", recipe, options(tmp_path / f"{techniques}2")) as running:
+            batches.append(next(iter(load_data(recipe.data, 50, running).train.epoch(0)))[0])
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert torch.equal(batches[0], batches[1])
+
+
+def test_a_sparse_network_learns(tmp_path: Path) -> None:
+    """Keeping a fifth of the weights on digits, far above the ten per cent of chance."""
+    recipe = short(techniques="soft+skip+ls", epochs=6, milestones=[4], batch_size=50, evaluate_every=6)
+    _, result = run(recipe, tmp_path)
+    assert result.accuracy > 75.0
+    assert result.losses[-1] < result.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"techniques": "sfot"}, "sfot"),
+        ({"ghost_fraction": 1.2}, "longer than training"),
+        ({"epochs": 0}, "epochs"),
+        ({"arch": "resnet99"}, "resnet99"),
+        ({"arch": "resnet20s"}, "3 channels and digits has 1"),
+        ({"mask": lambda: MaskConfig(density=0.0)}, "density"),
+        ({"mask": lambda: MaskConfig(method="file")}, "mask.file"),
+        ({"mask": lambda: MaskConfig(method="random", density=0.001)}, "no weight in"),
+        ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
+        ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
+        ({"data": lambda: DataConfig(dev=2000)}, "2000"),
+        ({"data": lambda: DataConfig(dev=3, dev_split="first")}, "lack a class"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_recipes_are_refused_in_a_sentence(changes: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(short(**{key: value() if callable(value) else value for key, value in changes.items()}), tmp_path)
+
+
+def test_a_mask_of_another_network_is_refused(tmp_path: Path) -> None:
+    from tenfold_tost import save_masks  # noqa: PLC0415
+
+    save_masks(tmp_path / "mask.safetensors", erk_masks(create_model("oresnet20"), 0.1))
+    recipe = short(mask=MaskConfig(method="file", file=tmp_path / "mask.safetensors"))
+    with pytest.raises(UserError, match=r"does not fit DigitsNet: conv1\.weight"):
+        run(recipe, tmp_path)
+
+
+def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFailure, match="loss became"):
+        run(short(techniques="vanilla", lr=1e30), tmp_path)
+
+
+def test_an_image_folder_trains_without_inner_normalisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coloured images of two classes, pixels in [0, 1] for a network that normalises inside."""
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(64) % 2
+    images[labels == 1] //= 4
+    monkeypatch.setattr(tenfold_tost.data, "load_images", lambda *a, **k: ImageSet(images, labels, ("light", "dark")))
+    data = DataConfig(name="folder", root=tmp_path)
+    recipe = short(arch="resnet20s", techniques="ls", epochs=1, milestones=[], batch_size=32, data=data)
+    with Run("tost", recipe, options(tmp_path / "raw")) as running:
+        batch, _ = next(iter(load_data(data, 32, running, raw=True).train.epoch(0)))
+    assert 0.0 <= float(batch.min()) <= float(batch.max()) <= 1.0
+    _, result = run(recipe, tmp_path)
+    assert result.density == pytest.approx(0.2, abs=1e-3)
+
+
+def test_the_verbs_around_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mask written and trained with; the network finalised, exported, analysed."""
+    mask = tmp_path / "mask.safetensors"
+    make_mask(short(mask=MaskConfig(method="snip", density=0.1)), options(tmp_path / "m"), mask)
+    assert "10.00 % of the weights remain" in capsys.readouterr().out
+    recipe = short(techniques="ls", mask=MaskConfig(method="file", file=mask))
+    model, _ = run(recipe, tmp_path)
+    folder = tmp_path / "tost" / "x"
+    finalize(folder, tmp_path / "plain.pth.tar", official=True)
+    loaded, _ = load_model(tmp_path / "plain.pth.tar")
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    capsys.readouterr()
+    export(folder, tmp_path / "compact.safetensors", batch=2, rounds=1)
+    saved = json.loads(capsys.readouterr().out)
+    assert saved["bytes_compact"] < saved["bytes_checkpoint"]
+    assert saved["largest_difference"] < 1e-3
+    analyse(str(folder), str(tmp_path / "plain.pth.tar"), config=AnalyseConfig(batch=50), options=options(tmp_path))
+    first, second, distance = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["zero_rates"].keys() == second["zero_rates"].keys()
+    assert distance["hamming_distance"] == 0.0
+    with pytest.raises(UserError, match="makes no mask"):
+        make_mask(short(mask=MaskConfig(method="dense")), options(tmp_path / "n"), mask)
+
+
+def test_curvature_against_the_full_hessian() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).double()
+    x, y = torch.randn(20, 1, 2, 2, dtype=torch.float64), torch.randint(0, 3, (20,))
+    parameters = list(model.parameters())
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in gradient]
+    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    value, vector = top_eigenvalue(model, x, y, iterations=200)
+    assert value == pytest.approx(float(torch.linalg.eigvalsh(hessian).max()), rel=1e-4)
+    assert loss_gradient_norm(model, x, y) == pytest.approx(float(gradient.detach().norm()))
+    down, here, up = loss_slice(model, x, y, vector, [-1e-3, 0.0, 1e-3])
+    assert here == pytest.approx(float(loss))
+    assert (down - 2 * here + up) / 1e-6 == pytest.approx(value, rel=1e-2)
+
+
+def test_operations_and_zeros() -> None:
+    """A 3x3 convolution of 2 x 1 channels on 4x4 pixels and a linear layer, by hand."""
+    conv = torch.nn.Conv2d(1, 2, 3, padding=1, bias=False)
+    model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 3))
+    with torch.no_grad():
+        conv.weight.fill_(-1.0)
+        conv.weight[0, 0, 0] = 0.0
+    counted = operations(model, torch.zeros(5, 1, 4, 4))
+    assert counted["flops_dense"] == 2 * (18 * 16 + 96)
+    assert counted["flops_sparse"] == 2 * 18 * 16 * 15 // 18 + 2 * 96
+    assert zero_rates(model, torch.ones(2, 1, 4, 4)) == {"1": 1.0}

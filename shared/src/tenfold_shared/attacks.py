@@ -1,0 +1,139 @@
+"""Worst cases in the l-infinity ball around images: the projection, projected gradient ascent, single steps.
+
+Everything is a function of tensors. The loss is a closure over whatever it needs (model, head, targets) that takes the
+attacked images; `held` puts its models into the state in which they are attacked::
+
+    with held(model):
+        delta = pgd(lambda images: cross_entropy(model(images), labels), x, eps=8 / 255, step_size=2 / 255, steps=10)
+
+All sizes (`eps`, `step_size`, `clip`) are in the units of `x`: pixels, when the model normalises by itself.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor], Tensor]
+"""Attacked images [b, ...] to the loss to raise: a scalar, or one value a sample [b]."""
+Clip = tuple[float, float] | None
+"""The values that an image may have; None leaves them free."""
+
+
+def check_sizes(eps: float, step_size: float, steps: int, clip: Clip) -> None:
+    """Refuse what is no attack. ValueError naming the value."""
+    if eps < 0 or step_size < 0 or steps < 0:
+        raise ValueError(f"eps {eps}, step_size {step_size} and steps {steps} cannot be negative")
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip is {clip}: its first value must lie below its second")
+
+
+def project(x: Float[Tensor, "b ..."], delta: Float[Tensor, "b ..."], eps: float, clip: Clip = (0.0, 1.0)) -> Tensor:
+    """The nearest perturbation with entries in [-eps, eps] that keeps `x + delta` within `clip`."""
+    delta = delta.clamp(-eps, eps)
+    return delta if clip is None else (x + delta).clamp(*clip) - x
+
+
+def uniform_start(
+    x: Float[Tensor, "b ..."], eps: float, clip: Clip = (0.0, 1.0), generator: torch.Generator | None = None
+) -> Tensor:
+    """A perturbation drawn uniformly from [-eps, eps], projected. A CPU `generator` serves any device."""
+    where = x.device if generator is None else generator.device
+    drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=where).to(x.device)
+    return project(x, (2 * drawn - 1) * eps, eps, clip)
+
+
+def pgd(
+    loss: Loss,
+    x: Float[Tensor, "b ..."],
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    start: Float[Tensor, "b ..."] | None = None,
+    random_start: bool = True,
+    clip: Clip = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A perturbation that raises the loss, by `steps` of delta <- project(delta + step_size * sign(gradient)).
+
+    Args:
+        loss: what to raise; values a sample are summed. It is differentiated with respect to the images alone, so no
+            gradient is left in any parameter. sign(0) is 0.
+        x: images [b, ...], from which no gradient flows.
+        eps: radius of the ball.
+        step_size: length of a step in every entry.
+        steps: how many; with none the start is returned.
+        start: the perturbation to begin with, taken as it is; default: `uniform_start`, or 0 without `random_start`.
+        random_start: whether the default start is random.
+        clip: the values an image may have.
+        generator: where the random start is drawn from; default: the global one.
+
+    Returns:
+        delta [b, ...], detached, with |delta| <= eps and x + delta within `clip` (up to rounding).
+
+    """
+    check_sizes(eps, step_size, steps, clip)
+    x = x.detach()
+    if start is not None:
+        delta = start.detach()
+    else:
+        delta = uniform_start(x, eps, clip, generator) if random_start else torch.zeros_like(x)
+    for _ in range(steps):
+        delta = project(x, delta + step_size * input_gradient(loss, x + delta).sign(), eps, clip)
+    return delta
+
+
+def fgsm(
+    loss: Loss,
+    x: Float[Tensor, "b ..."],
+    *,
+    eps: float,
+    step_size: float | None = None,
+    start: Float[Tensor, "b ..."] | None = None,
+    random_start: bool = False,
+    clip: Clip = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One step of `pgd`, of length `eps` unless given; from 0 unless a start is given or drawn."""
+    length = eps if step_size is None else step_size
+    return pgd(
+        loss,
+        x,
+        eps=eps,
+        step_size=length,
+        steps=1,
+        start=start,
+        random_start=random_start,
+        clip=clip,
+        generator=generator,
+    )
+
+
+def input_gradient(loss: Loss, images: Float[Tensor, "b ..."]) -> Tensor:
+    """The gradient of the (summed) loss with respect to the images [b, ...]; nothing accumulates in parameters."""
+    images = images.detach().requires_grad_(True)
+    with torch.enable_grad():
+        value = loss(images)
+        return torch.autograd.grad(value.sum(), images)[0]
+
+
+@contextlib.contextmanager
+def held(*models: nn.Module) -> Iterator[None]:
+    """Models as an attack needs them: in eval mode (no statistics move) and with constant parameters (no gradient is
+    computed for them); every module and parameter is afterwards as it was before.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        for model in models:
+            model.eval()
+            model.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
