@@ -181,7 +181,7 @@ def _generate_coco(folder: Path) -> None:
             images.append({"id": number, "file_name": f"{number}.jpg", "width": 72, "height": 72})
             polygon = [10, 10, 40, 10, 40, 50, 10, 50]
             common = {"image_id": number, "iscrowd": 0, "area": 1200}
-            entry = {"id": number, "category_id": 7, "bbox": [10, 10, 30, 40], "segmentation": [polygon], **common}
+            entry = {"id": number + 1, "category_id": 7, "bbox": [10, 10, 30, 40], "segmentation": [polygon], **common}
             found.append(entry)
         categories = [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}]
         content = {"images": images, "annotations": found, "categories": categories}

@@ -117,7 +117,7 @@ class CascadeRoIHeads(RoIHeads):
 
     def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]) -> Tensor:
         pool: Any = self.mask_roi_pool
-        return self.mask_predictor(self.mask_head(pool(features, boxes, shapes)))  # type: ignore[misc]
+        return self.mask_predictor(self.mask_head(pool(features, boxes, shapes)))
 
     def _detections(self, boxes: Tensor, scores: Tensor, shape: tuple[int, int]) -> dict[str, Tensor]:
         """The best boxes of one image, without those that overlap a better one of their class."""
