@@ -185,7 +185,10 @@ class Voc(Dataset[Any]):
         return augmented(image, {**target, "boxes": target["boxes"][easy], "labels": target["labels"][easy]})
 
 
-DATA = {"coco": (Coco, "train2017", "val2017"), "voc2007": (Voc, "trainval", "test")}
+DATA: dict[str, tuple[type[Any], str, str]] = {
+    "coco": (Coco, "train2017", "val2017"),
+    "voc2007": (Voc, "trainval", "test"),
+}
 
 
 def read_image(file: Path) -> Float[Tensor, "3 height width"]:
@@ -416,7 +419,7 @@ def coco_precision(found: Sequence[tuple[int, Mapping[str, Tensor]]], data: Coco
                 entry["segmentation"] = rle.encode((answer["masks"][i, 0] > 0.5).byte().numpy().T.copy("C").T)
             entries.append(entry)
     kinds = {"box": "bbox", **({"mask": "segm"} if found and "masks" in found[0][1] else {})}
-    scores = {}
+    scores: dict[str, float] = {}
     for name, kind in kinds.items():
         values = [0.0, 0.0, 0.0]
         if entries:

@@ -36,20 +36,20 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     reproduce_claims("slak", claims, request, options, measure, figures)
 
 
+def _entry(name: str) -> Callable[[Mapping[str, Any]], float]:
+    return lambda extras: extras[name]
+
+
 #: Name of a claim's metric -> what of a measurement it is.
 VALUES: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "test accuracy": lambda extras: extras["accuracy"],
-    "top-1 accuracy": lambda extras: extras["accuracy"],
-    "mIoU": lambda extras: extras["miou"],
-    "mAP": lambda extras: extras["map50"],
-    **{
-        f"{kind} AP{level}": (lambda extras, key=f"{kind}_ap{level}": extras[key])
-        for kind in ("box", "mask")
-        for level in ("", "50", "75")
-    },
+    "test accuracy": _entry("accuracy"),
+    "top-1 accuracy": _entry("accuracy"),
+    "mIoU": _entry("miou"),
+    "mAP": _entry("map50"),
+    **{f"{kind} AP{level}": _entry(f"{kind}_ap{level}") for kind in ("box", "mask") for level in ("", "50", "75")},
     # As printed in the paper's table: whole millions, and one decimal of 1e9.
     "non-zero parameters": lambda extras: round(extras["parameters_nonzero"] / 1e6),
-    "stored parameters": lambda extras: extras["parameters"],
+    "stored parameters": _entry("parameters"),
     "multiply-adds": lambda extras: round(extras["macs_nonzero"] / 1e9, 1),
     "segmenter parameters": lambda extras: round(extras["segmenter_parameters_nonzero"] / 1e6),
     "segmenter multiply-adds": lambda extras: round(extras["segmenter_macs_nonzero"] / 1e9),

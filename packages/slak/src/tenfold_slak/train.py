@@ -324,7 +324,11 @@ def finish(run: Run, model: nn.Module, ema: SparseEMA | None, data: Data, about:
     if run.completed("train"):
         return run.complete("train", model)
     reached = accuracy(model, data.evaluation, run)
-    outcome = {"accuracy": reached.top1.item(), "top5": reached.top5.item(), "loss": reached.loss.item()}
+    outcome: dict[str, Any] = {
+        "accuracy": reached.top1.item(),
+        "top5": reached.top5.item(),
+        "loss": reached.loss.item(),
+    }
     outcome["accuracy_ema"] = None
     if ema is not None:
         outcome["accuracy_ema"] = accuracy(ema.module, data.evaluation, run).top1.item()
