@@ -162,7 +162,15 @@ def test_every_detector_recipe_is_stepped(name: str, tmp_path: Path, monkeypatch
     else:
         _generate_voc(tmp_path)
     settings = dataclasses.replace(
-        recipe.detection, root=tmp_path, epochs=1, batch_size=2, scales=[64], samples=8, channels=16, workers=0
+        recipe.detection,
+        root=tmp_path,
+        epochs=1,
+        batch_size=2,
+        scales=[64],
+        samples=8,
+        proposals=8,
+        channels=16,
+        workers=0,
     )
     recipe = dataclasses.replace(recipe, pretrained=None, detection=settings, arguments=NARROW)
     with Run("slak", recipe, options(tmp_path / "out")) as run:

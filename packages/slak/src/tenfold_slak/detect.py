@@ -69,6 +69,8 @@ class Detection:
     """Of the feature pyramid."""
     samples: int = 512
     """Regions of an image that the heads are trained on."""
+    proposals: int = 1000
+    """Regions of an image that the heads judge in evaluation, at most."""
     workers: int = 8
     """Processes that decode images."""
 
@@ -299,8 +301,10 @@ def detector(recipe: "Recipe", classes: int) -> nn.Module:
     backbone = SLaKBackbone(body)
     load_backbone(backbone, recipe)
     build = {"cascade": cascade_mask_rcnn, "mask": mask_rcnn, "box": faster_rcnn}[settings.heads]
-    sizes = {"min_size": tuple(settings.scales), "max_size": settings.longest}
-    return build(backbone, classes, settings.channels, box_batch_size_per_image=settings.samples, **sizes)
+    return build(
+        backbone, classes, settings.channels, box_batch_size_per_image=settings.samples,
+        rpn_post_nms_top_n_test=settings.proposals, min_size=tuple(settings.scales), max_size=settings.longest,
+    )  # fmt: skip
 
 
 class Losses(nn.Module):
