@@ -125,7 +125,8 @@ def test_convnext_there_and_back() -> None:
     plain = to_convnext(model)
     assert "stages.0.0.dwconv.bias" in plain
     x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(from_convnext(plain).eval()(x), model(x), rtol=1e-4, atol=1e-4)
+    for read in (from_convnext(plain), load_official_checkpoint({"model": plain})):
+        torch.testing.assert_close(read.eval()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_backbone_takes_classifiers_and_keeps_zeros() -> None:

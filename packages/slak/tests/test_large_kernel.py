@@ -1,5 +1,7 @@
 """Every backend against loops, against the plain convolution, and its gradients against finite differences."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tenfold_slak import backends
+from tenfold_slak import backends, large_kernel
 from tenfold_slak.backends.toeplitz import diagonal_sums, toeplitz_matrices
-from tenfold_slak.large_kernel import _rule, _tuned, large_kernel_dwconv, tune
+from tenfold_slak.large_kernel import _from_disk, _rule, _to_disk, _tuned, large_kernel_dwconv, tune
 
 DOUBLE = {"dtype": torch.float64}
 EXACT = ["direct", "toeplitz", "fft"]
@@ -173,6 +175,18 @@ def test_auto_follows_a_rule_then_the_tuner() -> None:
         torch.testing.assert_close(large_kernel_dwconv(x, weight), large_kernel_dwconv(x, weight, "conv2d"))
     finally:
         _tuned.clear()
+
+
+def test_choices_are_remembered_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENFOLD_DATA", str(tmp_path))
+    monkeypatch.setattr(large_kernel, "_remembered", None)
+    _to_disk("one", "toeplitz")
+    monkeypatch.setattr(large_kernel, "_remembered", None)
+    assert _from_disk() == {"one": "toeplitz"}
+    for damaged in ("{", "[]", '{"one": "no such backend"}'):
+        (tmp_path / "slak" / "tuned.json").write_text(damaged)
+        monkeypatch.setattr(large_kernel, "_remembered", None)
+        assert _from_disk() == {}
 
 
 @pytest.mark.parametrize(

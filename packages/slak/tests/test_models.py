@@ -15,10 +15,11 @@ from torch import nn
 
 import tenfold_slak
 from tenfold_slak.export import export_onnx, export_program
-from tenfold_slak.layer import LargeKernel, merge_large_kernels
+from tenfold_slak.layer import DilatedKernel, LargeKernel, SmallKernelStack, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters, macs_by_layer
 from tenfold_slak.masks import initial_masks, maskable_parameters
 from tenfold_slak.models.slak import VARIANTS, SLaK, create
+from tenfold_slak.profile import profile_layers
 
 TINY = {
     "depths": (1, 1, 2, 1),
@@ -158,6 +159,25 @@ def test_a_merged_cross_has_the_taps_of_its_rectangles() -> None:
     assert int(kernel[0].count_nonzero()) == 2 * 51 * 5 - 5 * 5 == 485
 
 
+@pytest.mark.parametrize(("kernel", "small"), [(51, 5), (31, 5), (13, 3), (7, 7)])
+def test_baseline_layers_reach_as_far_at_a_like_cost(kernel: int, small: int) -> None:
+    dilated, stack = DilatedKernel(4, kernel, small), SmallKernelStack(4, kernel, small)
+    wanted = 2 * kernel * small + small**2
+    spacing, side = dilated.conv.dilation[0], dilated.conv.kernel_size[0]
+    assert kernel - 2 * spacing < spacing * (side - 1) + 1 <= kernel
+    assert side**2 <= 1.5 * wanted
+    assert wanted - small**2 < sum(branch.conv.weight[0].numel() for branch in stack) <= wanted
+    x = torch.randn(2, 4, 12, 9)
+    assert dilated(x).shape == stack(x).shape == x.shape
+
+
+def test_profile_counts_all_multiply_adds() -> None:
+    rows = profile_layers(tiny().eval(), 64, 1, 1)
+    assert sum(row.macs for row in rows) == count_macs(tiny(), 64).stored
+    assert sum(row.kind is LargeKernel for row in rows) == 5
+    assert all(row.seconds > 0 for row in rows)
+
+
 def test_swapped_rectangles_are_seen() -> None:
     """Tall and wide kernels have different roles."""
     layer = shaken(LargeKernel(2, 7, 3)).eval()
@@ -264,7 +284,7 @@ def _onnx(tmp_path) -> None:
     [
         ({"kernel_sizes": (21, 12, 7, 5)}, "odd"),
         ({"kernel_sizes": (21, 13, 7, 5), "small_kernel": 7}, "cannot be decomposed"),
-        ({"depths": (1, 1, 1)}, "four stages"),
+        ({"depths": (1, 1, 1)}, "each stage has one entry"),
     ],
 )
 def test_refused_architectures(arguments: dict, words: str) -> None:

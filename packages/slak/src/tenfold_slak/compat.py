@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold_shared.download import data_root
+from tenfold_shared.errors import UserError
 from tenfold_slak.layer import MergedOne, merge_large_kernels
 from tenfold_slak.models.slak import SLaK
 
@@ -16,10 +18,29 @@ State = dict[str, Tensor]
 
 #: Keys under which the released training script saves weights, in the order in which they are looked for.
 _CONTAINERS = ("model", "state_dict", "model_ema")
+#: Where the published weights are, by the name under which they are looked for in `slak/` of the data root.
+_DRIVE, _SURF = "https://drive.google.com/file/d/", "https://surfdrive.surf.nl/files/index.php/s/"
+RELEASED = {
+    "slak_tiny_300.pth": f"{_DRIVE}1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4",
+    "slak_small_300.pth": f"{_DRIVE}1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe",
+    "slak_base_300.pth": f"{_DRIVE}1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j",
+    "slak_tiny_31_120.pth": f"{_SURF}VXzBxFXQdlAQ7h8/download",
+    "slak_tiny_51_120.pth": f"{_SURF}WiQYWNclJ9bW5XV/download",
+    "slak_tiny_61_120.pth": f"{_SURF}VpR1te71NmVImJb/download",
+    "slak_tiny_ade20k.pth": f"{_SURF}cc6Pqb7IZaecWMv/download",
+    "slak_small_ade20k.pth": f"{_SURF}HMLBXtKUDY6wyFF/download",
+    "slak_base_ade20k.pth": f"{_SURF}JDZ6dMBMZDxUHQG/download",
+    "slak_tiny_coco_12.pth": f"{_SURF}2IvPyGgSTT2RvPu/download",
+    **{
+        f"convnext_{size}_1k_224_ema.pth": f"https://dl.fbaipublicfiles.com/convnext/convnext_{size}_1k_224_ema.pth"
+        for size in ("tiny", "small", "base")
+    },
+}
+
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is not a SLaK network, or not this one; the message lists the keys that do not fit."""
 
 
@@ -52,6 +73,22 @@ def read_official(file: Path | str, weights: str | None = None) -> State:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): fetch it again") from error
     return bare_state(content, weights)
+
+
+def weights_file(name: Path | str) -> Path:
+    """A file of weights: the given path, or that name in the folder `slak` of the data root.
+
+    Raises:
+        UserError: it is at neither place; for published weights the message says where to get them.
+
+    """
+    places = [Path(name), data_root() / "slak" / Path(name).name]
+    for place in places:
+        if place.exists():
+            return place
+    url = RELEASED.get(Path(name).name)
+    where = f"get it from {url} and put it at {places[1]}" if url else f"check the path, or put it at {places[1]}"
+    raise UserError(f"there is no checkpoint {name}: {where}")
 
 
 def bare_state(content: Any, weights: str | None = None) -> State:
@@ -129,7 +166,8 @@ def load_official_checkpoint(
 ) -> SLaK:
     """A network with the released weights; its architecture is read off the shapes unless a model is given.
 
-    Files whose layers are merged (`lkb_reparam`) give a merged network. Downstream backbones (`norm0..norm3`, no head)
+    Files whose layers are merged (`lkb_reparam`) give a merged network; a plain ConvNeXt's (`dwconv`) one in ConvNeXt
+    mode. Downstream backbones (`norm0..norm3`, no head)
     load without those norms; `SLaKBackbone.load` keeps them.
 
     Args:
@@ -144,6 +182,8 @@ def load_official_checkpoint(
     """
     state = read_official(source, weights) if isinstance(source, str | Path) else bare_state(source, weights)
     state = {name: value for name, value in state.items() if not re.match(r"norm\d\.", name)}
+    if model is None and any(".dwconv." in name for name in state):
+        return from_convnext(state)
     if model is None:
         arguments = infer_arguments(state)
         merged = any(".lkb_reparam." in name for name in state)

@@ -232,8 +232,23 @@ def faster_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, *
     return FasterRCNN(_fpn(backbone, channels), num_classes, **options)
 
 
+def cascade_mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
+    """Cascade Mask R-CNN on a five-level pyramid of the backbone (COCO), the paper's detector.
+
+    Args:
+        backbone: see `SLaKBackbone`.
+        num_classes: with the background.
+        channels: of the pyramid.
+        options: of `torchvision.models.detection.MaskRCNN`.
+
+    """
+    from tenfold_slak.cascade import cascade_mask_rcnn as build  # noqa: PLC0415 - needs torchvision
+
+    return build(_fpn(backbone, channels), num_classes, channels, **options)
+
+
 def mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
-    """Torchvision's Mask R-CNN on a five-level pyramid of the backbone (COCO); it has one box stage, the paper three.
+    """Torchvision's Mask R-CNN on a five-level pyramid of the backbone (COCO), a simpler head than the paper's.
 
     Args:
         backbone: see `SLaKBackbone`.

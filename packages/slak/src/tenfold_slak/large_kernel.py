@@ -5,7 +5,10 @@ padding and can be cut; a wide kernel is a tall one on the transposed map; and t
 convolution. The first two are applied here to every backend, so a backend sees tall, cropped kernels only.
 """
 
+import contextlib
+import json
 import time
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -15,8 +18,9 @@ from torch import Tensor
 
 from tenfold_slak.backends import BACKENDS, load
 
-#: Choices of `tune`, by device, dtype, shapes and whether gradients are needed.
-_tuned: dict[tuple, str] = {}
+#: Choices of `tune`, by device, dtype, shapes and whether gradients are needed; `_remembered` are those kept on disk.
+_tuned: dict[str, str] = {}
+_remembered: dict[str, str] | None = None
 
 
 def large_kernel_dwconv(
@@ -37,7 +41,7 @@ def large_kernel_dwconv(
         x: maps, any memory format.
         weight: one kernel a channel (`kernels` equals `channels`), odd sizes.
         backend: `auto`, or one of `conv2d` (the framework's), `direct` (CPU), `toeplitz`, `fft`, `triton`. `auto` takes
-            what `tune` measured for this shape; on a GPU it measures when first asked, elsewhere, and whenever
+            what `tune` measured for this shape; on a GPU it measures when first asked and remembers, elsewhere, and whenever
             deterministic algorithms are demanded, it follows a fixed rule.
         bias: added to every position of its channel.
 
@@ -141,17 +145,52 @@ def _rule(x: Tensor, weight: Tensor) -> str:
     return "fft" if min(_cropped(x, weight)) > 9 else "direct"
 
 
-def _key(x: Tensor, weight: Tensor) -> tuple:
-    train = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return (x.device, x.dtype, tuple(x.shape), tuple(weight.shape[2:]), train, torch.get_num_threads())
+def _needs_gradients(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def _key(x: Tensor, weight: Tensor) -> str:
+    device = torch.cuda.get_device_name(x.device) if x.is_cuda else f"cpu, {torch.get_num_threads()} threads"
+    shapes = f"{tuple(x.shape)} {tuple(weight.shape[2:])}"
+    return f"torch {torch.__version__}, {device}, {x.dtype}, {shapes}, {_needs_gradients(x, weight)}"
+
+
+def _cache_file() -> Path:
+    from tenfold_shared.download import data_root  # noqa: PLC0415 - not needed where nothing is tuned
+
+    return data_root() / "slak" / "tuned.json"
+
+
+def _from_disk() -> dict[str, str]:
+    """Choices of earlier processes; none where the file is not there or damaged."""
+    global _remembered  # noqa: PLW0603 - read once a process
+    if _remembered is None:
+        _remembered = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads(_cache_file().read_text(encoding="utf-8"))
+            _remembered = {key: name for key, name in found.items() if name in BACKENDS}
+    return _remembered
+
+
+def _to_disk(key: str, name: str) -> None:
+    from tenfold_shared.checkpoint import write_json  # noqa: PLC0415 - not needed where nothing is tuned
+
+    known = _from_disk()
+    known[key] = name
+    with contextlib.suppress(OSError):  # a folder that cannot be written to costs a measurement in every process
+        _cache_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_cache_file(), known)
 
 
 def _choose(x: Tensor, weight: Tensor) -> str:
+    if not _tuned and not x.is_cuda:
+        return _rule(x, weight)
     key = _key(x, weight)
     if key in _tuned:
         return _tuned[key]
     if x.is_cuda and not torch.are_deterministic_algorithms_enabled() and not torch.compiler.is_compiling():
-        return tune(x, weight)
+        known = _from_disk()
+        return known[key] if key in known else tune(x, weight)
     return _rule(x, weight)
 
 
@@ -163,14 +202,15 @@ def tune(
     """Measure every backend that can serve this shape and remember the fastest for `backend="auto"`.
 
     Forward alone is timed under `no_grad` or when neither tensor needs a gradient, otherwise forward and backward.
-    The choice is kept for this process, per device, dtype, shapes, need of gradients and number of threads.
+    The choice is kept per device, dtype, shapes, need of gradients and number of threads: for this process, and on GPUs
+    for later ones in `slak/tuned.json` of the data root.
 
     Returns:
         The name of the fastest backend.
 
     """
     key = _key(x, weight)
-    train = key[4]
+    train = _needs_gradients(x, weight)
     x, weight = x.detach(), weight.detach()
     times: dict[str, float] = {}
     for name in BACKENDS:
@@ -182,6 +222,8 @@ def tune(
         if usable and not (name == "triton" and not x.is_cuda):
             times[name] = min(_time_once(x, weight, name, train) for _ in range(rounds + 1))
     _tuned[key] = min(times, key=times.__getitem__)
+    if x.is_cuda:
+        _to_disk(key, _tuned[key])
     return _tuned[key]
 
 

@@ -113,7 +113,7 @@ class LargeKernel(nn.Module):
             first, *rest = (branch(x) for branch in self._branches())
             for y in rest:
                 first = first + y
-            return first
+            return _ContiguousGradient.apply(first)
         if self.decomposed:
             tall, wide, bias = self.folded_two()
             y = large_kernel_dwconv(x, tall, self.LoRA1.conv.backend, bias)
@@ -157,6 +157,39 @@ class LargeKernel(nn.Module):
         return MergedOne(*self.folded_one(), backend=self._branches()[0].conv.backend)
 
 
+class DilatedKernel(nn.Module):
+    """A baseline of the same extent and about as many taps: one square kernel whose taps lie d apart, and a batch norm.
+
+    Of the odd squares of n x n taps that reach at most M, the one is taken whose n^2 is nearest to the 2 M N + N^2 of
+    the decomposed layer.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, small_kernel: int = 5) -> None:
+        super().__init__()
+        wanted = 2 * kernel_size * small_kernel + small_kernel**2
+        sides = {d: (kernel_size - 1) // (2 * d) * 2 + 1 for d in range(1, kernel_size)} or {1: 1}
+        spacing = min(sides, key=lambda d: abs(sides[d] ** 2 - wanted))
+        side = sides[spacing]
+        padding = spacing * (side // 2)
+        self.conv = nn.Conv2d(channels, channels, side, padding=padding, dilation=spacing, groups=channels, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        """`BN(dw(x, K))`."""
+        return self.bn(self.conv(x))
+
+
+class SmallKernelStack(nn.Sequential):
+    """A baseline of the same multiply-adds: N x N depthwise convolutions one after the other, each with a batch norm.
+
+    There are as many as fit into the 2 M N + N^2 taps of the decomposed layer.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, small_kernel: int = 5) -> None:
+        count = max(1, (2 * kernel_size * small_kernel + small_kernel**2) // small_kernel**2)
+        super().__init__(*(Branch(channels, (small_kernel, small_kernel)) for _ in range(count)))
+
+
 class MergedTwo(nn.Module):
     """A merged layer in two-kernel form: `dw(x, tall) + dw(x, wide) + bias`."""
 
@@ -186,6 +219,20 @@ class MergedOne(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """One convolution."""
         return large_kernel_dwconv(x.contiguous(), self.lkb_reparam.weight, self.backend, self.lkb_reparam.bias)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity. Blocks go on in channels-last, so their gradient comes back transposed, and each batch norm would
+    read it so, several times more slowly than it is copied once.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.contiguous()
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:

@@ -42,19 +42,19 @@ def cosine_schedule(
     return torch.cat([line, cosine])
 
 
-def layer_id(name: str) -> int:
-    """Layer of a parameter for layer-wise decay: 0 for the stem to 13 for the last norm and the head.
+def layer_id(name: str, num_layers: int = NUM_LAYERS) -> int:
+    """Layer of a parameter for layer-wise decay: 0 for the stem, `num_layers` + 1 for the last norm and the head.
 
     Stages 0, 1 are layers 1, 2 and the downsampling after each is one higher; three blocks of stage 2 share a layer
-    from 3 on; stage 3 and the downsampling before it are layer 12.
+    from 3 on; stage 3 and the downsampling before it are layer `num_layers`: 12, and 6 for a SLaK-T in detection.
     """
-    name = bare_name(name)
+    name = bare_name(name).removeprefix("backbone.").removeprefix("body.")
     if match := re.match(r"downsample_layers\.(\d+)", name):
-        return {0: 0, 1: 2, 2: 3, 3: 12}[int(match[1])]
+        return {0: 0, 1: 2, 2: 3, 3: num_layers}[int(match[1])]
     if match := re.match(r"stages\.(\d+)\.(\d+)", name):
         stage, block = int(match[1]), int(match[2])
-        return {0: 1, 1: 2, 2: 3 + block // 3, 3: 12}[stage]
-    return NUM_LAYERS + 1
+        return {0: 1, 1: 2, 2: 3 + block // 3, 3: num_layers}[stage]
+    return num_layers + 1
 
 
 def stage_id(name: str, num_layers: int = 12) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tenfold_slak.layer import LargeKernel
+from tenfold_slak.layer import DilatedKernel, LargeKernel, SmallKernelStack
 
 SPARSE_WIDTH = 1.3
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
     """`x + DropPath(gamma * Linear(GELU(Linear(LN(LK(x))))))`, the Linears on channels-last maps."""
 
     def __init__(
-        self, channels: int, large_kernel: LargeKernel, drop_path_rate: float = 0.0, layer_scale_init: float = 1e-6
+        self, channels: int, large_kernel: nn.Module, drop_path_rate: float = 0.0, layer_scale_init: float = 1e-6
     ) -> None:
         super().__init__()
         self.large_kernel = large_kernel
@@ -71,22 +71,26 @@ class SLaK(nn.Module):
     Args:
         in_chans: channels of the images.
         num_classes: 0 leaves the head out.
-        depths: blocks of the four stages.
+        depths: blocks of the stages: four in the paper.
         dims: base widths; stage i has `int(dims[i] * width_factor)` channels (truncated, as in the paper's networks).
         width_factor: 1.3 for the sparse networks.
-        kernel_sizes: M of the four stages, odd.
+        kernel_sizes: M of the stages, odd.
         small_kernel: N; at least M in all stages gives the ConvNeXt mode (one kernel, no small branch).
         decomposed: two M x N rectangles for one M x M square.
+        layer: what the blocks begin with: the paper's layer, or one that reaches equally far at a like cost by
+            dilation (`dilated`) or by depth (`stack`).
+        stem_stride: side and stride of the first convolution, pixels; 4 in the paper.
         bn: batch norms in the large-kernel layers.
         drop_path_rate: of the last block; earlier ones rise linearly from 0.
         layer_scale_init: initial gamma; 0 leaves gamma out.
         head_init_scale: multiplies the initial head.
+        init_std: of the initial weights; 0 scales them by their fan-in as PyTorch does, which suits narrow networks.
         drop_rate: dropout before the head.
         global_pool: `avg`, or an empty string to keep the map in `forward_head`.
         backend: of `large_kernel_dwconv`.
 
     Raises:
-        ValueError: four depths, widths and kernels are not given; a kernel is even or smaller than the small one.
+        ValueError: depths, dims and kernel_sizes differ in number; a kernel is even or smaller than the small one.
 
     """
 
@@ -100,25 +104,36 @@ class SLaK(nn.Module):
         kernel_sizes: Sequence[int] = (51, 49, 47, 13),
         small_kernel: int = 5,
         decomposed: bool = True,
+        layer: Literal["large", "dilated", "stack"] = "large",
+        stem_stride: int = 4,
         bn: bool = True,
         drop_path_rate: float = 0.0,
         layer_scale_init: float = 1e-6,
         head_init_scale: float = 1.0,
+        init_std: float = 0.02,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not len(depths) == len(dims) == len(kernel_sizes) == 4:
-            raise ValueError("SLaK has four stages: give four depths, four dims and four kernel_sizes")
+        if not 0 < len(depths) == len(dims) == len(kernel_sizes):
+            raise ValueError(
+                f"each stage has one entry in depths, dims and kernel_sizes; got {len(depths)}, {len(dims)} and "
+                f"{len(kernel_sizes)}"
+            )
+        if layer not in {"large", "dilated", "stack"}:
+            raise ValueError(f"unknown layer {layer!r}: choose large, dilated or stack")
         widths = [int(dim * width_factor) for dim in dims]
         self.depths, self.widths, self.kernel_sizes = tuple(depths), tuple(widths), tuple(kernel_sizes)
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, widths[-1], widths[-1]
         self.drop_rate, self.global_pool, self.grad_checkpointing = drop_rate, global_pool, False
+        self.stem_stride = stem_stride
         self.feature_info = [
-            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
+            {"num_chs": width, "reduction": stem_stride * 2**i, "module": f"stages.{i}"}
+            for i, width in enumerate(widths)
         ]
-        stem = nn.Sequential(nn.Conv2d(in_chans, widths[0], 4, 4), ChannelsFirstLayerNorm(widths[0], eps=1e-6))
+        patches = nn.Conv2d(in_chans, widths[0], stem_stride, stem_stride)
+        stem = nn.Sequential(patches, ChannelsFirstLayerNorm(widths[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         for before, after in pairwise(widths):
             norm = ChannelsFirstLayerNorm(before, eps=1e-6)
@@ -129,20 +144,24 @@ class SLaK(nn.Module):
         for width, depth, kernel in zip(widths, depths, kernel_sizes, strict=True):
             blocks = []
             for _ in range(depth):
-                layer = LargeKernel(width, kernel, small_kernel, decomposed, bn, backend)
-                blocks.append(Block(width, layer, next(rates), layer_scale_init))
+                if layer == "large":
+                    first: nn.Module = LargeKernel(width, kernel, small_kernel, decomposed, bn, backend)
+                else:
+                    first = (DilatedKernel if layer == "dilated" else SmallKernelStack)(width, kernel, small_kernel)
+                blocks.append(Block(width, first, next(rates), layer_scale_init))
             self.stages.append(nn.Sequential(*blocks))
 
         self.norm: nn.Module = nn.LayerNorm(widths[-1], eps=1e-6)
         self.head = nn.Linear(widths[-1], num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_initialise)
+        self.init_std = init_std
+        self.apply(self._initialise)
         if isinstance(self.head, nn.Linear):
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
                 self.head.bias.mul_(head_init_scale)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch *classes"]:
-        """Class scores of images of at least 32 x 32 pixels (each stage needs at least one position)."""
+        """Class scores of images of at least 32 x 32 pixels (the last stage needs at least one position)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(
@@ -166,8 +185,22 @@ class SLaK(nn.Module):
             x = self.head(x)
         return x if self.global_pool else x.permute(0, 3, 1, 2)
 
-    def _stages(self, x: Tensor, last: int = 3) -> list[Tensor]:
-        minimum = 4 * 2**last
+    def _initialise(self, module: nn.Module) -> None:
+        """Truncated normal (cut at ±2) for convolutions and Linears, zero biases."""
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if self.init_std:
+                nn.init.trunc_normal_(module.weight, std=self.init_std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def minimum_size(self) -> int:
+        """The smallest side of an image that leaves every stage a position, pixels."""
+        return self.stem_stride * 2 ** (len(self.stages) - 1)
+
+    def _stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        last = len(self.stages) - 1 if last is None else last
+        minimum = self.stem_stride * 2**last
         if not torch.jit.is_tracing() and min(x.shape[-2:]) < minimum:
             raise ValueError(f"SLaK needs images of at least {minimum} x {minimum} pixels; got {tuple(x.shape[-2:])}")
         maps = []
@@ -194,7 +227,7 @@ class SLaK(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"SLaK's feature maps are NCHW; got output_fmt={output_fmt!r}")
         chosen = self._stage_indices(indices)
-        maps = self._stages(x, max(chosen) if stop_early or intermediates_only else 3)
+        maps = self._stages(x, max(chosen) if stop_early or intermediates_only else None)
         if norm and len(maps) == len(self.stages):
             maps[-1] = self.norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         picked = [maps[i] for i in chosen]
@@ -231,7 +264,7 @@ class SLaK(nn.Module):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         like = self.downsample_layers[0][0].weight  # type: ignore[index]
         head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else None
-        self.head = nn.Identity() if head is None else head.apply(_initialise)
+        self.head = nn.Identity() if head is None else head.apply(self._initialise)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their maps."""
@@ -248,14 +281,6 @@ class SLaK(nn.Module):
             return {"stem": stem, "blocks": r"^(?:stages|downsample_layers)\.(\d+)"}
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": stem, "blocks": blocks}
-
-
-def _initialise(module: nn.Module) -> None:
-    """Truncated normal of standard deviation 0.02 (cut at ±2) for convolutions and Linears, zero biases."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""What a network is worth and what it costs (section 9): accuracy, non-zero weights, multiply-adds; ERF; export."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tenfold_shared.batches import Batches, StreamedBatches
+from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
+from tenfold_slak.compat import check_state, load_official_checkpoint, weights_file
+from tenfold_slak.data import DataConfig, load_data
+from tenfold_slak.layer import LargeKernel, merge_large_kernels
+from tenfold_slak.macs import count_macs, count_parameters
+from tenfold_slak.masks import maskable_parameters
+from tenfold_slak.models import create_network
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """What to evaluate."""
+
+    checkpoint: Path
+    """A run's folder, a .safetensors file of ours, or a .pth file of the authors (looked for in the data root too)."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The images."""
+    batch_size: int = 256
+    """Images at a time."""
+    weights: Literal["last", "ema"] = "last"
+    """Of a run's folder: the weights of the last step, or their moving average. Of the authors': model or model_ema."""
+    merge: bool = False
+    """Merge the branches of the large-kernel layers first, which changes nothing but the speed."""
+
+
+class Accuracy(NamedTuple):
+    """Over all processes, every image counted once; tensors on the device."""
+
+    top1: Tensor  # per cent
+    top5: Tensor
+    loss: Tensor  # mean cross-entropy
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches: Batches | StreamedBatches, run: Run) -> Accuracy:
+    """Top-1 and top-5 accuracy and the plain cross-entropy, in eval mode."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(3, device=run.device)
+    for images, labels in batches.epoch(0):
+        if not len(labels):
+            continue
+        with run.accelerator.autocast():
+            scores = model(images)
+        scores = scores.float()
+        ranked = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        loss = cross_entropy(scores, labels, reduction="sum")
+        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
+    model.train(training)
+    sums = run.reduce(sums) / batches.samples
+    return Accuracy(100 * sums[0], 100 * sums[1], sums[2])
+
+
+def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tuple[nn.Module, dict[str, Any]]:
+    """A network from a run's folder, a weights file of ours or a released file, and what is known about it.
+
+    Raises:
+        UserError: there is none, it is damaged, or its keys do not fit, which are listed.
+
+    """
+    path = weights_file(checkpoint)
+    if path.is_dir():
+        path = path / "checkpoints" / f"{weights}.safetensors"
+    if not path.is_file():
+        what = "it keeps no moving average" if weights == "ema" else "the run has not ended"
+        raise UserError(f"there is no checkpoint {path}: {what}")
+    if path.suffix != ".safetensors":
+        return load_official_checkpoint(path, weights="model_ema" if weights == "ema" else None), {"arch": "released"}
+    state, about = load_weights(path)
+    if "arch" not in about:
+        return load_official_checkpoint(state), {"arch": "released"}
+    if about.get("task", "classify") != "classify":
+        raise UserError(f"{path} holds a network for {about['task']}; this takes a classifier")
+    model = create_network(about["arch"], **about["arguments"])
+    try:
+        check_state(model.state_dict(), state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    model.load_state_dict(state)
+    return model, about
+
+
+def evaluate(config: EvalConfig, options: RunOptions) -> None:
+    """Print accuracy, loss and costs of a checkpoint as one JSON line."""
+    model, about = load_model(config.checkpoint, config.weights)
+    with Run.evaluation("slak", options) as run:
+        data = load_data(config.data, config.batch_size, run)
+        check_fit(model, data.shape, data.classes, config.data.name)
+        counted = costs(model, data.shape)
+        model = run.prepare(merge_large_kernels(model) if config.merge else model)
+        reached = accuracy(model, data.evaluation, run)
+        if run.is_main:
+            values = {name: value.item() for name, value in reached._asdict().items()}
+            print(json.dumps({"arch": about["arch"], **values, **counted}))
+
+
+def check_fit(model: nn.Module, shape: tuple[int, int, int], classes: int, name: str) -> None:
+    """Refuse images that the network cannot take.
+
+    Raises:
+        UserError: naming what does not fit.
+
+    """
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    if first.in_channels != shape[0]:
+        raise UserError(
+            f"the network takes images of {first.in_channels} channels and {name} has {shape[0]}: "
+            "choose another --data.name or checkpoint"
+        )
+    minimum = getattr(model, "minimum_size", 1)
+    if min(shape[1:]) < minimum:
+        raise UserError(
+            f"the network needs images of at least {minimum} x {minimum} pixels and {name} has {shape[1]} x {shape[2]}"
+        )
+    outputs = getattr(model, "num_classes", classes)
+    if outputs != classes:
+        raise UserError(f"the network tells {outputs} classes apart and {name} has {classes}")
+
+
+def costs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Parameters and multiply-adds of one image, stored and non-zero, and the density of every maskable weight."""
+    parameters = count_parameters(model)
+    macs = count_macs(model, (shape[1], shape[2]), shape[0])
+    return {
+        "parameters": parameters.stored,
+        "parameters_nonzero": parameters.nonzero,
+        "macs": macs.stored,
+        "macs_nonzero": macs.nonzero,
+        "density": {
+            name: float(torch.count_nonzero(weight)) / weight.numel()
+            for name, weight in maskable_parameters(model).items()
+        },
+    }
+
+
+# -- verbs -------------------------------------------------------------------------------------------------------------
+
+
+def erf(
+    checkpoint: Path,
+    output: Path = Path("erf.png"),
+    data: Literal["pictures", "row-cue"] = "pictures",
+    size: int = 1024,
+    images: int = 50,
+) -> None:
+    """Draw the effective receptive field of a checkpoint and print the squares that hold given shares of it.
+
+    Pictures are resized to `size` (bicubic), as the paper does with validation images.
+    """
+    from tenfold_slak.data import embedded_sets, pictures  # noqa: PLC0415 - slow to import
+    from tenfold_slak.erf import effective_receptive_field, plot  # noqa: PLC0415
+
+    model, _ = load_model(checkpoint)
+    if data == "pictures":
+        resized = (
+            torch.nn.functional.interpolate(picture[None].float() / 255, (size, size), mode="bicubic")
+            for picture in pictures()[:images]
+        )
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        batches = [(picture - mean) / std for picture in resized]
+    else:
+        batches = [embedded_sets("row-cue")[1].images[:images].float() / 255]
+    check_fit(model, (batches[0].shape[1], batches[0].shape[2], batches[0].shape[3]), model.num_classes, data)  # type: ignore[arg-type]
+    field = effective_receptive_field(model, batches)
+    plot({checkpoint.name: field}, output)
+    squares = {str(share): square._asdict() for share, square in field.rectangles.items()}
+    print(json.dumps({"size": batches[0].shape[-1], "squares": squares}))
+    print(f"drawn to {output}")
+
+
+def export(
+    checkpoint: Path, output: Path = Path("slak.onnx"), size: int = 224, form: Literal["two", "one"] = "two"
+) -> None:
+    """Merge the branches of a checkpoint's layers and write it as ONNX (.onnx) or as a torch.export program (.pt2)."""
+    from tenfold_slak.export import export_onnx, export_program  # noqa: PLC0415 - slow to import
+
+    model, _ = load_model(checkpoint)
+    if output.suffix not in {".onnx", ".pt2"}:
+        raise UserError(f"--output {output}: the ending says what to write, .onnx or .pt2")
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    example = torch.zeros(2, first.in_channels, size, size)
+    check_fit(model, (first.in_channels, size, size), model.num_classes, "the image")  # type: ignore[arg-type]
+    if output.suffix == ".onnx":
+        difference = export_onnx(model, example, output, form)
+        print(f"{output}: written; merging changed the scores by {difference:.1e} at most")
+    else:
+        torch.export.save(export_program(model, example, form), output)
+        print(f"{output}: written")
+
+
+def profile(
+    arch: str = "slak_tiny", checkpoint: Path | None = None, size: int = 224, batch_size: int = 4, repeats: int = 5
+) -> None:
+    """Print, for every large-kernel layer and every other convolution or Linear, its multiply-adds and its time."""
+    from tenfold_slak.profile import profile_layers  # noqa: PLC0415
+
+    model = create_network(arch) if checkpoint is None else load_model(checkpoint)[0]
+    rows = profile_layers(model, size, batch_size, repeats)
+    total = sum(row.seconds for row in rows)
+    print(f"{'layer':44}{'MACs, M':>12}{'non-zero, M':>14}{'ms':>10}{'share':>8}{'GMAC/s':>10}")
+    for row in rows:
+        rate = batch_size * row.macs / row.seconds / 1e9 if row.seconds else 0.0
+        print(
+            f"{row.name:44}{row.macs / 1e6:12.2f}{row.macs_nonzero / 1e6:14.2f}{1e3 * row.seconds:10.3f}"
+            f"{row.seconds / total:8.1%}{rate:10.2f}"
+        )
+    large = sum(row.seconds for row in rows if row.kind is LargeKernel)
+    print(f"large-kernel layers: {large / total:.0%} of the time of all these layers")

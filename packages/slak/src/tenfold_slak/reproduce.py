@@ -1,0 +1,234 @@
+"""The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import filelock
+
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
+from tenfold_shared.cli import load_recipe
+from tenfold_shared.report import COLOURS, ReportFigure, figure_style
+from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.run import Run, RunOptions, seed_everything
+from tenfold_slak.data import embedded_sets, load_data
+from tenfold_slak.downstream import SLaKBackbone, UPerNet
+from tenfold_slak.erf import ReceptiveField, effective_receptive_field
+from tenfold_slak.evaluate import costs, load_model
+from tenfold_slak.macs import count_macs, count_parameters
+from tenfold_slak.train import Recipe, build, first_masks, run_recipe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from tenfold_slak.models.slak import SLaK
+
+ERF_IMAGES = 64
+SEGMENTED = (512, 2048)  # the image for which segmenters are counted, pixels
+
+
+def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
+    """Measure claims of the paper; without arguments the miniature, long-range digits."""
+    reproduce_claims("slak", claims, request, options, measure, figures)
+
+
+def _entry(name: str) -> Callable[[Mapping[str, Any]], float]:
+    return lambda extras: extras[name]
+
+
+#: Name of a claim's metric -> what of a measurement it is.
+VALUES: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "test accuracy": _entry("accuracy"),
+    "top-1 accuracy": _entry("accuracy"),
+    "mIoU": _entry("miou"),
+    "mAP": _entry("map50"),
+    **{f"{kind} AP{level}": _entry(f"{kind}_ap{level}") for kind in ("box", "mask") for level in ("", "50", "75")},
+    # As printed in the paper's table: whole millions, and one decimal of 1e9.
+    "non-zero parameters": lambda extras: round(extras["parameters_nonzero"] / 1e6),
+    "stored parameters": _entry("parameters"),
+    "multiply-adds": lambda extras: round(extras["macs_nonzero"] / 1e9, 1),
+    "segmenter parameters": lambda extras: round(extras["segmenter_parameters_nonzero"] / 1e6),
+    "segmenter multiply-adds": lambda extras: round(extras["segmenter_macs_nonzero"] / 1e9),
+}
+COUNTS = {name for name in VALUES if name.endswith(("parameters", "multiply-adds"))}
+
+
+def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """What one arm gives with one seed; an arm that several claims share is run once."""
+    counting = claim.metric.name in COUNTS
+    segmenter = claim.metric.name.startswith("segmenter")
+    name = f"{arm.name}-{arm.key}-seed{seed}"
+    file = folder / "measured" / f"{name}{'-segmenter' * segmenter}{'-counts' * counting}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            recipe = load_recipe("tenfold_slak", str(arm.recipe), Recipe, **arm.options)
+            done = _counted(recipe, seed, options, segmenter) if counting else _trained(recipe, name, options, folder)
+            write_json(file, dataclasses.asdict(done))
+        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    return dataclasses.replace(measured, value=VALUES[claim.metric.name](measured.extras))
+
+
+def _trained(recipe: Recipe, name: str, options: RunOptions, folder: Path) -> Measurement:
+    with Run("slak", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+        if recipe.task == "segment":
+            from tenfold_slak.segment import train_segmenter  # noqa: PLC0415 - heavy, for its claims alone
+
+            extras = train_segmenter(run, recipe)
+        elif recipe.task == "detect":
+            from tenfold_slak.detect import train_detector  # noqa: PLC0415
+
+            extras = train_detector(run, recipe)
+        else:
+            model, result = run_recipe(run, recipe)
+            extras = {**dataclasses.asdict(result), **result.costs, "run": name}
+            if recipe.data.name == "row-cue":
+                extras["erf_side"] = receptive_field(model).rectangles[0.5].side
+        return Measurement(None, extras=extras, **run.usage())
+
+
+def _counted(recipe: Recipe, seed: int, options: RunOptions, segmenter: bool) -> Measurement:
+    """Parameters and multiply-adds of a freshly built network under its first masks, or of UPerNet on it; nothing is
+    trained.
+
+    SNIP scores the weights on crops of photographs, of the size and the number of classes of the recipe's data.
+    """
+    with Run.evaluation("slak", dataclasses.replace(options, seed=seed)) as run:
+        size = recipe.data.size
+        pictures = dataclasses.replace(recipe.data, name="pictures")
+        data = load_data(pictures, 4, run)._replace(classes=1000, shape=(3, size, size))
+        seed_everything(seed, "init")
+        model, _ = build(recipe, data)
+        masks = first_masks(recipe, model.to(run.device), data, run) or {}
+        for name, parameter in model.named_parameters():
+            if name in masks:
+                parameter.data.mul_(masks[name])
+        # Biases, norms and layer scales count as they will be once they are trained: none of them is exactly zero.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_((parameter == 0).to(parameter))
+        if not segmenter:
+            return Measurement(None, extras=costs(model, (3, size, size)))
+        network = UPerNet(SLaKBackbone(cast("SLaK", model)))
+        extras = {
+            "segmenter_macs_nonzero": count_macs(network, SEGMENTED).nonzero,
+            "segmenter_parameters_nonzero": count_parameters(network).nonzero,
+        }
+        return Measurement(None, extras=extras)
+
+
+def receptive_field(model: Any) -> ReceptiveField:
+    """The effective receptive field on test images of the row cues."""
+    images = embedded_sets("row-cue")[1].images[:ERF_IMAGES].float() / 255
+    return effective_receptive_field(model, [images.to(next(model.parameters()).device)])
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+    """The miniature's two, accuracy of every arm over its non-zero parameters and the effective receptive fields; and
+    counts beside the paper's.
+    """
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
+
+    kinds = {claim.id: claim.metric.name for claim in claims}
+    accurate = [outcome for outcome in outcomes if kinds[outcome.claim] in {"test accuracy", "top-1 accuracy"}]
+    arms = {name: arm for outcome in accurate for name, arm in outcome.arms.items() if arm.n}
+    drawn: list[ReportFigure] = []
+    with figure_style():
+        if arms:
+            figure, axes = plt.subplots(figsize=(6.8, 4.0), layout="constrained")
+            _accuracy_bars(axes, arms)
+            caption = f"{claims[0].data}: mean over the seeds (dots: every seed), non-zero parameters under each arm"
+            if all(claim.scale == "mini" for claim in claims):
+                axes.axhline(10, linestyle=":", color="0.4", linewidth=1)
+                axes.axhline(25, linestyle="--", color="0.4", linewidth=1)
+                caption += "; dotted, the chance of naming a digit, dashed, one of the four digits in the image"
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Accuracy by kernel",
+                    caption=f"{caption}.",
+                    alt="Bars of test accuracy for every arm",
+                )
+            )
+            fields = _fields(arms, folder)
+            if fields:
+                figure, grid = plt.subplots(
+                    1, len(fields), figsize=(2.1 * len(fields), 2.6), layout="constrained", squeeze=False
+                )
+                for axes, (name, field) in zip(grid[0], fields.items(), strict=True):
+                    _field_map(axes, name, field)
+                drawn.append(
+                    ReportFigure(
+                        figure,
+                        title="Effective receptive fields",
+                        caption="What the centre of the last map listens to, over its maximum, first seed; the square "
+                        "holds half of it.",
+                        alt="Maps of the effective receptive field of every arm",
+                    )
+                )
+        counted = [outcome for outcome in outcomes if kinds[outcome.claim] in COUNTS]
+        if counted:
+            figure, axes = plt.subplots(figsize=(6.8, 1.2 + 0.4 * len(counted)), layout="constrained")
+            _count_bars(axes, counted)
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Counts",
+                    caption="Parameters and multiply-adds under the first masks, over the paper's number.",
+                    alt="Bars of counts over the paper's",
+                )
+            )
+    return drawn
+
+
+def _count_bars(axes: "Axes", outcomes: Sequence[Outcome]) -> None:
+    names, ratios = [], []
+    for outcome in outcomes:
+        arm = outcome.arms[outcome.method]
+        if arm.mean is not None and arm.paper:
+            names.append(f"{outcome.claim.removeprefix('count-')}: {arm.mean:.12g} (paper {arm.paper:.12g})")
+            ratios.append(arm.mean / arm.paper)
+    axes.barh(names, ratios, color=COLOURS[0], alpha=0.75)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("ours over the paper's")
+
+
+def _accuracy_bars(axes: "Axes", arms: Mapping[str, Any]) -> None:
+    for place, ((_, arm), colour) in enumerate(zip(arms.items(), itertools.cycle(COLOURS))):
+        values = [value for value in arm.values if value is not None]
+        axes.bar(place, arm.mean, color=colour, alpha=0.75)
+        axes.plot([place] * len(values), values, "o", color="black", markersize=4)
+    labels = []
+    for name, arm in arms.items():
+        counts = [extras["parameters_nonzero"] for extras in arm.extras if "parameters_nonzero" in extras]
+        labels.append(f"{name}\n{sum(counts) / len(counts) / 1e3:.1f} k" if counts else name)
+    axes.set_xticks(range(len(arms)), labels, fontsize=9)
+    axes.set_ylabel("test accuracy, %")
+
+
+def _fields(arms: Mapping[str, Any], folder: Path) -> dict[str, ReceptiveField]:
+    """The receptive field of the first run of every arm that left one on row cues."""
+    found = {}
+    for name, arm in arms.items():
+        runs = [extras["run"] for extras in arm.extras if "run" in extras and "erf_side" in extras]
+        if runs:
+            found[name] = receptive_field(load_model(folder / "runs" / runs[0])[0])
+    return found
+
+
+def _field_map(axes: "Axes", name: str, field: ReceptiveField) -> None:
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    size, side = len(field.mean), field.rectangles[0.5].side
+    axes.imshow(field.mean / field.mean.max(), cmap="YlGn", vmin=0, vmax=1)
+    corner = size // 2 - side // 2 - 0.5
+    axes.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor=COLOURS[1]))
+    axes.set_title(f"{name}\nhalf in {side} x {side}", fontsize=9)
+    axes.set_axis_off()

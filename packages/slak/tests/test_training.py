@@ -1,0 +1,488 @@
+"""Every recipe is built and stepped, training is exact and learns, and the long-range digits are what they say."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import tenfold_slak.data
+from tenfold_shared.cli import load_recipe, recipes
+from tenfold_shared.errors import RunFailure, UserError
+from tenfold_shared.images import ImageSet
+from tenfold_shared.run import Run, RunOptions
+from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_data, transforms
+from tenfold_slak.detect import (
+    Coco,
+    augmented,
+    coco_precision,
+    cropped,
+    flipped,
+    resized,
+    train_detector,
+    voc_precision,
+)
+from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
+from tenfold_slak.models import create_network
+from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, train_segmenter, training_transform
+from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
+
+ALL = {name: load_recipe("tenfold_slak", name, Recipe) for name in recipes("tenfold_slak")}
+BY_TASK = {
+    task: [name for name, recipe in ALL.items() if recipe.task == task] for task in ("classify", "segment", "detect")
+}
+NARROW = {"dims": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}
+
+
+def options(folder: Path, **changes: Any) -> RunOptions:
+    return RunOptions(output=folder, **{"name": "x", "device": "cpu", "quiet": True, **changes})
+
+
+def short(**changes: Any) -> Recipe:
+    """A few steps of a small network on digits."""
+    arguments = {
+        "depths": [1, 1],
+        "dims": [8, 8],
+        "width_factor": 1.3,
+        "kernel_sizes": [15, 7],
+        "layer_scale_init": 0.1,
+    }
+    fields: dict[str, Any] = {
+        "arguments": arguments,
+        "drop_path": 0.1,
+        "data": DataConfig(name="digits"),
+        "optim": Optimisation(steps=8, batch_size=32, accumulate=2, warmup_epochs=0, warmup_steps=2, ema=0.9),
+        "sparse": Sparsity(update_frequency=3),
+    }
+    return Recipe(**{**fields, **changes})
+
+
+def classify(recipe: Recipe, folder: Path, **changes: Any) -> tuple[Any, Any]:
+    with Run("slak", recipe, options(folder, **changes)) as run:
+        return run_recipe(run, recipe)
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", sorted({(recipe.arch, json.dumps(recipe.arguments)) for recipe in ALL.values()}))
+def test_every_network_is_built_at_its_size(arch: tuple[str, str]) -> None:
+    """Without storage: the recipes' arguments are those of the architecture, and the kernels fit."""
+    name, arguments = arch[0], json.loads(arch[1])
+    with torch.device("meta"):
+        model = create_network(name, num_classes=10, drop_path_rate=0.1, **arguments)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+@pytest.mark.parametrize("name", BY_TASK["classify"])
+def test_every_classifier_recipe_is_stepped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe as it is but narrow, on generated images of its data's kind, two steps and an evaluation."""
+    recipe = ALL[name]
+    _generate(monkeypatch, tmp_path)
+    optim = dataclasses.replace(
+        recipe.optim, steps=2, batch_size=4, accumulate=min(2, recipe.optim.accumulate), warmup_epochs=0, warmup_steps=1
+    )
+    arguments = dict(recipe.arguments)
+    if recipe.data.name not in {"row-cue", "digits"} and not recipe.arch.startswith("convnext"):
+        arguments |= NARROW
+    if recipe.arch.startswith("convnext"):  # timm's, in its smallest form
+        recipe = dataclasses.replace(recipe, arch="convnext_atto")
+    size = min(recipe.data.size, 64)
+    data = dataclasses.replace(
+        recipe.data, size=size, workers=0, root=tmp_path if recipe.data.name == "imagenet" else None
+    )
+    recipe = dataclasses.replace(recipe, optim=optim, arguments=arguments, data=data, pretrained=None)
+    _, result = classify(recipe, tmp_path)
+    assert 0 <= result.accuracy <= 100
+    sparse = recipe.sparse.sparsity > 0 and recipe.sparse.init != "resume"
+    assert (result.costs["macs_nonzero"] < 0.95 * result.costs["macs"]) == sparse
+    assert (result.accuracy_ema is None) == (recipe.optim.ema == 0)
+
+
+def _generate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """CIFAR in memory and an ImageNet of two classes in a folder; small row cues."""
+
+    def images(name: str, *_: Any, **__: Any) -> ImageSet:
+        classes = tuple(str(i) for i in range(100 if name == "cifar100" else 10))
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        return ImageSet(pixels, torch.arange(12) % 10, classes)
+
+    real = tenfold_slak.data.load_images
+    chosen = lambda name, *a, **k: real(name, *a, **k) if name == "digits" else images(name)  # noqa: E731
+    monkeypatch.setattr(tenfold_slak.data, "load_images", chosen)
+    whole = embedded_sets
+    monkeypatch.setattr(tenfold_slak.data, "embedded_sets", lambda *a: tuple(_first(part) for part in whole(*a)))
+    for split in ("train", "val"):
+        for label in ("n01", "n02"):
+            target = folder / "imagenet" / split / label
+            target.mkdir(parents=True)
+            for number in range(5):
+                _photograph(80, number).save(target / f"{number}.JPEG")
+
+
+def _first(part: ImageSet) -> ImageSet:
+    return part.subset(torch.arange(0, len(part), max(1, len(part) // 24)))
+
+
+def _photograph(size: int, seed: int) -> Image.Image:
+    pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.numpy())
+
+
+@pytest.mark.parametrize("name", BY_TASK["segment"])
+def test_every_segmenter_recipe_is_stepped(name: str, tmp_path: Path) -> None:
+    recipe = ALL[name]
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / "ADEChallengeData2016" / kind / split).mkdir(parents=True)
+        for number in range(2):
+            root = tmp_path / "ADEChallengeData2016"
+            _photograph(70, number).save(root / "images" / split / f"{number}.jpg")
+            labels = torch.randint(151, (70, 70), dtype=torch.uint8)
+            Image.fromarray(labels.numpy()).save(root / "annotations" / split / f"{number}.png")
+    settings = dataclasses.replace(
+        recipe.segmentation, root=tmp_path, iterations=2, batch_size=2, crop=64, channels=8, workers=0, warmup=1
+    )
+    recipe = dataclasses.replace(recipe, pretrained=None, segmentation=settings, arguments=NARROW)
+    with Run("slak", recipe, options(tmp_path)) as run:
+        outcome = train_segmenter(run, recipe)
+    assert 0 <= outcome["miou"] < 20
+
+
+@pytest.mark.parametrize("name", BY_TASK["detect"])
+def test_every_detector_recipe_is_stepped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ALL[name]
+    if recipe.detection.data == "coco":
+        _generate_coco(tmp_path)
+        monkeypatch.setattr("tenfold_slak.detect.coco_precision", lambda found, data: {"box_ap": 100.0 * len(found)})
+    else:
+        _generate_voc(tmp_path)
+    settings = dataclasses.replace(
+        recipe.detection,
+        root=tmp_path,
+        epochs=1,
+        batch_size=2,
+        scales=[64],
+        samples=8,
+        proposals=8,
+        channels=16,
+        workers=0,
+    )
+    recipe = dataclasses.replace(recipe, pretrained=None, detection=settings, arguments=NARROW)
+    with Run("slak", recipe, options(tmp_path / "out")) as run:
+        outcome = train_detector(run, recipe)
+    assert outcome.get("box_ap", 200.0) == 200.0
+    assert 0 <= outcome.get("map50", 0.0) <= 100
+
+
+def _generate_coco(folder: Path) -> None:
+    (folder / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (folder / split).mkdir()
+        images, found = [], []
+        for number in range(2):
+            _photograph(72, number).save(folder / split / f"{number}.jpg")
+            images.append({"id": number, "file_name": f"{number}.jpg", "width": 72, "height": 72})
+            polygon = [10, 10, 40, 10, 40, 50, 10, 50]
+            common = {"image_id": number, "iscrowd": 0, "area": 1200}
+            entry = {"id": number + 1, "category_id": 7, "bbox": [10, 10, 30, 40], "segmentation": [polygon], **common}
+            found.append(entry)
+        categories = [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}]
+        content = {"images": images, "annotations": found, "categories": categories}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _generate_voc(folder: Path) -> None:
+    root = folder / "VOCdevkit" / "VOC2007"
+    for part in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (root / part).mkdir(parents=True)
+    for split in ("trainval", "test"):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("000001\n000002\n")
+    for number in (1, 2):
+        _photograph(72, number).save(root / "JPEGImages" / f"00000{number}.jpg")
+        box = "<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>"
+        thing = f"<object><name>dog</name><difficult>0</difficult>{box}</object>"
+        (root / "Annotations" / f"00000{number}.xml").write_text(f"<annotation>{thing}</annotation>")
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sparsity_survives_accumulation_precision_and_average(growth: str, precision: str, tmp_path: Path) -> None:
+    recipe = short(sparse=Sparsity(update_frequency=2, growth=growth))
+    model, result = classify(recipe, tmp_path, precision=precision)
+    average, _ = load_model(tmp_path / "slak" / "x", "ema")
+    density = result.costs["density"]
+    stored = dict(model.named_parameters())
+    kept = sum(density[name] * stored[name].numel() for name in density) / sum(stored[n].numel() for n in density)
+    assert 0.5 < kept < 0.7
+    for name, weight in average.named_parameters():
+        if name in density:
+            assert torch.count_nonzero(weight) <= torch.count_nonzero(stored[name])
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixing": Mixing(mixup=0.0, cutmix=0.0)}])
+def test_interrupted_in_the_middle_and_resumed(changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks, average, mixing and schedule go on bit for bit."""
+    recipe = short(**changes)
+    whole, _ = classify(recipe, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    steps = Run.steps
+
+    def broken(self: Run, phase: str, total: int, **tracked: Any) -> Any:
+        for step in steps(self, phase, total, **tracked):
+            if step == 5:
+                raise Stop
+            yield step
+
+    monkeypatch.setattr(Run, "steps", broken)
+    with pytest.raises(Stop):
+        classify(recipe, tmp_path / "cut", checkpoint_every=2)
+    monkeypatch.setattr(Run, "steps", steps)
+    resumed, _ = classify(recipe, tmp_path / "cut", checkpoint_every=2, resume=True)
+    for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    first, second = (load_model(tmp_path / folder / "slak" / "x", "ema")[0] for folder in ("whole", "cut"))
+    for one, two in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    """Digits, far above the ten per cent of chance, with 40 % of the weights at zero."""
+    recipe = dataclasses.replace(ALL["digits-slak"], mixing=Mixing(mixup=0.0, cutmix=0.0))
+    recipe = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, steps=120, warmup_steps=10))
+    _, result = classify(recipe, tmp_path)
+    assert result.accuracy > 60
+    assert result.costs["parameters_nonzero"] < 0.65 * result.costs["parameters"]
+
+
+def test_finetuning_keeps_zeros_and_takes_a_new_head(tmp_path: Path) -> None:
+    trained, _ = classify(short(), tmp_path)
+    sparse = Sparsity(init="resume", update_frequency=0)
+    optim = Optimisation(steps=3, batch_size=32, accumulate=1, warmup_epochs=0, layer_decay=0.7, ema=0.0)
+    recipe = short(pretrained=tmp_path / "slak" / "x", sparse=sparse, optim=optim)
+    tuned, _ = classify(recipe, tmp_path / "tuned")
+    weights = dict(tuned.named_parameters())
+    for name, before in trained.named_parameters():
+        if before.ndim == 4 and (before == 0).float().mean() > 0.02:
+            assert torch.equal(before == 0, weights[name] == 0), name
+
+
+def test_a_checkpoint_is_drawn_exported_and_evaluated_merged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    classify(short(), tmp_path)
+    run = tmp_path / "slak" / "x"
+    erf(run, tmp_path / "erf.png", "row-cue", images=4)
+    assert (tmp_path / "erf.png").stat().st_size > 1000
+    export(run, tmp_path / "net.pt2", 32)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    x = torch.rand(3, 1, 32, 32)
+    torch.testing.assert_close(program(x), load_model(run)[0].eval()(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="ending"):
+        export(run, tmp_path / "net.txt", 32)
+    with pytest.raises(UserError, match="at least 8 x 8"):
+        export(run, tmp_path / "net.pt2", 4)
+    profile(checkpoint=run, size=32, batch_size=1, repeats=1)
+    capsys.readouterr()
+    answers = []
+    for merge in (False, True):
+        evaluate(EvalConfig(run, DataConfig(name="digits"), merge=merge), options(tmp_path))
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["top1"] == pytest.approx(answers[1]["top1"], abs=0.2)
+    with pytest.raises(UserError, match="channels"):
+        evaluate(EvalConfig(run, DataConfig(name="pictures", size=64)), options(tmp_path))
+
+
+def test_batches_are_mixed_as_asked() -> None:
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    assert mixing(Mixing(mixup=0.0, cutmix=0.0), 5)(images, labels)[1] is labels
+    _, targets = mixing(Mixing(), 5)(images.clone(), labels)
+    assert targets.shape == (4, 5)
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    with pytest.raises(UserError, match="even"):
+        mixing(Mixing(), 5)(images[:3], labels[:3])
+
+
+def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
+    optim = Optimisation(steps=6, batch_size=32, accumulate=1, lr=1e30, warmup_epochs=0, ema=0.0)
+    with pytest.raises(RunFailure, match="loss became"):
+        classify(short(optim=optim), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda: Recipe(sparse=Sparsity(sparsity=1.0)), "sparsity"),
+        (lambda: Recipe(sparse=Sparsity(sparsity=-0.1)), "sparsity"),
+        (lambda: Recipe(drop_path=1.0), "drop_path"),
+        (lambda: Recipe(optim=Optimisation(batch_size=0)), "batch_size"),
+        (lambda: Recipe(optim=Optimisation(lr=0.0)), "lr"),
+        (lambda: short(arguments={"kernel_sizes": [51, 48, 47, 13]}), "odd"),
+        (lambda: short(arguments={"kernel_sizes": [3, 3, 3, 3]}), "cannot be decomposed"),
+        (lambda: short(arguments={"depth": 3}), "depth"),
+        (lambda: short(arch="slak_huge"), "slak_huge"),
+        (lambda: short(arguments={"stem_stride": 16}), "at least 128 x 128"),
+        (lambda: short(pretrained=Path("slak_tiny_300.pth")), "drive.google.com"),
+        (lambda: short(optim=Optimisation(steps=0, epochs=1, batch_size=900, accumulate=8)), "accumulate"),
+    ],
+)
+def test_bad_recipes_are_refused_in_a_sentence(
+    change: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENFOLD_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        classify(change(), tmp_path)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_row_cues_are_what_they_say() -> None:
+    """The cue's row holds the labelled digit, at least 28 pixels away; each split uses its own glyphs."""
+    glyphs = torch.arange(1, 11, dtype=torch.uint8).view(10, 1, 1).expand(10, 16, 16).contiguous()
+    images, labels = compose_row_cues(glyphs, torch.arange(10), 200, 3)
+    turned = 0
+    for image, label in zip(images[:, 0], labels, strict=True):
+        upright = image
+        rows = (image == 255).nonzero()
+        digits = ((image > 0) & (image < 255)).nonzero()
+        if int(digits[:, 1].max() - digits[:, 1].min()) > 24:  # the digits lie beside each other
+            upright, turned = image.T, turned + 1
+            rows, digits = rows.flip(1), digits.flip(1)
+        row = int(rows[:, 0].min()) // 16
+        assert int(rows[:, 0].max()) // 16 == row
+        own = upright[16 * row : 16 * row + 16]
+        assert set(own[(own > 0) & (own < 255)].tolist()) == {int(label) + 1}
+        gap = max(int(digits[:, 1].min() - rows[:, 1].max()), int(rows[:, 1].min() - digits[:, 1].max())) - 1
+        assert gap >= 28
+    assert 60 < turned < 140
+    train, test = embedded_sets("digits")
+    assert (len(train), len(test)) == (1200, 597)
+
+
+def test_pictures_come_from_disjoint_halves() -> None:
+    train, test = embedded_sets("pictures", 32)
+    assert train.images.shape == (256, 3, 32, 32)
+    assert test.labels.bincount().tolist() == [8] * 8
+    with pytest.raises(UserError, match="half of the smallest"):
+        embedded_sets("pictures", 400)
+
+
+def test_transforms_are_the_papers() -> None:
+    small, _ = transforms(DataConfig(name="cifar10", size=32))
+    assert type(small.transforms[0]).__name__ == "RandomCrop"
+    large, evaluated = transforms(DataConfig(name="imagenet", size=224))
+    names = [type(step).__name__ for step in large.transforms]
+    assert names[0] == "RandomResizedCropAndInterpolation"
+    assert {"RandAugment", "RandomErasing"} <= set(names)
+    assert evaluated(_photograph(300, 0)).shape == (3, 224, 224)
+    assert evaluated.transforms[0].size == 256
+    assert tuple(transforms(DataConfig(size=384))[1].transforms[0].size) == (384, 384)
+
+
+def test_augmentation_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RandAugment, erasing and crops depend on the seed, the epoch and the image alone."""
+    _generate(monkeypatch, tmp_path)
+    config = DataConfig(name="imagenet", root=tmp_path, size=48, workers=0)
+    with Run("slak", Recipe(), options(tmp_path)) as run:
+        data = load_data(config, 4, run)
+        first, again, other = (next(iter(data.train.epoch(epoch)))[0] for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# -- segmentation and detection ----------------------------------------------------------------------------------------
+
+
+def test_mean_iou_by_hand() -> None:
+    labels = torch.tensor([0, 0, 1, 1, IGNORED])
+    matrix = confusion(torch.tensor([0, 1, 1, 1, 2]), labels, 3)
+    assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+    assert float(mean_iou(matrix)) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
+
+
+def test_poly_schedule() -> None:
+    settings = ALL["ade20k-slak-tiny"].segmentation
+    assert poly_rate(0, settings) == pytest.approx(1e-4 * 1e-6)
+    assert poly_rate(1500, settings) == pytest.approx(1e-4 * (1 - 1500 / 160_000))
+
+
+def test_segmentation_crops_keep_labels_on_their_pixels() -> None:
+    image = torch.zeros(40, 60, 3, dtype=torch.uint8)
+    image[:, 30:] = 255
+    labels = torch.ones(40, 60, dtype=torch.uint8)
+    labels[:, 30:] = 2
+    pixels, classes = training_transform(32)(Image.fromarray(image.numpy()), Image.fromarray(labels.numpy()))
+    assert pixels.shape == (3, 32, 32)
+    known = classes != IGNORED
+    bright, wanted = pixels.mean(0)[known] > pixels.mean(0)[known].mean(), classes[known] == 1
+    if wanted.any() and not wanted.all():
+        assert (bright == wanted).float().mean() > 0.85  # the edge is blurred
+
+
+def test_boxes_follow_their_objects() -> None:
+    image = torch.zeros(3, 40, 60)
+    image[:, 10:20, 5:25] = 1
+    mask = image[:1].to(torch.uint8)
+    target = {"boxes": torch.tensor([[5.0, 10.0, 25.0, 20.0]]), "labels": torch.tensor([1]), "masks": mask}
+    for change in (flipped(image, target), resized(image, target, 80), cropped(image, target, 5, 3, 30, 40)):
+        pixels, found = change
+        left, top, right, bottom = found["boxes"][0].round().int().tolist()
+        inside = pixels[:, top:bottom, left:right]
+        assert inside.mean() > 0.95
+        assert pixels.sum() == pytest.approx(float(inside.sum()), rel=0.1)
+        assert torch.equal(found["masks"][0, top:bottom, left:right], torch.ones(bottom - top, right - left).byte())
+    assert len(cropped(image, target, 25, 30, 10, 10)[1]["boxes"]) == 0
+    for _ in range(6):
+        assert len(augmented(image, target)[1]["boxes"]) == 1
+
+
+def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:
+    _generate_coco(tmp_path)
+    data = Coco(tmp_path, "val2017", training=False)
+    image, target = data[0]
+    assert image.shape == (3, 72, 72)
+    assert target["boxes"].tolist() == [[10.0, 10.0, 40.0, 50.0]]
+    with pytest.raises(UserError, match="COCO"):
+        Coco(tmp_path / "nowhere", "val2017", training=False)
+    (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
+    with pytest.raises(UserError, match="instances_val2017"):
+        Coco(tmp_path, "val2017", training=False)
+
+
+def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> None:
+    _generate_coco(tmp_path)
+    data = Coco(tmp_path, "val2017", training=False)
+    masks = torch.zeros(1, 1, 72, 72)
+    masks[..., 10:51, 10:41] = 1
+    objects = [(index, {**data[index][1], "scores": torch.ones(1), "masks": masks}) for index in range(2)]
+    scores = coco_precision(objects, data)
+    assert scores["box_ap"] == scores["box_ap75"] == pytest.approx(100)
+    assert scores["mask_ap50"] == pytest.approx(100)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    assert coco_precision([(0, nothing), (1, nothing)], data)["box_ap"] == 0
+
+
+def test_voc_precision_by_hand() -> None:
+    """Two objects; right, a repetition, wrong, right: precisions 1 and 1/2 at recalls 1/2 and 1."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    truth = [{"boxes": boxes, "labels": torch.tensor([1, 1]), "difficult": torch.tensor([False, False])}]
+    found = [
+        {
+            "boxes": torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 60], [20, 20, 30, 31]]),
+            "labels": torch.ones(4, dtype=torch.long),
+            "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
+        }
+    ]
+    assert voc_precision(found, truth, 3) == pytest.approx(0.5 * 1 + 0.5 * 0.5)
+    assert voc_precision(found, truth, 3, eleven_points=True) == pytest.approx((6 * 1 + 5 * 0.5) / 11)
+    difficult = [{**truth[0], "difficult": torch.tensor([False, True])}]
+    assert voc_precision(found, difficult, 3) == pytest.approx(1.0)
