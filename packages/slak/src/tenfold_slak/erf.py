@@ -119,7 +119,7 @@ def plot(fields: dict[str, ReceptiveField], path: Path | str) -> None:
 
     figure = Figure(figsize=(3 * len(fields), 3.4), layout="constrained")
     for axes, (title, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items(), strict=True):
-        axes.imshow((field.mean / field.mean.max()).cpu(), cmap="YlGn", vmin=0, vmax=1)
+        axes.imshow((field.mean / field.mean.max()).cpu().numpy(), cmap="YlGn", vmin=0, vmax=1)
         sides = ", ".join(f"{share:g}: {area.side}" for share, area in field.rectangles.items())
         axes.set_title(f"{title}\n{sides}", fontsize=9)
         axes.set_axis_off()

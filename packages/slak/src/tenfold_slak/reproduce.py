@@ -227,7 +227,7 @@ def _field_map(axes: "Axes", name: str, field: ReceptiveField) -> None:
     from matplotlib.patches import Rectangle  # noqa: PLC0415
 
     size, side = len(field.mean), field.rectangles[0.5].side
-    axes.imshow(field.mean / field.mean.max(), cmap="YlGn", vmin=0, vmax=1)
+    axes.imshow((field.mean / field.mean.max()).cpu().numpy(), cmap="YlGn", vmin=0, vmax=1)
     corner = size // 2 - side // 2 - 0.5
     axes.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor=COLOURS[1]))
     axes.set_title(f"{name}\nhalf in {side} x {side}", fontsize=9)
