@@ -138,7 +138,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
 
     kinds = {claim.id: claim.metric.name for claim in claims}
     accurate = [outcome for outcome in outcomes if kinds[outcome.claim] in {"test accuracy", "top-1 accuracy"}]
-    arms = {name: arm for outcome in accurate for name, arm in outcome.arms.items() if arm.n}
+    arms = {name: arm for outcome in reversed(accurate) for name, arm in outcome.arms.items() if arm.n}
     drawn: list[ReportFigure] = []
     with figure_style():
         if arms:

@@ -150,7 +150,9 @@ def evaluation_transform(crop: int) -> Callable[[Any, Any], tuple[Tensor, Tensor
     return transform
 
 
-def confusion(predicted: Int[Tensor, "..."], labels: Int[Tensor, "..."], classes: int) -> Int[Tensor, "{classes} {classes}"]:
+def confusion(
+    predicted: Int[Tensor, "..."], labels: Int[Tensor, "..."], classes: int
+) -> Int[Tensor, "{classes} {classes}"]:
     """Counts `[label, prediction]` over all positions whose label is known."""
     known = labels != IGNORED
     index = labels[known] * classes + predicted[known]
