@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenfold_slak.large_kernel import large_kernel_dwconv
+from tenfold_slak.large_kernel import large_kernel_dwconv, large_kernel_pair
 
 #: channels, height = width, kernel, blocks
 STAGES = [(124, 56, 51, 3), (249, 28, 49, 3), (499, 14, 47, 9), (998, 7, 13, 3)]
@@ -45,8 +45,7 @@ def folded(backend: str) -> Layer:
     def run(x: Tensor, tall: Tensor, wide: Tensor, small: Tensor) -> list[Tensor]:
         margin = (tall.shape[2] - SMALL) // 2
         tall = tall + F.pad(small, (0, 0, margin, margin))
-        y, z = large_kernel_dwconv(x, tall, backend), large_kernel_dwconv(x, wide, backend)
-        return [y + z if torch.is_grad_enabled() else y.add_(z)]
+        return [large_kernel_pair(x, tall, wide, backend)]
 
     return run
 

@@ -1,7 +1,9 @@
 """Without a GPU, Triton's kernels run in its interpreter; the variable must be set before Triton is imported."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,4 +13,6 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - timm's mixup draws from it
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold_slak import backends, large_kernel
 from tenfold_slak.backends.toeplitz import diagonal_sums, toeplitz_matrices
-from tenfold_slak.large_kernel import _from_disk, _rule, _to_disk, _tuned, large_kernel_dwconv, tune
+from tenfold_slak.large_kernel import _from_disk, _rule, _to_disk, _tuned, large_kernel_dwconv, large_kernel_pair, tune
 
 DOUBLE = {"dtype": torch.float64}
 EXACT = ["direct", "toeplitz", "fft"]
@@ -103,6 +103,23 @@ def test_gradcheck(backend: str, size: tuple[int, int], kernel: tuple[int, int])
     assert torch.autograd.gradcheck(function, (x, weight, bias), fast_mode=fast)
 
 
+@pytest.mark.parametrize("backend", ["auto", "conv2d", "toeplitz"])
+def test_a_pair_is_the_sum_of_its_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a batch is gone through in parts, the last of them smaller."""
+    x, bias = torch.randn(5, 2, 6, 4, **DOUBLE), torch.randn(2, **DOUBLE)
+    tall, wide = torch.randn(2, 1, 9, 3, **DOUBLE), torch.randn(2, 1, 3, 9, **DOUBLE)
+    expected = large_kernel_dwconv(x, tall, "conv2d", bias) + large_kernel_dwconv(x, wide, "conv2d")
+    monkeypatch.setattr(large_kernel, "CACHED_BYTES", 2 * x[:1].numel() * x.element_size())
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            y = large_kernel_pair(x, tall, wide, backend, bias)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert large_kernel_pair(x, tall, wide, backend, bias).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert large_kernel_pair(x[:0], tall, wide, backend).shape == (0, 2, 6, 4)
+
+
 def test_second_derivatives_of_the_direct_form() -> None:
     x = torch.randn(1, 2, 4, 3, **DOUBLE, requires_grad=True)
     weight = torch.randn(2, 1, 5, 3, **DOUBLE, requires_grad=True)
@@ -145,6 +162,7 @@ def test_any_memory_format(backend: str, form: torch.memory_format) -> None:
     compare(backend, x, torch.randn(3, 1, 3, 9, **DOUBLE), 1e-11, grad)
 
 
+@settings(max_examples=25, deadline=None)
 @given(height=st.integers(1, 9), half=st.integers(0, 12))
 def test_diagonal_sums_are_the_adjoint_of_toeplitz_matrices(height: int, half: int) -> None:
     taps = min(2 * half + 1, 2 * height - 1)

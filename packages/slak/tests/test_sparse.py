@@ -47,7 +47,7 @@ def nonzero_fits(state: dict[str, Tensor], sparse: DynamicSparseTraining) -> Non
         assert not state[name][~mask].any(), name
 
 
-@settings(max_examples=40)
+@settings(max_examples=25, deadline=None)
 @given(size=st.integers(1, 60), density=st.floats(0, 1), rate=st.floats(0, 1))
 def test_prune_counts(size: int, density: float, rate: float) -> None:
     generator = torch.Generator().manual_seed(size)
@@ -61,7 +61,7 @@ def test_prune_counts(size: int, density: float, rate: float) -> None:
         assert weight[pruned].abs().min() >= weight[mask & ~pruned].abs().max()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25, deadline=None)
 @given(size=st.integers(1, 60), data=st.data())
 def test_grow_by_score_counts(size: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(size)
@@ -90,6 +90,7 @@ def test_prune_rate_follows_the_closed_form() -> None:
         assert rate.advance() == pytest.approx(closed, rel=1e-9)
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 20), min_size=2, max_size=4), min_size=1, max_size=6),
     density=st.floats(0.05, 1),

@@ -13,7 +13,7 @@ from tenfold_slak import _timm_hook
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "large_kernel": ["large_kernel_dwconv", "tune"],
+    "large_kernel": ["large_kernel_dwconv", "large_kernel_pair", "tune"],
     "layer": ["LargeKernel", "merge_large_kernels"],
     "models.slak": ["SLaK", "VARIANTS", "create"],
     "macs": ["count_macs", "count_parameters"],

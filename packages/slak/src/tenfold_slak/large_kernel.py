@@ -18,6 +18,9 @@ from torch import Tensor
 
 from tenfold_slak.backends import BACKENDS, load
 
+#: Of one map at a time where a batch is gone through in parts: two results and a transposed map stay in a CPU's cache.
+CACHED_BYTES = 2 * 2**20
+
 #: Choices of `tune`, by device, dtype, shapes and whether gradients are needed; `_remembered` are those kept on disk.
 _tuned: dict[str, str] = {}
 _remembered: dict[str, str] | None = None
@@ -54,7 +57,7 @@ def large_kernel_dwconv(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if torch.jit.is_tracing() or _exporting() or x.is_meta:
+    if _recording(x):
         backend = "conv2d"  # exported graphs hold the plain operator, for any image size and any runtime
     _check(x, weight)
     if backend == "auto":
@@ -68,6 +71,34 @@ def large_kernel_dwconv(
     if backend == "conv2d":
         return module.correlate(x, weight, bias)
     return _LargeKernel.apply(x, weight, bias, module)
+
+
+def large_kernel_pair(
+    x: Float[Tensor, "batch channels height width"],
+    tall: Float[Tensor, "kernels 1 kh kw"],
+    wide: Float[Tensor, "kernels 1 kw kh"],
+    backend: str = "auto",
+    bias: Float[Tensor, " kernels"] | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """`dw(x, tall) + dw(x, wide) (+ bias)`: the two-kernel form of inference (section 2.2), see `large_kernel_dwconv`.
+
+    Without gradients on a CPU it goes through the batch a few images at a time: the transposed map and the two results
+    are then summed while they lie in the cache, and their memory is used again instead of asked for again.
+    """
+    images = max(1, CACHED_BYTES // max(1, x[:1].numel() * x.element_size()))
+    if torch.is_grad_enabled() or x.device.type != "cpu" or _recording(x) or len(x) <= images:
+        y, z = large_kernel_dwconv(x, tall, backend, bias), large_kernel_dwconv(x, wide, backend)
+        return y + z if torch.is_grad_enabled() else y.add_(z)
+    # The tuner knows the shape of the whole batch.
+    first, second = (_choose(x, kernel) if backend == "auto" else backend for kernel in (tall, wide))
+    total: Tensor | None = None
+    for start in range(0, len(x), images):
+        part = x[start : start + images]
+        y, z = large_kernel_dwconv(part, tall, first, bias), large_kernel_dwconv(part, wide, second)
+        total = y.new_empty(x.shape) if total is None else total
+        torch.add(y, z, out=total[start : start + images])
+    assert total is not None
+    return total
 
 
 class _LargeKernel(torch.autograd.Function):
@@ -132,9 +163,11 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise TypeError(f"maps are {x.dtype} but the kernel is {weight.dtype}: convert one, or use torch.autocast")
 
 
-def _exporting() -> bool:
+def _recording(x: Tensor) -> bool:
+    """Whether a graph is made of what is computed, or nothing is computed at all."""
     # torch.compiler.is_exporting is newer than the oldest torch we support.
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return x.is_meta or torch.jit.is_tracing() or exporting()
 
 
 def _rule(x: Tensor, weight: Tensor) -> str:

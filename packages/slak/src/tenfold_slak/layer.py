@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tenfold_slak.large_kernel import large_kernel_dwconv
+from tenfold_slak.large_kernel import large_kernel_dwconv, large_kernel_pair
 
 Form = Literal["two", "one"]
 
@@ -116,8 +116,7 @@ class LargeKernel(nn.Module):
             return _ContiguousGradient.apply(first)
         if self.decomposed:
             tall, wide, bias = self.folded_two()
-            y = large_kernel_dwconv(x, tall, self.LoRA1.conv.backend, bias)
-            return _sum(y, large_kernel_dwconv(x, wide, self.LoRA2.conv.backend))
+            return large_kernel_pair(x, tall, wide, self.LoRA1.conv.backend, bias)
         kernel, bias = self.folded_one()
         return large_kernel_dwconv(x, kernel, self.lkb_origin.conv.backend, bias)
 
@@ -200,9 +199,7 @@ class MergedTwo(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """Two convolutions and their sum."""
-        x = x.contiguous()
-        y = large_kernel_dwconv(x, self.tall, self.backend, self.bias)
-        return _sum(y, large_kernel_dwconv(x, self.wide, self.backend))
+        return large_kernel_pair(x.contiguous(), self.tall, self.wide, self.backend, self.bias)
 
 
 class MergedOne(nn.Module):
@@ -233,11 +230,6 @@ class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad.contiguous()
-
-
-def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """`a + b`, into the memory of a where autograd does not forbid it."""
-    return a + b if torch.is_grad_enabled() else a.add_(b)
 
 
 def _centred(kernel: Tensor, size: tuple[int, int]) -> Tensor:
