@@ -1,6 +1,7 @@
 """The paper's image sets (section 5) and the embedded ones, as batches for training, for SNIP and for evaluation."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -194,6 +195,7 @@ def _embedded(config: DataConfig, batch_size: int, run: Run) -> Data:
     )
 
 
+@functools.cache
 def embedded_sets(name: str, size: int = 224, validation: float = 0.0) -> tuple[ImageSet, ImageSet]:
     """Training and test images of an embedded set; with ``validation``, that part of the training glyphs for the test.
 
