@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import yaml
 
+from tenfold_bip.baselines import imp_keep_schedule
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
 from tenfold_bip.train import Recipe, run_recipe
-from tenfold_shared.checkpoint import write_json, write_text
+from tenfold_shared.checkpoint import atomic_write, write_json, write_text
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
 from tenfold_shared.cli import load_recipe, to_yaml
 from tenfold_shared.errors import UserError
@@ -54,9 +55,32 @@ def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) 
         recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
     if recipe.method == "dense":
         return _dense_accuracy(recipe)
+    if recipe.method == "imp":
+        share_rounds(recipe, folder / "runs" / name, seed)
     with Run("bip", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
         _, result = run_recipe(run, recipe)
-        return Measurement(result.accuracy, extras={**dataclasses.asdict(result), "run": name}, **run.usage())
+        usage = run.usage()
+    usage["seconds"] = sum(phase["seconds"] for phase in result.history)
+    return Measurement(result.accuracy, extras={**dataclasses.asdict(result), "run": name}, **usage)
+
+
+def share_rounds(recipe: Recipe, directory: Path, seed: int) -> None:
+    """Give a run of IMP the rounds that one like it, but for its keep ratio, has finished beside it.
+
+    The cuts before the last do not depend on where they end, nor does their training: the run takes the rounds for its
+    own, with their time and gradient evaluations, and goes on after them.
+    """
+    wanted = {**yaml.safe_load(to_yaml(recipe)), "seed": seed}
+    for file in sorted(directory.parent.glob("*/config.yaml")):
+        other = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if {name: other.get(name) for name in wanted} != {**wanted, "keep": other.get("keep")}:
+            continue
+        both = zip(*(imp_keep_schedule(keep, recipe.prune_rate) for keep in (recipe.keep, other["keep"])), strict=False)
+        for number, _ in enumerate(itertools.takewhile(lambda cuts: cuts[0] == cuts[1], both), 1):
+            done, ours = (run / "checkpoints" / f"round-{number}.safetensors" for run in (file.parent, directory))
+            if done.exists() and not ours.exists():
+                with atomic_write(ours) as copy:
+                    copy.write(done.read_bytes())
 
 
 def _dense_accuracy(recipe: Recipe) -> Measurement:
