@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import filelock
 import psutil
@@ -165,7 +165,7 @@ def measure_all(
         else:
             with _pool(jobs) as pool:
                 futures: dict[Future, tuple[Claim, Arm, int]] = {
-                    pool.submit(_measure_one, measure, claim, arm, seed, inner, folder): (claim, arm, seed)
+                    pool.submit(_Worker.measure_one, measure, claim, arm, seed, inner, folder): (claim, arm, seed)
                     for claim, arm, seed in tasks
                 }
                 for future in as_completed(futures):
@@ -180,12 +180,44 @@ def _measure_one(measure: Measure, claim: Claim, arm: Arm, seed: int, options: R
     return measured_arm(claim, arm, seed, call, folder / "arms")
 
 
+class _Worker:
+    """A process of the pool. A signal stops what it measures (a `Run` saves first) and all that would come after."""
+
+    busy = False
+    stopped: int | None = None
+
+    @classmethod
+    def start(cls, threads: int) -> None:
+        torch.set_num_threads(threads)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, cls.on_signal)
+
+    @classmethod
+    def on_signal(cls, number: int, frame: FrameType | None) -> None:
+        cls.stopped = number
+        if cls.busy:  # between two arms it holds the lock of the queue, with which it must not die
+            raise Interrupted(number)
+
+    @classmethod
+    def measure_one(cls, *task: Any) -> Measurement:
+        cls.busy = True
+        try:
+            if cls.stopped is not None:
+                raise Interrupted(cls.stopped)
+            return _measure_one(*task)
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            cls.stopped = getattr(interruption, "signal_number", signal.SIGINT)
+            raise
+        finally:
+            cls.busy = False
+
+
 @contextlib.contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes with their share of the threads; a signal reaches their runs, which save before they end."""
+    """Worker processes with their share of the threads; a signal reaches them all, and they end in their own time."""
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_Worker.start, initargs=(threads,)
     )
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -196,7 +228,7 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in psutil.Process().children(recursive=True):
+        for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
         raise
