@@ -2,18 +2,14 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import filelock
-
-from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, seed_everything
 from tenfold_slak.data import embedded_sets, load_data
 from tenfold_slak.downstream import SLaKBackbone, UPerNet
@@ -62,14 +58,12 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
     counting = claim.metric.name in COUNTS
     segmenter = claim.metric.name.startswith("segmenter")
     name = f"{arm.name}-{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}{'-segmenter' * segmenter}{'-counts' * counting}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            recipe = load_recipe("tenfold_slak", str(arm.recipe), Recipe, **arm.options)
-            done = _counted(recipe, seed, options, segmenter) if counting else _trained(recipe, name, options, folder)
-            write_json(file, dataclasses.asdict(done))
-        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    recipe = load_recipe("tenfold_slak", str(arm.recipe), Recipe, **arm.options)
+    if counting:
+        kept, run_arm = f"{name}{'-segmenter' * segmenter}-counts", lambda: _counted(recipe, seed, options, segmenter)
+    else:
+        kept, run_arm = name, lambda: _trained(recipe, name, options, folder)
+    measured = once(kept, folder, run_arm)
     return dataclasses.replace(measured, value=VALUES[claim.metric.name](measured.extras))
 
 
