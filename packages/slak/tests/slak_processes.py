@@ -25,7 +25,7 @@ def batch(seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
 
 def train_as_rank(rank: int, folder: str) -> None:
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(minutes=4))
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(network())
     # Each rank draws its own masks and its own growth: rank 0's must win both times.
