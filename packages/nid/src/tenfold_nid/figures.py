@@ -46,6 +46,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
             stepped |= found
         elif claim.metric.name == "processor time to 30 dB":
             coded |= {arm: pair for arm, pair in found.items() if len(pair[1][0]["points"]) == 1}
+            bars.append(outcome)
         elif claim.metric.name == "PSNR" and "few-pixels" in claim.id:
             few |= found
         else:
