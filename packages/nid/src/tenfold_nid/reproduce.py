@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,10 @@ import filelock
 import torch
 from torch import Tensor, nn
 
-from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement
 from tenfold_shared.cli import load_recipe, to_yaml
 from tenfold_shared.errors import UserError
-from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, seed_everything
 
 from .baselines.classical import median_background, rpca
@@ -50,18 +48,18 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
 
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
-    file = folder / "measured" / f"{arm.name}-{arm.key}-seed{seed}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **arm.options)
-            write_json(file, coded(recipe, seed, options, folder))
-        extras = json.loads(file.read_text(encoding="utf-8"))
+    name = f"{arm.name}-{arm.key}-seed{seed}"
+    measured = once(name, folder, lambda: _run_arm(arm, seed, options, folder))
     try:
-        value = VALUES[claim.metric.name](extras)
+        return dataclasses.replace(measured, value=VALUES[claim.metric.name](measured.extras))
     except KeyError:
-        return Measurement(None, extras=extras, error=f"{arm.name} gives no {claim.metric.name}")
-    return Measurement(value, seconds=extras["seconds"], extras=extras)
+        return dataclasses.replace(measured, error=f"{arm.name} gives no {claim.metric.name}")
+
+
+def _run_arm(arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
+    recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **arm.options)
+    extras = coded(recipe, seed, options, folder)
+    return Measurement(None, seconds=extras["seconds"], extras=extras)
 
 
 def at_step(step: int) -> Callable[[dict[str, Any]], float]:
