@@ -113,12 +113,16 @@ def trajectory(
 
 @functools.cache
 def warm_up() -> None:
-    """Once a process, what only the first fit of all pays for: the libraries that torch loads when they are used."""
-    coords, targets = lattice((4, 4)), torch.rand(2, 16, 3)
-    networks = NetworkBatch(NetworkConfig(hidden_dim=4, pos_emb="Id"), 2)
-    for optimiser in ("adam", "sgd"):
-        next(itertools.islice(fit_networks(networks, coords, targets, optimiser=optimiser), 2, None))
-    ridge(system(torch.rand(48, 10), targets), penalty=1e-3)
+    """Once a process, what only the first fit of all pays for: the libraries that torch loads when they are used.
+
+    The random numbers of whoever comes first are left as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        coords, targets = lattice((4, 4)), torch.rand(2, 16, 3)
+        networks = NetworkBatch(NetworkConfig(hidden_dim=4, pos_emb="Id"), 2)
+        for optimiser in ("adam", "sgd"):
+            next(itertools.islice(fit_networks(networks, coords, targets, optimiser=optimiser), 2, None))
+        ridge(system(torch.rand(48, 10), targets), penalty=1e-3)
 
 
 def quality(preds: Tensor, observed: Observed) -> Float[Tensor, " images"]:
