@@ -1,5 +1,5 @@
-"""Values of the miniature's recipes, chosen on patches of a training photograph that is held out; the test photographs
-are never looked at.
+"""Values of the miniatures' recipes, chosen on what is held out: patches of a training photograph, further phantoms,
+shapes and videos. What is tested on is never looked at.
 
     python benchmarks/choose.py STUDY [--folder runs/studies] [--seeds 1]
 
@@ -20,11 +20,13 @@ from tenfold_shared.cli import load_recipe
 from tenfold_shared.run import RunOptions
 
 FEW = {"data.fraction": [0.1]}
+SLICES: dict[str, list[Any]] = {"data.test_subset": [4], "fit.steps": [100]}
 STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "siren": ("photographs-siren", {"fit.lr": [1e-4, 3e-4, 1e-3, 3e-3]}),
     "ffm": ("photographs-ffm", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0]}),
     "pe-mlp": ("photographs-pe-mlp", {"fit.lr": [1e-3, 3e-3, 1e-2]}),
     "maml": ("photographs-maml", {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "fit.lr": [1e-3, 3e-3, 1e-2]}),
+    "maml-points": ("photographs-maml", {"schedule.chunk_size": [64, 128]}),
     "reptile": ("photographs-reptile", {"meta.inner_lr": [3e-3, 1e-2], "fit.lr": [3e-3, 1e-2]}),
     "latent": ("photographs-latent", {"fit.lr": [0.01, 0.03, 0.1]}),
     "nid-train": ("photographs-nid", {"schedule.lr": [1e-3, 3e-3]}),
@@ -49,7 +51,32 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "few-maml": ("photographs-maml", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [30]}),
     "few-reptile": ("photographs-reptile", {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [30]}),
     "few-latent": ("photographs-latent", {**FEW, "fit.lr": [0.03, 0.1], "fit.steps": [60]}),
+    "ct-nid": ("phantoms-nid", {"fit.solver": ["ridge", "map"], "fit.penalty": [1e-4, 1e-5, 1e-6, 1e-7]}),
+    "ct-tv": ("phantoms-tv", {"fit.penalty": [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]}),
+    "ct-siren": ("phantoms-siren", {**SLICES, "fit.lr": [3e-4, 1e-3]}),
+    "ct-ffm": ("phantoms-ffm", {**SLICES, "fit.lr": [3e-3], "network.ffm_map_scale": [2.0, 4.0]}),
+    "ct-pe-mlp": ("phantoms-pe-mlp", {**SLICES, "fit.lr": [3e-3], "network.num_freqs": [2, 3]}),
+    "ct-maml": ("phantoms-maml", {**SLICES, "fit.steps": [20], "fit.lr": [1e-2, 1e-1, 1.0]}),
+    "sdf-nid": ("primitives-nid", {"fit.solver": ["ridge", "map"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "sdf-siren": ("primitives-siren", {"fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [60]}),
+    "sdf-latent": ("primitives-latent", {"fit.lr": [3e-2, 1e-1], "fit.steps": [100]}),
+    "sdf-maml": ("primitives-maml", {"fit.lr": [3e-3, 1e-2], "fit.steps": [3, 10]}),
+    "sdf-pca": ("primitives-pca", {"fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "video-nid": ("discs-nid", {"fit.atoms": [1, 2, 4]}),
 }
+SMALLER_IS_BETTER = ("chamfer",)
+
+
+def measured(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a point of a grid gave, mean over the seeds: F1 of a video; Chamfer distance of shapes; PSNR, dB, otherwise."""
+    if "f1" in runs[0]:
+        return {"f1": sum(run["f1"] for run in runs) / len(runs)}
+    curve = [sum(step) / len(runs) for step in zip(*([p[2] for p in run["points"]] for run in runs), strict=True)]
+    best = runs[0]["points"][curve.index(max(curve))][0]
+    found = {"psnr": curve[-1], "best_psnr": max(curve), "best_step": best, "curves": curve}
+    if "chamfer" in runs[0]:
+        found["chamfer"] = sum(run["chamfer"] for run in runs) / len(runs)
+    return found
 
 
 def main() -> None:
@@ -70,25 +97,12 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 options = RunOptions(seed=seed, device="cpu", quiet=True, resume=True)
                 runs.append(coded(recipe, seed, options, arguments.folder))
-            curve = [
-                sum(step) / len(runs) for step in zip(*([p[2] for p in run["points"]] for run in runs), strict=True)
-            ]
-            psnr, best = curve[-1], runs[0]["points"][curve.index(max(curve))][0]
-            rows.append({**point, "psnr": psnr, "best_psnr": max(curve), "best_step": best, "curves": curve})
-            print(
-                name,
-                json.dumps(point),
-                f"{psnr:.2f}",
-                " ".join(f"{p[0]}:{p[2]:.1f}" for p in runs[0]["points"]),
-                flush=True,
-            )
-        rows.sort(key=lambda row: -row["best_psnr"])
-        outcome = {
-            "recipe": recipe_name,
-            "metric": "PSNR, dB",
-            "seeds": arguments.seeds,
-            "points": rows,
-        }
+            row = {**point, **measured(runs)}
+            rows.append(row)
+            print(name, json.dumps(row), flush=True)
+        metric = next(m for m in ("chamfer", "f1", "best_psnr") if m in rows[0])
+        rows.sort(key=lambda row: row[metric], reverse=metric not in SMALLER_IS_BETTER)
+        outcome = {"recipe": recipe_name, "metric": metric, "seeds": arguments.seeds, "points": rows}
         write_json(arguments.results / f"{name}.json", outcome)
 
 

@@ -1,17 +1,21 @@
 """Closed-form coding of 64 patches, in CPU seconds, beside the least-squares solver applied to one patch after the
 other.
 
-python benchmarks/fitting.py [--repeats 5]
+    python benchmarks/fitting.py [--repeats 5] [--save]
+
+``--save`` writes results/benchmarks/fitting.json.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 import tenfold_nid as nid
 from tenfold_nid import embedded
+from tenfold_shared.checkpoint import write_json
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -29,7 +33,9 @@ def main() -> None:
     """Print the times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/fitting.json")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
     torch.manual_seed(0)
     config = nid.DictionaryConfig(
         num_experts=256,
@@ -75,6 +81,14 @@ def main() -> None:
     base = seconds["ridge on the gate's 64 atoms"]
     for name, value in seconds.items():
         print(f"  {name:34s} {value:7.3f} CPU s ({value / base:5.1f}x)")
+    if arguments.save:
+        outcome = {
+            "patches": 64,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cpu_seconds": seconds,
+        }
+        write_json(Path(__file__).parents[1] / "results" / "benchmarks" / "fitting.json", outcome)
 
 
 if __name__ == "__main__":

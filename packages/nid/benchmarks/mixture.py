@@ -3,18 +3,23 @@
 The hot loop is head mixing and rendering, ``B·E·C·d + N·B·C·d`` multiply-adds merged against ``N·d·E·C + B·E·N·C``
 dense. The floor is the time a matrix product of the merged counts takes on the machine, measured here too.
 
-    python benchmarks/mixture.py [--repeats 5]
+    python benchmarks/mixture.py [--repeats 5] [--save]
+
+``--save`` writes results/benchmarks/mixture.json.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tenfold_nid as nid
+from tenfold_shared.checkpoint import write_json
 
 
 def median_ms(work: Callable[[], object], repeats: int, device: str) -> float:
@@ -44,7 +49,7 @@ def edges(experts: nid.SharedTrunkExperts, features: Tensor, gates: nid.Gates, b
     return out.index_add(0, owner, messages) + bias[:, None]
 
 
-def routes(device: str, repeats: int) -> None:
+def routes(device: str, repeats: int) -> dict[str, Any]:
     """Forward and backward of every route at 1024 experts, 128 active, 1024 coordinates and 16 signals."""
     experts = nid.SharedTrunkExperts(nid.NetworkConfig(ffm_map_size=64), 1024).to(device)
     features = torch.randn(1024, 256, device=device, requires_grad=True)
@@ -77,6 +82,15 @@ def routes(device: str, repeats: int) -> None:
             f"  {route:6s} forward {ahead:8.2f} ms ({ahead / forward['merge']:5.1f}x merge)   "
             f"forward+backward {both[route]:8.2f} ms ({both[route] / both['merge']:5.1f}x merge)"
         )
+    return {
+        "forward_ms": forward,
+        "forward_backward_ms": both,
+        "floor_ms": floor,
+        "dense_over_merge": {
+            "forward": forward["dense"] / forward["merge"],
+            "forward_backward": both["dense"] / both["merge"],
+        },
+    }
 
 
 def straightforward_step(
@@ -93,7 +107,7 @@ def straightforward_step(
     optimizer.step()
 
 
-def step(device: str, repeats: int) -> None:
+def step(device: str, repeats: int) -> dict[str, float]:
     """One training step at the sizes of the released scripts: 64-pixel images, 16 signals, 1024 coordinates.
 
     Ours keeps the embedding of half the lattice and takes each point together with its antipode.
@@ -119,6 +133,7 @@ def step(device: str, repeats: int) -> None:
         f"  training step: straightforward {times['edges']:.1f} ms, ours {times['merge']:.1f} ms, "
         f"{times['edges'] / times['merge']:.1f}x"
     )
+    return {"straightforward_ms": times["edges"], "ours_ms": times["merge"], "ratio": times["edges"] / times["merge"]}
 
 
 def main() -> None:
@@ -126,10 +141,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/mixture.json")
     arguments = parser.parse_args()
     print(f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    routes(arguments.device, arguments.repeats)
-    step(arguments.device, arguments.repeats)
+    outcome = {
+        "device": arguments.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "mixture": routes(arguments.device, arguments.repeats),
+        "training_step": step(arguments.device, arguments.repeats),
+    }
+    if arguments.save:
+        write_json(Path(__file__).parents[1] / "results" / "benchmarks" / "mixture.json", outcome)
 
 
 if __name__ == "__main__":

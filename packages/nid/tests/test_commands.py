@@ -14,6 +14,7 @@ from PIL import Image
 
 import tenfold_nid as nid
 from tenfold_nid import cli, embedded, train
+from tenfold_nid.evaluate import Observed, trajectory, warm_up
 from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
 from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
 from tenfold_shared.checkpoint import save_weights
@@ -152,6 +153,19 @@ def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
         Schedule(epochs=0)
     with pytest.raises(UserError, match="--pretrained"):
         Recipe(finetune=True)
+
+
+def test_an_arm_is_the_same_whatever_its_process_measured_before() -> None:
+    recipe = load_recipe("tenfold_nid", "photographs-siren", Recipe, **{"network.hidden_dim": 8, "fit.steps": 2})
+    patches = torch.rand(2, 16, 16, 3)
+    observed = Observed(patches, patches, None, None, None, None)
+    values = []
+    for first in (True, False):
+        if first:
+            warm_up.cache_clear()
+        torch.manual_seed(0)
+        values.append([point.psnr for point in trajectory(None, recipe, observed, (0, 1, 2))[0]])
+    assert values[0] == values[1]
 
 
 # -- verbs ----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tenfold_nid as nid
 from tenfold_nid.coordinates import FourierFeatures, PositionalEncoding, RadialBasis
@@ -335,3 +337,34 @@ def test_rendering_in_chunks_changes_nothing() -> None:
     assert torch.allclose(whole, model.render(code, coords, chunk=7), rtol=1e-12)
     through_design = (code @ model.design(coords).T).view(2, 81, 3)
     assert torch.allclose(whole, through_design, rtol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor has that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
+        self.numbers = max([self.numbers, *(t.untyped_storage().nbytes() // t.element_size() for t in made)])
+        return found
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_no_step_makes_a_message_for_every_signal_and_active_atom(dense: bool) -> None:
+    with torch.device("meta"):  # shapes alone: the whole CelebA configuration, with a batch of four images' patches
+        model = nid.NeuralDictionary(nid.celeba_config())
+        images = torch.rand(256, 16, 16, 3)
+    coords = nid.lattice((16, 16)).to("meta")
+    with Largest() as seen:
+        losses = nid.objective(model(images, coords, dense=dense), images.flatten(1, 2), nid.Objective())
+        losses.total.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    messages = 256 * model.config.num_topk * len(coords) * 3
+    assert seen.numbers <= messages // 3  # the gate's own convolutions, 256 channels at every pixel, are the largest
+    with Largest() as seen:
+        torch.rand(256 * model.config.num_topk, len(coords) * 3, device="meta")
+    assert seen.numbers == messages

@@ -3,6 +3,7 @@
 These are not the paper's data sets, and a result on them is never one of the paper's.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,11 +29,16 @@ def photograph(name: str, side: int = SIDE) -> Float[Tensor, "side side 3"]:
         ValueError: there is no such photograph.
 
     """
+    if name not in TRAIN_PHOTOGRAPHS + TEST_PHOTOGRAPHS:
+        raise ValueError(f"no photograph {name!r}; there are {', '.join(TRAIN_PHOTOGRAPHS + TEST_PHOTOGRAPHS)}")
+    return _photograph(name, side).clone()
+
+
+@functools.lru_cache
+def _photograph(name: str, side: int) -> Float[Tensor, "side side 3"]:
     from skimage import data  # noqa: PLC0415
     from skimage.transform import resize  # noqa: PLC0415
 
-    if name not in TRAIN_PHOTOGRAPHS + TEST_PHOTOGRAPHS:
-        raise ValueError(f"no photograph {name!r}; there are {', '.join(TRAIN_PHOTOGRAPHS + TEST_PHOTOGRAPHS)}")
     if name in {"china", "flower"}:
         from sklearn.datasets import load_sample_image  # noqa: PLC0415
 

@@ -30,7 +30,7 @@ from .gating import cv_squared
 from .metrics import atom_usage, psnr, ssim
 from .networks import NetworkConfig
 from .patches import merge_patches
-from .recipe import Method, Recipe
+from .recipe import Recipe
 from .signals import DataConfig, Signals, load_signals, observation
 from .solvers import FitOptions, solve
 from .sparse import omp
@@ -113,12 +113,16 @@ def trajectory(
 
 @functools.cache
 def warm_up() -> None:
-    """Once a process, what only the first fit of all pays for: the libraries that torch loads when they are used."""
-    coords, targets = lattice((4, 4)), torch.rand(2, 16, 3)
-    networks = NetworkBatch(NetworkConfig(hidden_dim=4, pos_emb="Id"), 2)
-    for optimiser in ("adam", "sgd"):
-        next(itertools.islice(fit_networks(networks, coords, targets, optimiser=optimiser), 2, None))
-    ridge(system(torch.rand(48, 10), targets), penalty=1e-3)
+    """Once a process, what only the first fit of all pays for: the libraries that torch loads when they are used.
+
+    The random numbers of whoever comes first are left as they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        coords, targets = lattice((4, 4)), torch.rand(2, 16, 3)
+        networks = NetworkBatch(NetworkConfig(hidden_dim=4, pos_emb="Id"), 2)
+        for optimiser in ("adam", "sgd"):
+            next(itertools.islice(fit_networks(networks, coords, targets, optimiser=optimiser), 2, None))
+        ridge(system(torch.rand(48, 10), targets), penalty=1e-3)
 
 
 def quality(preds: Tensor, observed: Observed) -> Float[Tensor, " images"]:
@@ -154,7 +158,7 @@ def reconstructions(
         fresh = NetworkBatch(config, len(observed.truth)).to(observed.truth)
         yield from _by_networks(fresh, recipe, observed, steps)
     else:
-        yield from _classical(recipe.method, observed)
+        yield from _classical(recipe, observed)
 
 
 def _by_dictionary(
@@ -256,20 +260,20 @@ def _by_decoder(model: AutoDecoder, fit: FitOptions, observed: Observed, steps: 
             away += time.process_time() - now
 
 
-def _classical(method: Method, observed: Observed) -> Iterator[Step]:
+def _classical(recipe: Recipe, observed: Observed) -> Iterator[Step]:
     start = time.process_time()
-    if method == "interpolation":
+    if recipe.method == "interpolation":
         if observed.mask is None or len(observed.spatial) != 2:
             raise UserError("interpolation fills hidden pixels of images: lower --data.fraction")
         preds = interpolate(observed.seen, observed.mask)
     else:
         if observed.rays is None or observed.angles is None:
-            raise UserError(f"{method} reconstructs from projections: choose phantoms or ct as --data.name")
+            raise UserError(f"{recipe.method} reconstructs from projections: choose phantoms or ct as --data.name")
         size = (observed.spatial[0], observed.spatial[1])
-        if method == "fbp":
+        if recipe.method == "fbp":
             preds = fbp(observed.targets(), observed.angles, size[0])
         else:
-            preds = tv(observed.targets(), observed.rays, size)
+            preds = tv(observed.targets(), observed.rays, size, weight=recipe.fit.penalty)
     yield 0, time.process_time() - start, preds
 
 

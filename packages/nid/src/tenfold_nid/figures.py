@@ -46,6 +46,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
             stepped |= found
         elif claim.metric.name == "processor time to 30 dB":
             coded |= {arm: pair for arm, pair in found.items() if len(pair[1][0]["points"]) == 1}
+            bars.append(outcome)
         elif claim.metric.name == "PSNR" and "few-pixels" in claim.id:
             few |= found
         else:
@@ -89,7 +90,8 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
             figure, one = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
             unit = f", {claim.metric.unit}" if claim.metric.unit else ""
             bar_chart(one, values, f"{claim.metric.name}{unit}", log=claim.metric.unit == "ms")
-            drawn.append(ReportFigure(figure, claim.id, claim.statement, f"{claim.metric.name} of every arm"))
+            title = f"{claim.metric.name[0].upper()}{claim.metric.name[1:]}, {claim.data}"
+            drawn.append(ReportFigure(figure, title, claim.statement, f"{claim.metric.name} of every arm"))
         atlas = atom_atlas(plt, {**few, **stepped}, folder)
         if atlas is not None:
             caption = "Every atom of the first seed's dictionary on the patch, scaled to its own range; those that most test patches use come first."

@@ -46,10 +46,10 @@ def l1_weights(
     """
     if base <= 0:
         raise ValueError(f"the base of the exponential weights must be positive, got {base}")
-    weights = (1 / base ** torch.arange(num_experts, dtype=torch.float64)).clamp(max=cap).to(device=device, dtype=dtype)
+    weights = (1 / base ** torch.arange(num_experts, dtype=torch.float64)).clamp(max=cap).to(dtype)
     if not bool(weights.isfinite().all()):
         raise ValueError(f"the weights 1/{base}^i overflow for {num_experts} atoms; give a finite cap or fewer atoms")
-    return weights
+    return weights.to(device)
 
 
 def sparsity_loss(gates: Gates, weights: Float[Tensor, " experts"]) -> Float[Tensor, ""]:

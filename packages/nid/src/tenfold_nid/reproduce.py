@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ import filelock
 import torch
 from torch import Tensor, nn
 
-from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement
 from tenfold_shared.cli import load_recipe, to_yaml
 from tenfold_shared.errors import UserError
-from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, seed_everything
 
 from .baselines.classical import median_background, rpca
@@ -27,13 +26,17 @@ from .figures import figures
 from .metrics import surface_distance
 from .recipe import UNTRAINED, Recipe
 from .shapes import marching_cubes
-from .signals import Signals, load_signals
+from .signals import DataConfig, Signals, load_signals
 from .solvers import FitOptions, residual_outliers
 from .train import run_recipe
-from .video import mask_scores, separate
+from .video import background_dictionary, mask_scores, separate
 
 STEPS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300)
 """Optimiser steps on a new signal at which it is looked at."""
+GENERATED = ("phantoms", "primitives")
+"""Data drawn at will, so that signals to choose values on are further ones."""
+VALIDATION_SEED = 100
+"""Videos from this seed on are for choosing values."""
 TARGET = 30.0
 """dB whose time is compared."""
 
@@ -45,18 +48,18 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
 
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
-    file = folder / "measured" / f"{arm.name}-{arm.key}-seed{seed}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **arm.options)
-            write_json(file, coded(recipe, seed, options, folder))
-        extras = json.loads(file.read_text(encoding="utf-8"))
+    name = f"{arm.name}-{arm.key}-seed{seed}"
+    measured = once(name, folder, lambda: _run_arm(arm, seed, options, folder))
     try:
-        value = VALUES[claim.metric.name](extras)
+        return dataclasses.replace(measured, value=VALUES[claim.metric.name](measured.extras))
     except KeyError:
-        return Measurement(None, extras=extras, error=f"{arm.name} gives no {claim.metric.name}")
-    return Measurement(value, seconds=extras["seconds"], extras=extras)
+        return dataclasses.replace(measured, error=f"{arm.name} gives no {claim.metric.name}")
+
+
+def _run_arm(arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
+    recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **arm.options)
+    extras = coded(recipe, seed, options, folder)
+    return Measurement(None, seconds=extras["seconds"], extras=extras)
 
 
 def at_step(step: int) -> Callable[[dict[str, Any]], float]:
@@ -91,7 +94,7 @@ VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
 def coded(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> dict[str, Any]:
     """Learn what the recipe learns, or take it from the arm that has, then code the new signals."""
     if recipe.data.name in {"discs", "video"}:
-        return separated(recipe, seed, options, folder)
+        return separated(recipe, seed)
     model, signals, name = learned(recipe, seed, options, folder)
     observed = observe(signals, recipe.data, seed)
     seed_everything(seed, "coding")
@@ -113,7 +116,9 @@ def learned(
     signals = load_signals(recipe.data)
     if recipe.method == "scratch" or recipe.method in UNTRAINED:
         return None, signals, None
-    data = dataclasses.replace(recipe.data, fraction=1.0, test_views=0)
+    data = dataclasses.replace(recipe.data, fraction=1.0, test_views=0, test_subset=DataConfig.test_subset)
+    if recipe.data.name in GENERATED:  # what is held out of these was never among what is learned from
+        data = dataclasses.replace(data, validation=False)
     training = dataclasses.replace(
         recipe, data=data, fit=FitOptions(), meta=dataclasses.replace(recipe.meta, test_optimiser="sgd")
     )
@@ -141,16 +146,24 @@ def chamfer(preds: Tensor, truth: Tensor) -> float:
     return sum(distances) / len(distances)
 
 
-def separated(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> dict[str, Any]:
-    """A video with moving discs, of which the truth is known, taken apart."""
+def separated(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """A video with moving discs, of which the truth is known, taken apart; every seed has a video of its own."""
     if recipe.data.name != "discs":
         raise UserError("only the video of discs has a known foreground: the verb separate takes any other")
-    video = moving_discs(side=recipe.data.size or 64)
-    frames = video.frames
-    name = None
+    video = moving_discs(side=recipe.data.size or 64, seed=seed + VALIDATION_SEED * recipe.data.validation)
+    frames, start = video.frames, time.process_time()
     if recipe.method == "nid":
-        model, _, name = learned(recipe, seed, options, folder)
-        assert isinstance(model, NeuralDictionary)
+        schedule = recipe.schedule
+        model = background_dictionary(
+            frames,
+            recipe.model,
+            settings=recipe.objective,
+            steps=schedule.epochs * -(-len(frames) // schedule.batch_size),
+            lr=schedule.lr,
+            chunk_size=schedule.chunk_size,
+            batch=schedule.batch_size,
+            seed=seed,
+        )
         found = separate(model, frames, background_atoms=recipe.fit.atoms, penalty=recipe.fit.penalty).mask
     elif recipe.method == "rpca":
         low = rpca(frames.flatten(1)).low_rank.view_as(frames)
@@ -160,4 +173,4 @@ def separated(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> d
     else:
         raise UserError(f"a video is taken apart by nid, rpca or median, not by {recipe.method}")
     precision, recall, f1 = mask_scores(found, video.mask)
-    return {"precision": precision, "recall": recall, "f1": f1, "seconds": None, "run": name}
+    return {"precision": precision, "recall": recall, "f1": f1, "seconds": time.process_time() - start}

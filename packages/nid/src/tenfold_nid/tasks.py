@@ -248,6 +248,8 @@ class TomographyConfig:
     """The slices, and how many views of them are seen; training slices give the prior of the solver map."""
     noise: float = 0.0
     """Standard deviation of the noise on the projections."""
+    tv_weight: float = 3e-5
+    """Weight of the total variation beside which the dictionary is shown; noise asks for more."""
     fit: FitOptions = dataclasses.field(default_factory=lambda: FitOptions(solver="map", penalty=1e-5))
     """How codes are found; the gate, which looks at images, takes no part."""
 
@@ -258,6 +260,8 @@ def tomography(config: TomographyConfig, options: RunOptions) -> None:
     folder = folder_of(options, "ct")
     if config.data.name not in {"phantoms", "ct"}:
         raise UserError(f"--data.name {config.data.name}: tomography takes phantoms or ct")
+    if config.noise < 0 or config.tv_weight < 0:
+        raise UserError("--noise and --tv_weight take 0 or more")
     with Run.evaluation("nid", options) as run, refusals():
         signals = load_signals(config.data).to(run.device)
         check_fit(model, signals, config.data.name)
@@ -280,7 +284,7 @@ def tomography(config: TomographyConfig, options: RunOptions) -> None:
                 spread = posterior(problem, prior, config.fit.penalty).deviation(model.design(coords))
                 save_image(folder / "nid-deviation.png", (spread / spread.max()).view(*size, 1))
         found["fbp"] = fbp(scans, observed.angles, size[0])
-        found["tv"] = tv(scans, observed.rays, size)
+        found["tv"] = tv(scans, observed.rays, size, weight=config.tv_weight)
         for method, slices in found.items():
             for i, image in enumerate(slices):
                 save_image(folder / f"{method}-{i:05d}.png", image)

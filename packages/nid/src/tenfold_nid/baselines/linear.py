@@ -51,9 +51,14 @@ def pca(signals: Float[Tensor, "signals rows"], components: int, *, whiten: bool
             f"got {components}"
         )
     mean = signals.mean(dim=0)
-    values, vectors = torch.linalg.eigh((signals - mean).T @ (signals - mean) / (len(signals) - 1))
-    atoms = vectors.flip(1)[:, :components].contiguous()
-    return LinearDictionary(mean, atoms * values.flip(0)[:components].clamp(min=0).sqrt() if whiten else atoms)
+    centred = (signals - mean) / (len(signals) - 1) ** 0.5
+    if len(signals) < signals.shape[1]:
+        _, deviations, axes = torch.linalg.svd(centred, full_matrices=False)
+        atoms = axes[:components].T.contiguous()
+    else:
+        values, vectors = torch.linalg.eigh(centred.T @ centred)
+        deviations, atoms = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)[:, :components].contiguous()
+    return LinearDictionary(mean, atoms * deviations[:components] if whiten else atoms)
 
 
 def ksvd(
