@@ -145,7 +145,7 @@ def apgd(
     x = x.detach()
     wide = (-1, *(1 for _ in x.shape[1:]))
     now = x + (uniform_start(x, eps, clip, generator) if start is None else start.detach())
-    value, gradient = _value_and_gradient(loss, now)
+    value, gradient = value_and_gradient(loss, now)
     best, best_value, best_gradient = now, value, gradient
     before, size = now, torch.full_like(value, 2 * eps)
     rises, halved, value_then, last = torch.zeros_like(value), torch.ones_like(value, dtype=torch.bool), value, 0
@@ -155,7 +155,7 @@ def apgd(
         mixed = straight if step == 1 else now + 0.75 * (straight - now) + 0.25 * (now - before)
         before, now = now, x + project(x, mixed - x, eps, clip)
         value_before = value
-        value, gradient = _value_and_gradient(loss, now)
+        value, gradient = value_and_gradient(loss, now)
         rises += value > value_before
         better = value > best_value
         best_value = torch.where(better, value, best_value)
@@ -193,7 +193,8 @@ def targeted_dlr(
     return -(own - target) / (ordered[:, 0] - low + 1e-12)
 
 
-def _value_and_gradient(loss: Loss, images: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(loss: Loss, images: Float[Tensor, "b ..."]) -> tuple[Tensor, Tensor]:
+    """The loss as it comes, detached, and `input_gradient` at the price of the gradient alone."""
     images = images.detach().requires_grad_(True)
     with torch.enable_grad():
         value = loss(images)
@@ -202,7 +203,7 @@ def _value_and_gradient(loss: Loss, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def input_gradient(loss: Loss, images: Float[Tensor, "b ..."]) -> Tensor:
     """The gradient of the (summed) loss with respect to the images [b, ...]; nothing accumulates in parameters."""
-    return _value_and_gradient(loss, images)[1]
+    return value_and_gradient(loss, images)[1]
 
 
 @contextlib.contextmanager
