@@ -27,6 +27,7 @@ VALUES = {
     "average incremental accuracy": "average",
     "forgetting": "forgetting",
     "robust accuracy after the last task": "robust_last",
+    "accuracy under the ensemble after the last task": "final_last",
 }
 """Name of a claim's metric -> what of a run it is."""
 

@@ -42,6 +42,8 @@ class Session:
     robust_matrix: list[list[float]] = dataclasses.field(default_factory=list)
     auxiliary: list[list[float]] = dataclasses.field(default_factory=list)
     """Accuracy rows of the auxiliary head, for diagnosis."""
+    final_row: list[float] = dataclasses.field(default_factory=list)
+    """Accuracies under the stronger attack after the last task."""
     queries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """What each task's query took."""
 

@@ -16,7 +16,16 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.reproduction import Request, measure_all
 from tenfold_shared.run import RunOptions
 
-FIGURES = ("last", "average", "forgetting", "backward_transfer", "robust_last", "robust_average", "robust_forgetting")
+FIGURES = (
+    "last",
+    "average",
+    "forgetting",
+    "backward_transfer",
+    "robust_last",
+    "robust_average",
+    "robust_forgetting",
+    "final_last",
+)
 
 
 def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds: int = 3, jobs: int = 0) -> None:
