@@ -3,7 +3,7 @@
     python benchmarks/query.py [--sizes 10000 50000 200000 500000] [--anchors 200] [--width 512] [--output FILE]
 
 *search* is the query on features that are there, *pipeline* the whole of it from images that are read a thousand at a
-time: features by a small network (64 of them), then the search. *straightforward* is what the released code does: the
+time: features by a small network (16 of them), then the search. *straightforward* is what the released code does: the
 whole distance matrix, and a full sort of it for every anchor; it is left out where its matrix would pass a gigabyte. The
 *floor* is the one matrix product that any exact search needs. Each size and arm is a process of its own, so that the
 greatest resident memory is its own as well; "beside the features" is by how much that grew during the search.
@@ -87,7 +87,7 @@ def measure(
     torch.set_num_threads(threads)
     if arm == "pipeline":
         torch.manual_seed(0)
-        net = create_model("small", classes_per_task=2, tasks=5, shape=SHAPE).to(device())
+        net = create_model("small", classes_per_task=2, tasks=5, shape=SHAPE, width=4).to(device())
         asking = images(anchors)[torch.arange(anchors)]
         run: Callable[[], object] = lambda: query(  # noqa: E731
             features_of(net, asking), pool_features(net, images(size)), per_anchor

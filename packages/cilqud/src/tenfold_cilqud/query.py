@@ -111,7 +111,7 @@ def _prepared(anchors: Tensor, pool: Tensor, metric: Metric) -> tuple[Tensor, Te
     if metric == "cosine":
         return torch.nn.functional.normalize(anchors), torch.zeros_like(anchors[0]), True
     total = torch.zeros(pool.shape[1], dtype=torch.float64, device=pool.device)
-    for chunk in pool.split(65536):
+    for _, chunk in _chunks(pool):
         total += chunk.sum(0, dtype=torch.float64)
     centre = (total / len(pool)).to(anchors.device, anchors.dtype)
     return anchors - centre, centre, False
