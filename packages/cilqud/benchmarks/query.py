@@ -96,7 +96,11 @@ def measure(
     else:
         pool = generated(size, width)
         asking = generated(anchors, width) + 0.1
-        arms = {"search": query, "straightforward": straightforward, "floor": lambda a, p, _: product(a, p)}
+        arms: dict[str, Callable[[Tensor, Tensor, int], object]] = {
+            "search": query,
+            "straightforward": straightforward,
+            "floor": lambda a, p, _: product(a, p),
+        }
         run = lambda: arms[arm](asking, pool, per_anchor)  # noqa: E731
     before, seconds = peak(), []
     for _ in range(rounds):

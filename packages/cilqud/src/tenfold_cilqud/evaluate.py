@@ -91,9 +91,16 @@ def withstood(
         if settings.attack == "ensemble":
             from tenfold_cilqud.ensemble import withstands_ensemble  # noqa: PLC0415
 
-            sizes = {"eps": settings.eps, "steps": settings.steps}
             return withstands_ensemble(
-                score, x, y, alive, **sizes, targets=settings.targets, queries=settings.queries, seed=seed
+                score,
+                x,
+                y,
+                alive,
+                eps=settings.eps,
+                steps=settings.steps,
+                targets=settings.targets,
+                queries=settings.queries,
+                seed=seed,
             )
         for restart in range(settings.restarts):
             rows = alive.nonzero().squeeze(1)
