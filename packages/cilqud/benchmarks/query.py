@@ -80,36 +80,45 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 
-def measure(
-    arm: str, size: int, anchors: int, width: int, per_anchor: int, rounds: int, threads: int
-) -> dict[str, Any]:
-    """Shortest seconds of an arm, and memory; in a process of its own."""
-    torch.set_num_threads(threads)
-    if arm == "pipeline":
-        torch.manual_seed(0)
-        net = create_model("small", classes_per_task=2, tasks=5, shape=SHAPE, width=4).to(device())
-        asking = images(anchors)[torch.arange(anchors)]
-        run: Callable[[], object] = lambda: query(  # noqa: E731
-            features_of(net, asking), pool_features(net, images(size)), per_anchor
-        )
-        rounds = 1
-    else:
-        pool = generated(size, width)
-        asking = generated(anchors, width) + 0.1
-        arms: dict[str, Callable[[Tensor, Tensor, int], object]] = {
-            "search": query,
-            "straightforward": straightforward,
-            "floor": lambda a, p, _: product(a, p),
-        }
-        run = lambda: arms[arm](asking, pool, per_anchor)  # noqa: E731
-    before, seconds = peak(), []
+def shortest(run: Callable[[], object], rounds: int) -> float:
+    """Seconds."""
+    seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         run()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": min(seconds), "peak_mib": peak(), "grown_mib": peak() - before}
+    return min(seconds)
+
+
+def searched(size: int, anchors: int, width: int, per_anchor: int, rounds: int, threads: int) -> dict[str, Any]:
+    """The query on features that are there, and afterwards the floor."""
+    torch.set_num_threads(threads)
+    pool, asking = generated(size, width), generated(anchors, width) + 0.1
+    before = peak()
+    seconds = shortest(lambda: query(asking, pool, per_anchor), rounds)
+    found = {"seconds": seconds, "peak_mib": peak(), "grown_mib": peak() - before}
+    return found | {"floor_seconds": shortest(lambda: product(asking, pool), rounds)}
+
+
+def sorted_fully(size: int, anchors: int, width: int, per_anchor: int, rounds: int, threads: int) -> dict[str, Any]:
+    """The straightforward search."""
+    torch.set_num_threads(threads)
+    pool, asking = generated(size, width), generated(anchors, width) + 0.1
+    before = peak()
+    seconds = shortest(lambda: straightforward(asking, pool, per_anchor), rounds)
+    return {"seconds": seconds, "peak_mib": peak(), "grown_mib": peak() - before}
+
+
+def from_images(size: int, anchors: int, width: int, per_anchor: int, rounds: int, threads: int) -> dict[str, Any]:
+    """The pipeline, once."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    net = create_model("small", classes_per_task=2, tasks=5, shape=SHAPE, width=4).to(device())
+    asking = images(anchors)[torch.arange(anchors)]
+    seconds = shortest(lambda: query(features_of(net, asking), pool_features(net, images(size)), per_anchor), rounds=1)
+    return {"seconds": seconds, "peak_mib": peak()}
 
 
 def approximate(size: int, anchors: int, width: int, per_anchor: int, dimensions: int, threads: int) -> dict[str, Any]:
@@ -121,7 +130,13 @@ def approximate(size: int, anchors: int, width: int, per_anchor: int, dimensions
         asking, pool, per_anchor, dimensions=dimensions, generator=torch.Generator().manual_seed(0)
     )
     whole = time.perf_counter() - start
-    return {"dimensions": dimensions, "recall": recall, "search_seconds": found.seconds, "with_recall_seconds": whole}
+    return {
+        "pool": size,
+        "dimensions": dimensions,
+        "recall": recall,
+        "search_seconds": found.seconds,
+        "with_recall_seconds": whole,
+    }
 
 
 def apart(work: Callable[..., dict[str, Any]], *values: Any) -> dict[str, Any]:
@@ -140,41 +155,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dimensions", type=int, default=64, help="of the approximate search; 0 leaves it out")
+    parser.add_argument("--approximate-at", type=int, default=20_000, help="its pool's size")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file for the numbers")
     args = parser.parse_args()
     options = (args.anchors, args.width, args.per_anchor)
     print(f"{args.anchors} anchors, {args.width} features, {args.per_anchor} each, {device()}, {args.threads} threads")
-    rows = []
+    where = {
+        "torch": torch.__version__,
+        "device": str(device()),
+        "threads": args.threads,
+        "machine": platform.machine(),
+    }
+    found: dict[str, Any] = {"anchors": args.anchors, "width": args.width, "per_anchor": args.per_anchor}
+    found |= {"environment": where, "rows": []}
+
+    def keep() -> None:
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     for size in args.sizes:
-        arms = ["floor", "search", "pipeline"]
-        arms += ["straightforward"] if args.anchors * size * 4 < SLOW_LIMIT else []
-        row = {arm: apart(measure, arm, size, *options, args.rounds, args.threads) for arm in arms}
-        rows.append({"pool": size, "features_mib": size * args.width * 4 / MIB, **row})
+        arms = {"search": searched, "pipeline": from_images}
+        arms |= {"straightforward": sorted_fully} if args.anchors * size * 4 < SLOW_LIMIT else {}
+        row = {name: apart(arm, size, *options, args.rounds, args.threads) for name, arm in arms.items()}
+        found["rows"].append({"pool": size, "features_mib": size * args.width * 4 / MIB, **row})
+        keep()
         search, slow = row["search"], row.get("straightforward")
         beside = f"{slow['seconds'] / search['seconds']:.1f} x, +{slow['grown_mib']:.0f} MiB" if slow else "left out"
         print(
-            f"  pool {size:>7}: search {search['seconds']:6.2f} s ({search['seconds'] / row['floor']['seconds']:.1f} x the "
+            f"  pool {size:>7}: search {search['seconds']:6.2f} s ({search['seconds'] / search['floor_seconds']:.1f} x the "
             f"product), peak {search['peak_mib']:.0f} MiB, beside the features +{search['grown_mib']:.0f} MiB; "
             f"straightforward {beside}; pipeline from images {row['pipeline']['seconds']:.1f} s, peak "
             f"{row['pipeline']['peak_mib']:.0f} MiB",
             flush=True,
         )
-    found: dict[str, Any] = {"rows": rows}
     if args.dimensions:
-        found["approximate"] = apart(approximate, args.sizes[-1], *options, args.dimensions, args.threads)
-        print(f"  approximate search at {args.sizes[-1]}: {json.dumps(found['approximate'])}")
-    if args.output is not None:
-        where = {
-            "torch": torch.__version__,
-            "device": str(device()),
-            "threads": args.threads,
-            "machine": platform.machine(),
-        }
-        settings = {"anchors": args.anchors, "width": args.width, "per_anchor": args.per_anchor, "rounds": args.rounds}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps({**settings, "environment": where, **found}, indent=1) + "\n", encoding="utf-8"
-        )
+        found["approximate"] = apart(approximate, args.approximate_at, *options, args.dimensions, args.threads)
+        keep()
+        print(f"  approximate search: {json.dumps(found['approximate'])}")
 
 
 if __name__ == "__main__":
