@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tenfold_shared.attacks import fgsm, held, input_gradient, pgd, project, uniform_start
+from tenfold_shared.attacks import (
+    apgd,
+    apgd_checkpoints,
+    fgsm,
+    held,
+    input_gradient,
+    pgd,
+    project,
+    targeted_dlr,
+    uniform_start,
+)
 
 EPS = 8 / 255
 
@@ -101,3 +111,61 @@ def test_it_works_where_gradients_are_off() -> None:
 def test_sizes_that_are_none_are_refused(changes: dict) -> None:
     with pytest.raises(ValueError, match=r"negative|below"):
         pgd(lambda a: a.sum(), images(), **{"eps": EPS, "step_size": EPS, "steps": 1, **changes})
+
+
+# -- Auto-PGD -------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_pgd_looks_back_where_its_paper_does() -> None:
+    assert sorted(apgd_checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert apgd_checkpoints(1) == {1}
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 99), st.floats(0.0, 0.5), st.integers(0, 9))
+def test_auto_pgd_stays_in_the_ball_and_returns_the_best_it_met(seed, eps, steps) -> None:
+    x, met = images(seed), []
+
+    def loss(a: torch.Tensor) -> torch.Tensor:
+        met.append((5 * a).sin().flatten(1).sum(1))
+        return met[-1]
+
+    found, value = apgd(loss, x, eps=eps, steps=steps, generator=torch.Generator().manual_seed(seed))
+    assert len(met) == steps + 1  # one gradient a step, and one at the start
+    torch.testing.assert_close(value, torch.stack(met).detach().amax(0))
+    torch.testing.assert_close((5 * found).sin().flatten(1).sum(1), value)
+    assert (found - x).abs().max() <= eps + 1e-12
+    assert found.min() >= 0
+    assert found.max() <= 1 + 1e-12
+
+
+def test_auto_pgd_reaches_the_corner_of_a_linear_loss() -> None:
+    x, weights = images(), torch.randn(3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, _ = apgd(lambda a: (a * weights).flatten(1).sum(1), x, eps=EPS, steps=4)
+    torch.testing.assert_close(found, x + project(x, EPS * weights.sign().expand_as(x), EPS))
+
+
+def test_auto_pgd_climbs_narrow_hills_that_fixed_steps_jump_over() -> None:
+    """The distance to a point inside the ball: steps of a fixed size end a step away from it, halved ones do not."""
+    x = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64)
+    peak = x + 0.0123
+
+    def loss(a: torch.Tensor) -> torch.Tensor:
+        return -(a - peak).square().flatten(1).sum(1)
+
+    fixed = pgd(loss, x, eps=0.1, step_size=0.05, steps=40, random_start=False)
+    _, value = apgd(loss, x, eps=0.1, steps=40, start=torch.zeros_like(x))
+    assert (value > loss(x + fixed)).all()
+    assert (value > -1e-4).all()
+
+
+def test_the_targeted_ratio_is_that_of_a_loop_and_scales_out() -> None:
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels, targets = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([1, 2, 3, 4, 0, 4])
+    found = targeted_dlr(logits, labels, targets)
+    for i, row in enumerate(logits.tolist()):
+        first, _, third, fourth, *_ = sorted(row, reverse=True)
+        expected = -(row[labels[i]] - row[targets[i]]) / (first - (third + fourth) / 2)
+        assert found[i].item() == pytest.approx(expected, abs=1e-9)
+    torch.testing.assert_close(targeted_dlr(7 * logits, labels, targets), found)
+    assert torch.isfinite(targeted_dlr(logits[:, :2], labels % 2, 1 - labels % 2)).all()

@@ -104,6 +104,24 @@ def test_the_bundle_is_written_and_read_back(tmp_path: Path, monkeypatch: pytest
     assert data.order == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("part", "content", "words"),
+    [
+        ("save_100", {k: 0 if k == 2 else 2 for k in range(4)}, "fewer anchors than classes, class 2"),
+        ("save_100", dict.fromkeys(range(3), 2), "fewer anchors than classes, class 3"),
+        ("test", {k: 0 if k == 1 else 2 for k in range(4)}, "class 1 .* has no test images"),
+        ("train", {k: 0 if k == 3 else 2 for k in range(4)}, "class 3 .* has no training images"),
+    ],
+)
+def test_a_bundle_that_lacks_a_class_is_refused_before_training(part, content, words, tmp_path: Path) -> None:
+    for name in ("train", "val", "test", "save_100"):
+        sizes = content if name == part else dict.fromkeys(range(4), 2)
+        arrays = {label: np.zeros((n, 32, 32, 3), np.uint8) for label, n in sizes.items()}
+        (tmp_path / f"cifar10_{name}.pkl").write_bytes(pickle.dumps(arrays))
+    with pytest.raises(UserError, match=words):
+        load_data(DataConfig(name="official10", root=tmp_path, tasks=2, class_order="natural"), 0)
+
+
 def test_damaged_bundles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cifar10_train\.pkl"):
         load_data(DataConfig(name="official10", root=tmp_path), 0)

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold_cilqud import approximate_query, query
+from tenfold_cilqud import SmallNet, approximate_query, query
+from tenfold_cilqud.pools import Pool
 from tenfold_cilqud.query import most_confident, random_choice
+from tenfold_cilqud.session import pool_features
 from tenfold_shared.errors import UserError
 
 
@@ -36,6 +38,22 @@ def test_it_is_the_greedy_search(a, p, k, seed, rounds, small) -> None:
     found = query(anchors, pool, k, order=order, memory=1 if small else 1 << 20)
     assert found.indices.tolist() == slow(anchors, pool, k, rounds)
     assert len(set(found.indices.tolist())) == len(found.indices) == min(p, a * k)
+
+
+def test_features_of_a_pool_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more images at a time than a chunk, and the features of them all."""
+    monkeypatch.setattr("tenfold_cilqud.session.CHUNK", 4)
+    torch.manual_seed(0)
+    net, images, asked = SmallNet(2, 2, width=2).train(), torch.rand(10, 1, 8, 8), []
+
+    def read(indices: torch.Tensor) -> torch.Tensor:
+        asked.append(len(indices))
+        return images[indices]
+
+    found = pool_features(net, Pool(10, read, "generated"))
+    assert asked == [4, 4, 2]
+    assert net.training
+    torch.testing.assert_close(found, net.eval().features(images).detach())
 
 
 def test_anchors_that_are_the_same_get_different_images() -> None:

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from tenfold_cilqud import (
     Answered,
@@ -17,9 +20,9 @@ from tenfold_cilqud import (
     rtc_term,
     worst_cases,
 )
-from tenfold_cilqud.ensemble import apgd, square, withstands_ensemble
+from tenfold_cilqud.ensemble import fab, square, square_share, to_plane, withstands_ensemble, wrong_class
 from tenfold_cilqud.evaluate import Evaluation, withstood
-from tenfold_shared.attacks import input_gradient
+from tenfold_shared.attacks import held, input_gradient
 from tenfold_shared.errors import UserError
 
 EPS = 0.1
@@ -112,10 +115,10 @@ def test_consistency_can_hold_its_clean_side_still() -> None:
 def test_trades_compares_with_the_clean_answer() -> None:
     model = net().eval()
     batch = Labelled(images(), torch.zeros(5, dtype=torch.int64), 5)
-    settings = Robust(adv="trades", eps=EPS, step_size=0.04, steps=3)
-    attack = labelled_attack(model, batch, 2, ("main",), settings, noise())
-    other = labelled_attack(model, batch._replace(y=batch.y + 1), 2, ("main",), settings, noise())
-    assert torch.equal(worst_cases(model, [attack], settings)[0], worst_cases(model, [other], settings)[0])
+    trades = Robust(adv="trades", eps=EPS, step_size=0.04, steps=3)
+    attack = labelled_attack(model, batch, 2, ("main",), trades, noise())
+    other = labelled_attack(model, batch._replace(y=batch.y + 1), 2, ("main",), trades, noise())
+    assert torch.equal(worst_cases(model, [attack], trades)[0], worst_cases(model, [other], trades)[0])
 
 
 def test_negative_sizes_are_refused() -> None:
@@ -126,26 +129,33 @@ def test_negative_sizes_are_refused() -> None:
 # -- accuracy under attack ------------------------------------------------------------------------------------------------
 
 
+SMALL = {"steps": 3, "targets": 2, "queries": 5}
+
+
 @pytest.mark.parametrize("attack", ["pgd", "ensemble"])
 def test_no_room_no_harm(attack) -> None:
     """With eps 0 exactly the images that are right stay right."""
     model, y = net().eval(), torch.tensor([0, 1, 2, 3, 0])
-    settings = Evaluation(attack=attack, eps=0.0, step_size=0.0, steps=3)
+    chosen = Evaluation(attack=attack, eps=0.0, step_size=0.0, **SMALL)
     expected = model.scores(images(), 2).argmax(1) == y
-    assert torch.equal(withstood(model, images(), y, 2, settings, 0), expected)
+    assert torch.equal(withstood(model, images(), y, 2, chosen, 0), expected)
+
+
+def undecided(n: int = 40) -> tuple[SmallNet, torch.Tensor]:
+    """A network of which no class is ahead on all images, and its predictions, all right without an attack."""
+    model = net().eval()
+    with torch.no_grad():
+        mean = model.scores(images(n), 3).mean(0)
+        for task, layer in enumerate(model.linear_main):
+            layer.bias -= mean[2 * task : 2 * task + 2]
+        return model, model.scores(images(n), 3).argmax(1)
 
 
 def test_the_ensemble_is_at_least_as_strong_as_pgd() -> None:
-    """On a network's own predictions, all of which are right without an attack."""
-    model = net().eval()
-    with torch.no_grad():  # no class is ahead on all images
-        mean = model.scores(images(40), 3).mean(0)
-        for task, layer in enumerate(model.linear_main):
-            layer.bias -= mean[2 * task : 2 * task + 2]
-        y = model.scores(images(40), 3).argmax(1)
+    model, y = undecided()
     left = []
     for eps in (0.003, 0.01, 0.03):
-        options = {"eps": eps, "step_size": eps / 4, "steps": 10}
+        options = {"eps": eps, "step_size": eps / 4, "steps": 10, "targets": 3, "queries": 20}
         pgd = withstood(model, images(40), y, 3, Evaluation(attack="pgd", **options), 0)
         ensemble = withstood(model, images(40), y, 3, Evaluation(attack="ensemble", **options), 0)
         assert ensemble.sum() <= pgd.sum() + 1
@@ -153,30 +163,109 @@ def test_the_ensemble_is_at_least_as_strong_as_pgd() -> None:
     assert left[0] > left[2]
 
 
-def test_attacks_of_the_ensemble_stay_in_the_ball() -> None:
-    model, y = net().eval(), torch.tensor([0, 1, 2, 3, 0])
+def test_square_stays_in_the_ball_and_lowers_the_margin() -> None:
+    model, y = undecided()
 
     def score(x):
-        return model.scores(x, 2)
+        return model.scores(x, 3)
 
-    def loss(logits, labels, clean):
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    def margin(x):
+        logits = score(x)
+        return logits.gather(1, y[:, None])[:, 0] - logits.scatter(1, y[:, None], -torch.inf).amax(1)
 
-    draws = torch.Generator().manual_seed(0)
-    for found in (
-        apgd(score, loss, images(), y, eps=EPS, steps=8, generator=draws),
-        square(score, images(), y, eps=EPS, queries=20, generator=draws),
-    ):
-        assert (found - images()).abs().max() <= EPS + 1e-9
-        assert found.min() >= 0
-        assert found.max() <= 1 + 1e-9
+    few, many = (
+        square(score, images(40), y, eps=EPS, queries=n, generator=torch.Generator().manual_seed(0)) for n in (0, 30)
+    )
+    assert (many - images(40)).abs().max() <= EPS + 1e-9
+    assert many.min() >= 0
+    assert many.max() <= 1 + 1e-9
+    assert (margin(many) <= margin(few)).all()
+    assert (margin(many) < margin(few)).any()
+
+
+def test_squares_shrink_at_the_papers_fractions() -> None:
+    assert [square_share(n / 10_000) for n in (0, 10, 11, 51, 8001)] == [0.8, 0.8, 0.4, 0.2, 0.8 / 512]
+
+
+@given(st.integers(0, 999), st.integers(1, 12), st.floats(0.0, 2.0))
+@settings(max_examples=25, deadline=None)
+def test_the_way_to_the_plane_is_that_of_a_linear_program(seed, size, scale) -> None:
+    """Least t with |delta| <= t, points + delta in [0, 1] and <normal, delta> = -offset; all room where there is none."""
+    draw = torch.Generator().manual_seed(seed)
+    point, normal = torch.rand(1, size, generator=draw).double(), torch.randn(1, size, generator=draw).double()
+    offset = scale * torch.randn(1, generator=draw).double()
+    delta = to_plane(point, normal, offset)
+    assert (point + delta).min() >= -1e-12
+    assert (point + delta).max() <= 1 + 1e-12
+    found = linprog(
+        [0.0] * size + [1.0],
+        A_ub=[[sign * (i == j) for j in range(size)] + [-1.0] for i in range(size) for sign in (1.0, -1.0)],
+        b_ub=[0.0] * 2 * size,
+        A_eq=[[*normal[0].tolist(), 0.0]],
+        b_eq=[-float(offset)],
+        bounds=[(-p, 1 - p) for p in point[0].tolist()] + [(0, None)],
+    )
+    if found.success:
+        assert float(delta.abs().max()) == pytest.approx(found.fun, abs=1e-7)
+        assert float((normal * delta).sum() + offset) == pytest.approx(0.0, abs=1e-7)
+    else:
+        toward = -offset.sign() * normal.sign()
+        torch.testing.assert_close(delta, torch.where(toward > 0, 1 - point, torch.where(toward < 0, -point, 0.0)))
+
+
+def test_fab_finds_the_nearest_image_beyond_a_plane() -> None:
+    """For a linear classifier that is the margin over the weights' absolute sum, and it is taken if within eps."""
+    weights = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).double()
+    x = 0.45 + 0.1 * torch.rand(6, 1, 3, 3, generator=torch.Generator().manual_seed(1)).double()
+
+    def score(z):
+        return z.flatten(1) @ weights.T
+
+    logits = score(x)
+    y = logits.argmax(1)
+    difference = weights[0] - weights[1]
+    distance = (logits[:, 0] - logits[:, 1]).abs() / difference.abs().sum()
+    found = fab(score, x, y, rank=1, steps=10, eps=1.0)
+    reached = (found - x).flatten(1).abs().amax(1)
+    assert (score(found).argmax(1) != y).all()
+    assert (reached >= distance - 1e-9).all()
+    assert (reached <= 1.06 * distance).all()
+    eps = float(distance.median()) * 1.06
+    kept = fab(score, x, y, rank=1, steps=10, eps=eps)
+    assert torch.equal((kept != x).flatten(1).any(1), reached <= eps)
+
+
+def test_fab_comes_as_close_as_a_search_by_pgd() -> None:
+    """On a network: nearer than or near the least radius at which PGD succeeds, whose attack knows the radius."""
+    model, y = undecided()
+
+    def score(x):
+        return model.scores(x, 3)
+
+    distance = torch.full((40,), torch.inf, dtype=torch.float64)
+    with held(model):
+        for rank in (1, 2, 3, 4, 5):
+            found = fab(score, images(40), y, rank=rank, steps=20, eps=1.0)
+            with torch.no_grad():
+                beyond = score(found).argmax(1) != y
+            reached = (found - images(40)).flatten(1).abs().amax(1)
+            distance = torch.where(beyond, distance.minimum(reached), distance)
+        for eps in (0.01, 0.02, 0.04):
+            radius = Evaluation(attack="pgd", eps=eps, step_size=eps / 8, steps=20)
+            fallen = ~withstood(model, images(40), y, 3, radius, 0)
+            assert (distance[fallen] <= 1.25 * eps).double().mean() >= 0.8
+
+
+def test_the_wrong_class_of_a_rank_is_never_the_label() -> None:
+    model, y = undecided()
     with torch.no_grad():
-        worst = apgd(score, loss, images(), y, eps=EPS, steps=8, generator=draws)
-        assert (loss(score(worst), y, None) >= loss(score(images()), y, None) - 1e-9).float().mean() >= 0.8
+        ranked = torch.stack([wrong_class(lambda x: model.scores(x, 3), images(40), y, rank) for rank in range(1, 6)])
+    assert (ranked != y).all()
+    assert (ranked.sort(0).values.diff(dim=0) > 0).all()
 
 
 def test_what_is_wrong_already_is_not_attacked() -> None:
     alive = torch.zeros(5, dtype=torch.bool)
     model = net().eval()
     y = torch.zeros(5, dtype=torch.int64)
-    assert not withstands_ensemble(lambda x: model.scores(x, 2), images(), y, alive, eps=EPS, steps=2, seed=0).any()
+    assert not withstands_ensemble(lambda x: model.scores(x, 2), images(), y, alive, eps=EPS, **SMALL, seed=0).any()

@@ -60,7 +60,7 @@ def short(**changes: object) -> Recipe:
 
 def test_a_recipe_over_seeds_and_orders(tmp_path: Path) -> None:
     repeat(short(), options(tmp_path), seeds=2, jobs=1)
-    (row,) = json.loads((tmp_path / "cilqud" / "repeat-x" / "repeat.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "cilqud" / "repeat-x" / "repeat.json").read_text())["points"]
     assert row["last"]["n"] == 2
     assert row["last"]["low"] <= row["last"]["mean"] <= row["last"]["high"]
     with pytest.raises(UserError, match="--seeds"):
@@ -72,7 +72,7 @@ def test_a_sweep_looks_at_validation_images_only(tmp_path: Path) -> None:
         sweep(short(), options(tmp_path), grid={"lr": [0.1]})
     held_out = short(validation=4, evaluate_on="validation")
     sweep(held_out, options(tmp_path), grid={"lr": [0.1, 0.001]}, seeds=1, jobs=1)
-    rows = json.loads((tmp_path / "cilqud" / "sweep-x" / "sweep.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "cilqud" / "sweep-x" / "sweep.json").read_text())["points"]
     assert sorted(row["lr"] for row in rows) == [0.001, 0.1]
 
 

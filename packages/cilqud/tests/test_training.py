@@ -125,6 +125,20 @@ def test_options_run(changes: dict, tmp_path: Path) -> None:
     assert 0 <= result.robust_last <= 100
 
 
+def test_the_stronger_attack_follows_the_last_task_alone(tmp_path: Path) -> None:
+    evaluation = Evaluation(final="ensemble", eps=0.1, steps=1, targets=1, queries=2, images=4)
+    recipe = short(steps=2, evaluation=evaluation)
+    with Run("cilqud", recipe, options(tmp_path)) as run:
+        result = run_recipe(run, recipe)
+    assert len(result.final_row) == 2
+    assert result.final_last == pytest.approx(sum(result.final_row) / 2)
+    assert result.robust_matrix == []
+    assert all(0 <= attacked <= 100 for attacked in result.final_row)
+    # A run that is over is read again, not tested again.
+    with Run("cilqud", recipe, options(tmp_path, resume=True)) as run:
+        assert run_recipe(run, recipe) == result
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -137,10 +137,17 @@ def load_data(config: DataConfig, seed: int) -> ClassData:
         raise UserError(
             f"--data.anchors_total {config.anchors_total}: fewer anchors than the {classes} classes; keep 1 or more of each"
         )
-    for label, images in enumerate(data.train):
-        if not len(images):
+    splits = {
+        "training": data.train,
+        config.evaluate_on: data.test if config.evaluate_on == "test" else data.validation,
+    }
+    splits |= {"remembered": data.anchors} if data.anchors is not None else {}
+    for what, split in splits.items():
+        empty = [label for label in range(classes) if label >= len(split) or not len(split[label])]
+        if empty:
+            few = "fewer anchors than classes, " if what == "remembered" else ""
             raise UserError(
-                f"class {label} ({data.names[label]}) has no training images, its task would lack a class: check "
+                f"{few}class {empty[0]} ({data.names[empty[0]]}) has no {what} images, its task would lack a class: check "
                 "--data.per_class, --data.validation, --data.held_back and the data set"
             )
     return data

@@ -1,123 +1,165 @@
-"""An ensemble of attacks as strong as AutoAttack's parts: APGD on two losses, and Square, which needs no gradient.
+"""An ensemble of AutoAttack's four parts (Croce and Hein 2020, "Reliable evaluation of adversarial robustness").
 
-APGD and the logit ratio are Croce and Hein's (2020), Square is Andriushchenko et al.'s (2020); FAB is left out.
-Each attack gets the images that withstood those before it, so the accuracy left is that under the worst of all.
+In AutoAttack's order, each on the images that withstood those before it, so that the accuracy left is that under the
+worst of all: Auto-PGD on the cross entropy; Auto-PGD on the targeted logit ratio and FAB towards each of the likeliest
+wrong classes; Square, which needs no gradient. At its budget (100 steps, 9 classes, 5,000 queries) this is AutoAttack's
+standard version; a smaller budget is a weaker test, and a result says with which it was made.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tenfold_shared.attacks import input_gradient, project, uniform_start
+from tenfold_shared.attacks import apgd, project, targeted_dlr, value_and_gradient
 from tenfold_shared.run import derived_seed
 
 Score = Callable[[Tensor], Tensor]
-TARGETS = 3
-SQUARE_QUERIES = 5  # times the steps
+Attack = Callable[..., Tensor]
+"""Images [b, c, h, w], labels [b] and a generator to attacked images."""
 
 
 def withstands_ensemble(
-    score: Score, x: Tensor, y: Int[Tensor, " b"], alive: Bool[Tensor, " b"], *, eps: float, steps: int, seed: int
-) -> Bool[Tensor, " b"]:
-    """Which of the images that are `alive` withstand every attack of the ensemble."""
-    alive = alive.clone()
-    classes = score(x[:1]).shape[1]
-    losses: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [_cross_entropy]
-    losses += [_targeted(rank) for rank in range(1, min(TARGETS, classes - 1) + 1)]
-    for number, loss in enumerate(losses):
-        rows = alive.nonzero().squeeze(1)
-        if len(rows):
-            draws = torch.Generator().manual_seed(derived_seed(seed, "apgd", number))
-            attacked = apgd(score, loss, x[rows], y[rows], eps=eps, steps=steps, generator=draws)
-            alive[rows] = score(attacked).argmax(1) == y[rows]
-    rows = alive.nonzero().squeeze(1)
-    if len(rows):
-        draws = torch.Generator().manual_seed(derived_seed(seed, "square"))
-        attacked = square(score, x[rows], y[rows], eps=eps, queries=SQUARE_QUERIES * steps, generator=draws)
-        alive[rows] = score(attacked).argmax(1) == y[rows]
-    return alive
-
-
-def _cross_entropy(logits: Tensor, y: Tensor, clean: Tensor) -> Tensor:
-    return cross_entropy(logits, y, reduction="none")
-
-
-def _targeted(rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The targeted logit ratio -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2), t the class of that rank on the clean image.
-
-    With fewer than four classes the denominator is z_1 - z_last.
-    """
-
-    def loss(logits: Tensor, y: Tensor, clean: Tensor) -> Tensor:
-        others = clean.scatter(1, y[:, None], -torch.inf)
-        target = others.topk(rank, 1).indices[:, -1:]
-        ordered = logits.sort(1, descending=True).values
-        low = (ordered[:, 2] + ordered[:, 3]) / 2 if logits.shape[1] >= 4 else ordered[:, -1]
-        gap = logits.gather(1, y[:, None]) - logits.gather(1, target)
-        return -gap.squeeze(1) / (ordered[:, 0] - low + 1e-12)
-
-    return loss
-
-
-def apgd(
     score: Score,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Float[Tensor, "b c h w"],
     y: Int[Tensor, " b"],
+    alive: Bool[Tensor, " b"],
     *,
     eps: float,
     steps: int,
-    generator: torch.Generator,
-) -> Float[Tensor, "b c h w"]:
-    """Auto-PGD: momentum 0.75, step 2 eps, halved at checkpoints where the loss rose in fewer than three quarters of the
-    steps or nothing has changed since the last one; then it goes on from the best point. Returns each image's best point.
+    targets: int,
+    queries: int,
+    seed: int,
+) -> Bool[Tensor, " b"]:
+    """Which of the images that are `alive` withstand every attack of the ensemble.
+
+    Args:
+        score: images in [0, 1] to logits [b, k].
+        x: images.
+        y: labels.
+        alive: which images are right without an attack.
+        eps: radius of the ball.
+        steps: of Auto-PGD and of FAB, for each of their targets.
+        targets: wrong classes that they aim at, the likeliest ones (all k - 1 where there are no more).
+        queries: of Square.
+        seed: of the random starts and squares.
+
     """
-    with torch.no_grad():
-        clean = score(x)
-
-    def values(images: Tensor) -> Tensor:
-        return loss(score(images), y, clean)
-
-    now = x + uniform_start(x, eps, generator=generator)
-    before = now
-    with torch.no_grad():
-        current = values(now)
-    best, best_value = now.clone(), current.clone()
-    size = torch.full_like(current, 2 * eps)
-    rises, halved, value_then = torch.zeros_like(current), torch.ones_like(current, dtype=torch.bool), current.clone()
-    checkpoints = _checkpoints(steps)
-    last = 0
-    for step in range(steps):
-        gradient = input_gradient(values, now).sign()
-        with torch.no_grad():
-            z = x + project(x, now + size.view(-1, 1, 1, 1) * gradient - x, eps)
-            mixed = z if step == 0 else now + 0.75 * (z - now) + 0.25 * (now - before)
-            before, now = now, x + project(x, mixed - x, eps)
-            value = values(now)
-            rises += value > current
-            current = value
-            better = value > best_value
-            best[better], best_value[better] = now[better], value[better]
-            if step + 1 in checkpoints:
-                stalled = ~halved & (best_value <= value_then)
-                reduce = (rises < 0.75 * (step + 1 - last)) | stalled
-                size = torch.where(reduce, size / 2, size)
-                now = torch.where(reduce.view(-1, 1, 1, 1), best, now)
-                current = torch.where(reduce, best_value, current)
-                halved, value_then, rises, last = reduce, best_value.clone(), torch.zeros_like(rises), step + 1
-    return best
+    ranks = range(1, min(targets, score(x[:1]).shape[1] - 1) + 1)
+    attacks: dict[str, Attack] = {"apgd": partial(apgd_on_cross_entropy, score, eps=eps, steps=steps)}
+    attacks |= {f"apgd-{k}": partial(apgd_towards, score, rank=k, eps=eps, steps=steps) for k in ranks}
+    attacks |= {f"fab-{k}": partial(fab, score, rank=k, steps=steps, eps=eps) for k in ranks}
+    attacks |= {"square": partial(square, score, eps=eps, queries=queries)}
+    alive = alive.clone()
+    for name, attack in attacks.items():
+        rows = alive.nonzero().squeeze(1)
+        if len(rows):
+            draws = torch.Generator().manual_seed(derived_seed(seed, name))
+            alive[rows] = score(attack(x[rows], y[rows], generator=draws)).argmax(1) == y[rows]
+    return alive
 
 
-def _checkpoints(steps: int) -> set[int]:
-    """p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), times the steps."""
-    found, previous, present = set(), 0.0, 0.22
-    while present <= 1.0:
-        found.add(max(1, round(present * steps)))
-        previous, present = present, present + max(present - previous - 0.03, 0.06)
-    return found
+def apgd_on_cross_entropy(
+    score: Score, x: Tensor, y: Int[Tensor, " b"], *, eps: float, steps: int, generator: torch.Generator
+) -> Tensor:
+    """Auto-PGD on the cross entropy."""
+    return apgd(
+        lambda images: cross_entropy(score(images), y, reduction="none"), x, eps=eps, steps=steps, generator=generator
+    )[0]
+
+
+def apgd_towards(
+    score: Score, x: Tensor, y: Int[Tensor, " b"], *, rank: int, eps: float, steps: int, generator: torch.Generator
+) -> Tensor:
+    """Auto-PGD on the logit ratio towards the wrong class of a rank."""
+    target = wrong_class(score, x, y, rank)
+    return apgd(lambda images: targeted_dlr(score(images), y, target), x, eps=eps, steps=steps, generator=generator)[0]
+
+
+@torch.no_grad()
+def wrong_class(score: Score, x: Tensor, y: Int[Tensor, " b"], rank: int) -> Int[Tensor, " b"]:
+    """The wrong class that is likeliest on the clean image (rank 1), or the next one."""
+    return score(x).scatter(1, y[:, None], -torch.inf).topk(rank, 1).indices[:, -1]
+
+
+# --- FAB -----------------------------------------------------------------------------------------------------------------
+
+ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9  # bias towards the clean image, overshoot, and step back, as in FAB's paper
+
+
+@torch.no_grad()
+def fab(
+    score: Score,
+    x: Float[Tensor, "b c h w"],
+    y: Int[Tensor, " b"],
+    *,
+    rank: int,
+    steps: int,
+    eps: float,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """FAB towards one class (Croce and Hein 2020, "Minimally distorted adversarial examples"): looks for the nearest
+    image on the other side of the boundary, where the other attacks look for the worst one of the ball.
+
+    In each step the boundary between label and target is linearised at the present point, and both this and the clean
+    image are projected onto it within the range of images; the next point is a mean of the two that leans towards the
+    clean image. From a point beyond the boundary it steps back. Returns the nearest image found that is not classified
+    as `y`, and the clean one where that is farther than `eps`. It starts at the image itself and draws nothing.
+    """
+    target = wrong_class(score, x, y, rank)
+
+    def ahead(images: Tensor) -> Tensor:
+        logits = score(images)
+        return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+    wide = (-1, *(1 for _ in x.shape[1:]))
+    now, found = x.clone(), x.clone()
+    nearest = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+    for _ in range(steps):
+        value, gradient = value_and_gradient(ahead, now)
+        # The plane {z: <gradient, z - now> + value = 0}, seen from the point and from the image.
+        offset = value + (gradient * (x - now)).flatten(1).sum(1)
+        from_now, from_image = to_plane(now, gradient, value), to_plane(x, gradient, offset)
+        far, near = from_now.flatten(1).abs().amax(1), from_image.flatten(1).abs().amax(1)
+        alpha = (far / (far + near).clamp(min=1e-12)).clamp(max=ALPHA_MAX).view(wide)
+        now = ((1 - alpha) * (now + ETA * from_now) + alpha * (x + ETA * from_image)).clamp(0.0, 1.0)
+        beyond = score(now).argmax(1) != y
+        distance = (now - x).flatten(1).abs().amax(1)
+        closer = beyond & (distance < nearest)
+        nearest, found = torch.where(closer, distance, nearest), torch.where(closer.view(wide), now, found)
+        now = torch.where(beyond.view(wide), (1 - BETA) * x + BETA * now, now)
+    return torch.where((nearest <= eps).view(wide), found, x)
+
+
+def to_plane(
+    points: Float[Tensor, "b ..."], normal: Float[Tensor, "b ..."], offset: Float[Tensor, " b"]
+) -> Float[Tensor, "b ..."]:
+    """The shortest delta, in the largest entry, with <normal, delta> + offset = 0 and points + delta within [0, 1].
+
+    Every entry moves by the same length t, along the sign that leads to the plane, or as far as its range lets it; t
+    solves an equation that is piecewise linear between the entries' rooms. Where the plane cannot be reached, all room
+    is used.
+    """
+    shape = points.shape
+    points, normal = points.flatten(1), normal.flatten(1)
+    direction = -offset.sign()[:, None] * normal.sign()
+    room = torch.where(direction > 0, 1.0 - points, points).clamp(min=0.0)
+    ordered, order = room.sort(1)
+    weight = normal.abs().gather(1, order)
+    used = (weight * ordered).cumsum(1)  # by the entries that have reached their end, this one included
+    left = weight.flip(1).cumsum(1).flip(1)  # weight of the entries that have not, this one included
+    reached = used - weight * ordered + left * ordered  # <normal, delta> with t = this entry's room
+    wanted = offset.abs()[:, None]
+    index = (reached < wanted).sum(1, keepdim=True).clamp(max=reached.shape[1] - 1)  # reached never falls
+    before = (used - weight * ordered).gather(1, index)
+    length = ((wanted - before) / left.gather(1, index).clamp(min=1e-12)).clamp(min=0.0)
+    return (direction * torch.minimum(room, length)).view(shape)
+
+
+# --- Square --------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -130,7 +172,9 @@ def square(
     queries: int,
     generator: torch.Generator,
 ) -> Float[Tensor, "b c h w"]:
-    """Square: random search over squares set to +-eps, kept where the margin of the true class falls."""
+    """Square (Andriushchenko et al. 2020): random search over squares set to +-eps, kept where the margin of the true
+    class falls. The squares' share of the image is halved as the search goes on, at the paper's fractions of it.
+    """
     _, channels, height, width = x.shape
 
     def signs(*shape: int) -> Tensor:
@@ -144,14 +188,19 @@ def square(
     delta = project(x, eps * signs(len(x), channels, 1, width).expand_as(x), eps)
     lowest = margin(x + delta)
     for query in range(queries):
-        share = 0.8 * 0.5 ** (5 * query / queries)  # of the image, shrinking as the search goes on
-        side = max(1, min(height, width, round((share * height * width) ** 0.5)))
-        row = int(torch.randint(height - side + 1, (1,), generator=generator))
-        column = int(torch.randint(width - side + 1, (1,), generator=generator))
-        tried = delta.clone()
-        tried[:, :, row : row + side, column : column + side] = eps * signs(len(x), channels, 1, 1)
-        tried = project(x, tried, eps)
+        side = max(1, min(height, width, round((square_share(query / queries) * height * width) ** 0.5)))
+        rows = torch.randint(height - side + 1, (len(x),), generator=generator).to(x.device)
+        columns = torch.randint(width - side + 1, (len(x),), generator=generator).to(x.device)
+        down = torch.arange(height, device=x.device) - rows[:, None]
+        across = torch.arange(width, device=x.device) - columns[:, None]
+        inside = ((down >= 0) & (down < side))[:, None, :, None] & ((across >= 0) & (across < side))[:, None, None, :]
+        tried = project(x, torch.where(inside, eps * signs(len(x), channels, 1, 1), delta), eps)
         found = margin(x + tried)
         better = found < lowest
         delta[better], lowest[better] = tried[better], found[better]
     return x + delta
+
+
+def square_share(progress: float) -> float:
+    """Share of the image that a square covers: 0.8 at first, halved at these fractions of 10,000 queries."""
+    return 0.8 * 0.5 ** sum(progress > end / 10_000 for end in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))

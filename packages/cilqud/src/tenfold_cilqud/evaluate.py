@@ -30,16 +30,22 @@ class Evaluation:
     """How a state is tested."""
 
     attack: Literal["none", "pgd", "ensemble", "autoattack"] = "none"
-    """Robust accuracy: PGD on the cross entropy; the ensemble of this package (APGD on the cross entropy and on the
-    targeted logit ratio, and Square); or AutoAttack from the package autoattack."""
+    """Robust accuracy after every task: PGD on the cross entropy; the ensemble of AutoAttack's four parts (Auto-PGD on
+    two losses, FAB, Square); or AutoAttack from the package autoattack."""
+    final: Literal["none", "ensemble", "autoattack"] = "none"
+    """A stronger attack besides, after the last task."""
     eps: float = 8 / 255
     """Radius of the ball in pixels of [0, 1]."""
     step_size: float = 2 / 255
     """Length of a PGD step."""
     steps: int = 20
-    """PGD steps; also APGD's."""
+    """PGD steps; also those of the ensemble's Auto-PGD and FAB, of which AutoAttack takes 100."""
     restarts: int = 1
     """PGD's random starts; an image counts as robust if it withstands all."""
+    targets: int = 9
+    """Wrong classes that the ensemble aims at, the likeliest first."""
+    queries: int = 5000
+    """Queries of the ensemble's Square."""
     images: int = 0
     """Test images of each task that are attacked, the first ones; 0 attacks all."""
     batch_size: int = 500
@@ -85,7 +91,17 @@ def withstood(
         if settings.attack == "ensemble":
             from tenfold_cilqud.ensemble import withstands_ensemble  # noqa: PLC0415
 
-            return withstands_ensemble(score, x, y, alive, eps=settings.eps, steps=settings.steps, seed=seed)
+            return withstands_ensemble(
+                score,
+                x,
+                y,
+                alive,
+                eps=settings.eps,
+                steps=settings.steps,
+                targets=settings.targets,
+                queries=settings.queries,
+                seed=seed,
+            )
         for restart in range(settings.restarts):
             rows = alive.nonzero().squeeze(1)
             if not len(rows):

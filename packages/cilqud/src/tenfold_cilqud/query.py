@@ -77,6 +77,7 @@ def query(
     limit = min(free, max_total or free, per_anchor * len(anchors))
     anchors, centre, scale = _prepared(anchors, pool, metric)
     rows = max(1, memory // (len(pool) * anchors.element_size()))
+    held = anchors.new_empty(min(rows, len(anchors)), len(pool))
     each, rounds = (per_anchor, 1) if order == "stored" else (1, per_anchor)
     picks: list[tuple[int, Tensor, Tensor]] = []
     counts = torch.zeros(len(anchors), dtype=torch.int64)
@@ -85,7 +86,7 @@ def query(
         for first in range(0, len(anchors), rows):
             if total == limit:
                 break
-            block = _distances(anchors[first : first + rows], pool, centre, scale)
+            block = _distances(anchors[first : first + rows], pool, centre, scale, held)
             block[:, taken] = torch.inf
             for row in range(len(block)):
                 wanted = min(each, limit - total)
@@ -110,15 +111,15 @@ def _prepared(anchors: Tensor, pool: Tensor, metric: Metric) -> tuple[Tensor, Te
     if metric == "cosine":
         return torch.nn.functional.normalize(anchors), torch.zeros_like(anchors[0]), True
     total = torch.zeros(pool.shape[1], dtype=torch.float64, device=pool.device)
-    for chunk in pool.split(65536):
+    for _, chunk in _chunks(pool):
         total += chunk.sum(0, dtype=torch.float64)
     centre = (total / len(pool)).to(anchors.device, anchors.dtype)
     return anchors - centre, centre, False
 
 
-def _distances(anchors: Tensor, pool: Tensor, centre: Tensor, scale: bool) -> Tensor:
-    """|a|^2 + |p|^2 - 2 a p for a block of anchors and the whole pool, a chunk of the pool at a time."""
-    block = torch.empty(len(anchors), len(pool), dtype=anchors.dtype, device=anchors.device)
+def _distances(anchors: Tensor, pool: Tensor, centre: Tensor, scale: bool, held: Tensor) -> Tensor:
+    """|a|^2 + |p|^2 - 2 a p for a block of anchors and the whole pool, a chunk of the pool at a time, in `held`."""
+    block = held[: len(anchors)]
     squares = anchors.square().sum(1, keepdim=True)
     for first, chunk in _chunks(pool):
         moved = chunk.to(anchors.device, anchors.dtype)

@@ -1,17 +1,13 @@
 """The paper's claims: which arms are run, which numbers are compared."""
 
 import dataclasses
-import json
 from pathlib import Path
-
-import filelock
 
 from tenfold_cilqud.recipe import Recipe
 from tenfold_cilqud.train import run_recipe
-from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement
 from tenfold_shared.cli import load_recipe
-from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 
 
@@ -27,6 +23,7 @@ VALUES = {
     "average incremental accuracy": "average",
     "forgetting": "forgetting",
     "robust accuracy after the last task": "robust_last",
+    "accuracy under the ensemble after the last task": "final_last",
 }
 """Name of a claim's metric -> what of a run it is."""
 
@@ -34,12 +31,7 @@ VALUES = {
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            write_json(file, dataclasses.asdict(run_arm(arm, name, options, folder)))
-        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    measured = once(name, folder, lambda: run_arm(arm, name, options, folder))
     return dataclasses.replace(measured, value=measured.extras[VALUES[claim.metric.name]])
 
 

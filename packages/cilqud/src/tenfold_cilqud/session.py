@@ -42,6 +42,8 @@ class Session:
     robust_matrix: list[list[float]] = dataclasses.field(default_factory=list)
     auxiliary: list[list[float]] = dataclasses.field(default_factory=list)
     """Accuracy rows of the auxiliary head, for diagnosis."""
+    final_row: list[float] = dataclasses.field(default_factory=list)
+    """Accuracies under the stronger attack after the last task."""
     queries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """What each task's query took."""
 
@@ -71,12 +73,15 @@ def features_of(net: IncrementalNet, images: Tensor, what: str = "penultimate", 
 
 
 def pool_features(net: IncrementalNet, pool: Pool, what: str = "penultimate", tasks: int = 1) -> Float[Tensor, "p d"]:
-    """Features of a whole pool, read and computed a chunk at a time."""
-    parts = []
+    """Features of a whole pool, read and computed a chunk at a time; nothing else of the pool is held."""
+    found: Tensor | None = None
     for first in range(0, len(pool), CHUNK):
-        chosen = torch.arange(first, min(first + CHUNK, len(pool)))
-        parts.append(features_of(net, pool[chosen], what, tasks))
-    return torch.cat(parts)
+        part = features_of(net, pool[torch.arange(first, min(first + CHUNK, len(pool)))], what, tasks)
+        if found is None:
+            found = part.new_empty(len(pool), part.shape[1])
+        found[first : first + len(part)] = part
+    assert found is not None
+    return found
 
 
 def update_anchors(session: Session, task: int) -> None:

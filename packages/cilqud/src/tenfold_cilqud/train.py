@@ -50,6 +50,10 @@ class Result:
     robust_average: float | None
     robust_forgetting: float | None
     robust_matrix: list[list[float]]
+    final_row: list[float]
+    """Accuracy on each task under the stronger attack after the last one, where it was asked for."""
+    final_last: float | None
+    """Its mean."""
     queries: list[dict[str, Any]]
     """What each task's query took."""
     pool: str
@@ -149,6 +153,8 @@ def result_of(session: Session) -> Result:
         robust_average=robust.average if robust else None,
         robust_forgetting=robust.forgetting if robust else None,
         robust_matrix=session.robust_matrix,
+        final_row=session.final_row,
+        final_last=sum(session.final_row) / len(session.final_row) if session.final_row else None,
         queries=session.queries,
         pool=session.pool.provenance if session.pool is not None else "",
     )
@@ -179,6 +185,7 @@ def learn(session: Session, index: int) -> None:
     session.matrix.append(outcome["row"])
     if outcome["robust_row"]:
         session.robust_matrix.append(outcome["robust_row"])
+    session.final_row = outcome["final_row"]
     if outcome["auxiliary_row"]:
         session.auxiliary.append(outcome["auxiliary_row"])
     if outcome["query"]:
@@ -188,18 +195,23 @@ def learn(session: Session, index: int) -> None:
 
 
 def test(session: Session, index: int) -> dict[str, Any]:
-    """Accuracy rows on all tasks seen: the prediction, the auxiliary head, and under attack."""
+    """Accuracy rows on all tasks seen: the prediction, the auxiliary head, under attack, and under the final one."""
     recipe, data, net = session.recipe, session.data, session.net
     split = data.test if recipe.data.evaluate_on == "test" else data.validation
     sets = [tuple(new_samples(split, data.order, task, data.classes_per_task)) for task in range(index + 1)]
     batch, seen = recipe.evaluation.batch_size, index + 1
-    outcome: dict[str, Any] = {"row": task_accuracies(net, sets, seen, batch), "auxiliary_row": [], "robust_row": []}  # type: ignore[arg-type]
+    outcome: dict[str, Any] = {"auxiliary_row": [], "robust_row": [], "final_row": []}
+    outcome["row"] = task_accuracies(net, sets, seen, batch)  # type: ignore[arg-type]
     if recipe.method == "cil-qud" and recipe.heads == "two":
         with auxiliary_decision(net):
             outcome["auxiliary_row"] = task_accuracies(net, sets, seen, batch)  # type: ignore[arg-type]
     if recipe.evaluation.attack != "none":
         seed = derived_seed(session.run.options.seed, "test attack")
         outcome["robust_row"] = robust_accuracies(net, sets, seen, recipe.evaluation, seed)  # type: ignore[arg-type]
+    if recipe.evaluation.final != "none" and seen == data.tasks:
+        stronger = dataclasses.replace(recipe.evaluation, attack=recipe.evaluation.final)
+        seed = derived_seed(session.run.options.seed, "final attack")
+        outcome["final_row"] = robust_accuracies(net, sets, seen, stronger, seed)  # type: ignore[arg-type]
     return outcome
 
 
