@@ -99,6 +99,18 @@ def test_the_folder_is_refused_when_it_is_another_runs(tmp_path: Path) -> None:
         pass
 
 
+def test_a_recipe_that_is_refused_leaves_its_name_free(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(UserError, match="no such data"), Run("demo", Recipe(), options(tmp_path)):
+            raise UserError("no such data")
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        fit(run, 2)
+    with pytest.raises(UserError, match="gone"), Run("demo", Recipe(), options(tmp_path, resume=True)):
+        raise UserError("the data are gone")
+    assert (tmp_path / "demo" / "x" / "checkpoints" / "train.safetensors").exists()
+    assert (tmp_path / "demo" / "x" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("changes", [{"name": "a/b"}, {"checkpoint_every": -1}])
 def test_options_are_checked(tmp_path: Path, changes: dict) -> None:
     with pytest.raises(UserError, match="--"):

@@ -199,7 +199,18 @@ class Run:
                 self._metrics.close()
             if self._tracker:
                 self._tracker.close()
+            if isinstance(error, UserError) and self.is_main and self._fresh and not self._step:
+                self._leave_no_folder()
             self._lock.release()
+
+    def _leave_no_folder(self) -> None:
+        """Take back the folder of a run whose recipe was refused before a step, so that its name is free for the next."""
+        if (self.directory / "checkpoints").exists():
+            return
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", ".lock"):
+            (self.directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody's own files are in it
+            self.directory.rmdir()
 
     def _claim_folder(self) -> None:
         try:
@@ -225,6 +236,7 @@ class Run:
         saved = self.directory / "config.yaml"
         again = dataclasses.replace(self.options, resume=False, quiet=False)
         text = to_yaml(self.config, again)
+        self._fresh = not saved.exists()
         if saved.exists() and not self.options.resume:
             raise UserError(
                 f"{self.directory} holds a run already; add --resume to go on with it or choose another --name"
