@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenfold_slak.large_kernel import large_kernel_dwconv, large_kernel_pair
+from tenfold_slak.large_kernel import CHANNELS_LAST, large_kernel_dwconv, large_kernel_pair
 
 #: channels, height = width, kernel, blocks
 STAGES = [(124, 56, 51, 3), (249, 28, 49, 3), (499, 14, 47, 9), (998, 7, 13, 3)]
@@ -63,9 +63,8 @@ def merged(backend: str) -> Layer:
 
 def methods(device: str, training: bool) -> dict[str, tuple[Layer, bool]]:
     """Name -> function, whether it is given channels-last maps. The first is ours."""
-    ours = "direct" if device == "cpu" else "auto"
     found: dict[str, tuple[Layer, bool]] = {
-        f"ours ({ours})": (three_maps(ours) if training else folded(ours), False),
+        "ours": (three_maps("auto"), False) if training else (folded("auto"), device == "cpu" and CHANNELS_LAST),
         "conv2d contiguous": (plain, False),
         "conv2d channels-last": (plain, True),
         "FFT, 1 map": (folded("fft"), False),

@@ -103,13 +103,13 @@ def test_gradcheck(backend: str, size: tuple[int, int], kernel: tuple[int, int])
     assert torch.autograd.gradcheck(function, (x, weight, bias), fast_mode=fast)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "conv2d", "toeplitz"])
-def test_a_pair_is_the_sum_of_its_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a batch is gone through in parts, the last of them smaller."""
+def test_a_pair_is_the_sum_of_its_kernels(backend: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, bias = torch.randn(5, 2, 6, 4, **DOUBLE), torch.randn(2, **DOUBLE)
     tall, wide = torch.randn(2, 1, 9, 3, **DOUBLE), torch.randn(2, 1, 3, 9, **DOUBLE)
     expected = large_kernel_dwconv(x, tall, "conv2d", bias) + large_kernel_dwconv(x, wide, "conv2d")
-    monkeypatch.setattr(large_kernel, "CACHED_BYTES", 2 * x[:1].numel() * x.element_size())
+    monkeypatch.setattr(large_kernel, "CHANNELS_LAST", channels_last)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             y = large_kernel_pair(x, tall, wide, backend, bias)

@@ -108,8 +108,8 @@ class LargeKernel(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """The sum of the branches."""
-        x = x.contiguous()
         if self.training:
+            x = x.contiguous()
             first, *rest = (branch(x) for branch in self._branches())
             for y in rest:
                 first = first + y
@@ -118,7 +118,7 @@ class LargeKernel(nn.Module):
             tall, wide, bias = self.folded_two()
             return large_kernel_pair(x, tall, wide, self.LoRA1.conv.backend, bias)
         kernel, bias = self.folded_one()
-        return large_kernel_dwconv(x, kernel, self.lkb_origin.conv.backend, bias)
+        return large_kernel_dwconv(x.contiguous(), kernel, self.lkb_origin.conv.backend, bias)
 
     def _branches(self) -> list[Branch]:
         return [module for module in self.children() if isinstance(module, Branch)]
@@ -199,7 +199,7 @@ class MergedTwo(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """Two convolutions and their sum."""
-        return large_kernel_pair(x.contiguous(), self.tall, self.wide, self.backend, self.bias)
+        return large_kernel_pair(x, self.tall, self.wide, self.backend, self.bias)
 
 
 class MergedOne(nn.Module):
