@@ -86,7 +86,8 @@ def large_kernel_pair(
     """
     if torch.is_grad_enabled():
         return large_kernel_dwconv(x, tall, backend, bias) + large_kernel_dwconv(x, wide, backend)
-    if backend == "auto" and CHANNELS_LAST and not _tuned and x.device.type == "cpu" and not _recording(x):
+    plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not _recording(x)
+    if backend == "auto" and CHANNELS_LAST and not _tuned and plain:
         _check(x, tall)
         _check(x, wide)
         x = x.contiguous(memory_format=torch.channels_last)
