@@ -157,6 +157,12 @@ def test_certify_resumes_and_shards(network: Path, tmp_path: Path, monkeypatch: 
         file = results.parent.parent / "parts" / f"results-{shard}of2.jsonl"
         found |= {line["index"]: line["status"] for line in map(json.loads, file.read_text().splitlines())}
     assert found == {line["index"]: line["status"] for line in lines}
+    counted, together = (
+        json.loads((results.parent.parent / name / "summary.json").read_text()) for name in ("whole", "parts")
+    )
+    assert together["images"] == 12
+    assert together["statuses"] == counted["statuses"]
+    assert {"time_limit", "eps", "environment"} <= set(together)
 
 
 def test_export_then_certify(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

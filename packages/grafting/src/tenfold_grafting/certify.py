@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +23,10 @@ from tenfold_grafting.selection import load_masks, overlap
 from tenfold_grafting.specification import Property, ball, check_eps
 from tenfold_grafting.verify import Verdict, VerifySettings, verify
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
+from tenfold_shared.checkpoint import write_json
 from tenfold_shared.cli import to_yaml
 from tenfold_shared.errors import RunFailure, UserError
-from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.run import Run, RunOptions, environment
 
 
 @dataclasses.dataclass
@@ -68,7 +68,8 @@ class CertifyConfig:
 def certify(config: CertifyConfig, options: RunOptions) -> None:
     """Decide every image, append one JSON line each to ``results.jsonl``, keep counter-examples, print the summary.
 
-    With --resume, images that have a line already are left out. The exit code is 1 if a verdict contradicts an attack.
+    ``summary.json`` counts what all shards have written so far, and states the limits and the hardware. With --resume,
+    images that have a line already are left out. The exit code is 1 if a verdict contradicts an attack.
     """
     folder = options.output / "grafting" / (options.name or f"certify-{config.model.stem}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,8 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
         _claim(folder / f"config{suffix}.yaml", path, config, options)
         done = _done(path)
         if config.memory and sys.platform == "linux":
+            import resource  # noqa: PLC0415 - not on every platform
+
             limit = int(config.memory * 2**30)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         with path.open("a", encoding="utf-8") as file:
@@ -91,6 +94,9 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
                     done[index] = line
                     if not options.quiet:
                         print(f"{index}: {line['status']} in {line['seconds']:.2f} s")
+        whole = [line for file in sorted(folder.glob("results*.jsonl")) for line in _complete(file)[0]]
+        about = {"eps": config.eps, "environment": environment(run.device)}
+        write_json(folder / "summary.json", summary(whole, config.verify) | about)
     print(json.dumps(summary(list(done.values()), config.verify)))
 
 
@@ -111,17 +117,22 @@ def _claim(saved: Path, results: Path, config: CertifyConfig, options: RunOption
     saved.write_text(text, encoding="utf-8")
 
 
-def _done(path: Path) -> dict[int, dict[str, Any]]:
-    """The lines that are complete; a line cut short by a kill is removed."""
-    if not path.exists():
-        return {}
-    lines, good = path.read_text(encoding="utf-8").splitlines(), []
+def _complete(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The lines of a file up to the first that is cut short, and whether they are all."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    good: list[dict[str, Any]] = []
     for line in lines:
         try:
             good.append(json.loads(line))
         except ValueError:
-            break
-    if len(good) < len(lines):
+            return good, False
+    return good, True
+
+
+def _done(path: Path) -> dict[int, dict[str, Any]]:
+    """The lines that are complete; a line cut short by a kill is removed."""
+    good, whole = _complete(path)
+    if not whole:
         path.write_text("".join(json.dumps(line) + "\n" for line in good), encoding="utf-8")
     return {line["index"]: line for line in good}
 
@@ -212,6 +223,7 @@ def summary(lines: list[dict[str, Any]], settings: VerifySettings) -> dict[str, 
         "statuses": statuses,
         "seconds_per_call": sum(reached) / len(reached) if reached else None,
         "time_limit": settings.timeout,
+        "domain_limit": settings.max_domains,
         "method": settings.method,
         "arithmetic": settings.arithmetic,
     }

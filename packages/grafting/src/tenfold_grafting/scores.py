@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tenfold_grafting.arithmetic import exact_arithmetic
-from tenfold_grafting.bounds import crown_intervals, ibp
+from tenfold_grafting.bounds import crown_intervals
 from tenfold_grafting.grafting import activation_modules, pre_activations
 from tenfold_grafting.graph import Graph, trace
+from tenfold_grafting.intervals import ibp
 from tenfold_grafting.optimise import alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
 from tenfold_shared.attacks import fgsm, held

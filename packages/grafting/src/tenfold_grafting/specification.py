@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tenfold_grafting.bounds import Box, margin_spec
+from tenfold_grafting.bounds import margin_spec
 from tenfold_grafting.graph import Graph
+from tenfold_grafting.intervals import Box
 from tenfold_shared.errors import UserError
 
 
