@@ -126,6 +126,12 @@ def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool)
     def line(method: str, one: float, more: str) -> None:
         print(f"  {name:<16} {method:<24} {one:10.4f} {more}", flush=True)
 
+    def one_of(bound: Callable[..., Tensor], i: int) -> Tensor:
+        return bound(boxes[i : i + 1], specs[i : i + 1])
+
+    def optimised_one(call: Callable[..., Optimised], i: int) -> Optimised:
+        return call(graph, boxes[i : i + 1], specs[i : i + 1], alone[i])
+
     def compared(method: str, single: Callable[[int], object], batched: Callable[[], object], rounds: int) -> None:
         one = seconds(partial(single, 0), rounds)
         each = seconds(lambda: [single(i) for i in images], 1) / len(boxes)
@@ -134,24 +140,16 @@ def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool)
 
     with torch.no_grad():
         for method in METHODS:
-            compared(
-                method,
-                lambda i, m=method: bound_margins(graph, boxes[i : i + 1], specs[i : i + 1], m),
-                partial(bound_margins, graph, boxes, specs, method),
-                rounds,
-            )
+            single = partial(one_of, partial(bound_margins, graph, method=method))
+            compared(method, single, partial(bound_margins, graph, boxes, specs, method), rounds)
         alone = [crown_intervals(graph, boxes[i : i + 1])[0] for i in images]
         every, _ = crown_intervals(graph, boxes)
     calls: list[tuple[str, Callable[..., Optimised]]] = [("alpha-crown, 20", alpha_crown)]
     if name == "mnist_mlp_6x100":
         calls.append(("alpha-crown joint, 20", alpha_crown_joint))
     for title, call in calls:  # after the intermediate bounds
-        compared(
-            title,
-            lambda i, c=call: c(graph, boxes[i : i + 1], specs[i : i + 1], alone[i]),
-            partial(call, graph, boxes, specs, every),
-            1,
-        )
+        single_call = partial(optimised_one, call)
+        compared(title, single_call, partial(call, graph, boxes, specs, every), 1)
     line("beta-crown", domains_per_second(graph, box, spec), "subdomains a second")
     if dense and name != "cifar_resnet2b":
         with torch.no_grad():

@@ -317,7 +317,7 @@ def _tightened(
         images = order[first:last]
         neurons = wanted[images].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : sizes[first]]
         sign = signs[images].gather(1, neurons)
-        here = {i: Lines(*(None if part is None else part[images] for part in line)) for i, line in lines.items()}
+        here = {i: line.of(images) for i, line in lines.items()}
         bound = neuron_bounds(graph, box[images], source, neurons, sign.to(graph.dtype), here, elements)
         if error is not None:
             bound = bound - error[images].gather(1, neurons)
