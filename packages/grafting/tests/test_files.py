@@ -16,7 +16,7 @@ from tenfold_grafting.data import DataConfig, load_data
 from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.networks import architecture, create_network
-from tenfold_grafting.specification import ball
+from tenfold_grafting.specification import Property, ball
 from tenfold_grafting.train import Recipe, Session, objective
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_grafting.zoo import load_images, load_network
@@ -175,6 +175,18 @@ def test_export_then_certify(network: Path, tmp_path: Path, monkeypatch: pytest.
     images, labels = load_data(DataConfig()).test.pixels(1)
     right = int(load_network(network)[0].double()(images).argmax()) == int(labels[0])
     assert right or line["status"] == "attacked"
+
+
+def test_a_box_outside_of_the_pixels_is_refused(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A checkpoint takes pixels; a property that leaves their range is one of other inputs."""
+    outside = Property(
+        torch.full((1, 8, 8), -0.5), torch.ones(1, 8, 8), torch.eye(10)[:1] - torch.eye(10)[1:2], torch.zeros(1)
+    )
+    write_vnnlib(outside, tmp_path / "outside.vnnlib")
+    assert run(monkeypatch, tmp_path, "certify", "--model", str(network), "--property", "outside.vnnlib") == 2
+    assert "[-0.5, 1]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tenfold_grafting.graph import Graph, trace
 from tenfold_grafting.networks import architecture, create_network
 from tenfold_grafting.onnx_io import read_onnx, write_onnx
 from tenfold_grafting.selection import load_masks, overlap
-from tenfold_grafting.specification import Property, ball, check_eps
+from tenfold_grafting.specification import Property, ball, check_eps, check_pixels
 from tenfold_grafting.verify import Verdict, VerifySettings, verify
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_shared.checkpoint import write_json
@@ -151,7 +151,10 @@ def load_graph(model: Path, data: DataConfig, arch: str = "") -> Graph:
 def _problems(config: CertifyConfig, graph: Graph) -> Iterator[tuple[int, int | None, Tensor | None, Property]]:
     """(number, label, image, property) of this shard."""
     if config.property is not None:
-        yield 0, None, None, read_vnnlib(config.property, graph.input_shape, graph.classes).checked(graph)
+        prop = read_vnnlib(config.property, graph.input_shape, graph.classes).checked(graph)
+        if config.model.suffix != ".onnx":  # an ONNX network may want its inputs normalised
+            check_pixels(torch.stack([prop.lower, prop.upper]), "the property's box reaches")
+        yield 0, None, None, prop
         return
     data = load_data(config.data)
     if data.shape != graph.input_shape:
