@@ -12,7 +12,9 @@ import tenfold_bip.train
 from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
 from tenfold_bip.data import DataConfig, load_data
 from tenfold_bip.evaluate import load_model
+from tenfold_bip.reproduce import measure
 from tenfold_bip.train import METHODS, Bilevel, Phase, Recipe, run_recipe
+from tenfold_shared.claims import Arm, Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import ImageSet
@@ -60,6 +62,37 @@ def test_every_method_ends_at_its_keep_ratio(method: str, tmp_path: Path) -> Non
     assert about["accuracy"] == result.accuracy
     images = torch.randn(3, 1, 8, 8)
     torch.testing.assert_close(loaded.eval()(images), model.eval()(images))
+
+
+def test_imp_takes_over_the_rounds_of_a_run_that_cuts_less(tmp_path: Path) -> None:
+    """In a reproduction the rounds two keep ratios have in common are trained once, and nothing else changes."""
+    claim = load_claims("tenfold_bip").select(["mini-keep-5"], None)[0]
+    alike = {"method": "imp", "dense.epochs": 1, "sparse.epochs": 1, "rewind_epoch": 1}
+
+    def imp(keep: float, folder: Path) -> Measurement:
+        arm = Arm("imp", recipe="digits-cnn", options={**alike, "keep": keep})
+        return measure(claim, arm, 0, options=RunOptions(device="cpu", quiet=True, resume=True), folder=folder)
+
+    alone = imp(0.4, tmp_path / "alone")
+    first, second = imp(0.5, tmp_path / "both"), imp(0.4, tmp_path / "both")
+    steps = {
+        len((tmp_path / "both" / "runs" / m.extras["run"] / "metrics.jsonl").read_text().splitlines())
+        for m in (first, second)
+    }
+    assert steps == {4 * (1000 // 64), 2 * (1000 // 64)}  # .8 .64 .512 .5, then only .4096 .4
+    assert first.seconds is not None
+    assert second.seconds is not None
+    rounds = [phase["seconds"] for phase in first.extras["history"]]
+    assert [phase["seconds"] for phase in second.extras["history"]][:3] == rounds[:3]
+    assert second.seconds > sum(rounds[:3])
+    for key in ("accuracy", "passes", "keep"):
+        assert second.extras[key] == alone.extras[key]
+    weights = [
+        load_model(tmp_path / where / "runs" / m.extras["run"])[0].state_dict()
+        for where, m in (("both", second), ("alone", alone))
+    ]
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
 
 
 @pytest.mark.parametrize(

@@ -14,4 +14,5 @@ class Interrupted(BaseException):
 
     def __init__(self, signal_number: int):
         super().__init__(signal_number)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number

@@ -3,26 +3,41 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import filelock
 import psutil
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from .checkpoint import write_json, write_text
-from .claims import Arm, Claim, Measurement, Outcome, load_claims, measured_arm, summarise
+from .claims import (
+    Arm,
+    Claim,
+    Measurement,
+    Metric,
+    Outcome,
+    load_claims,
+    mean_interval,
+    measured_arm,
+    paired_interval,
+    summarise,
+)
+from .cli import to_yaml
 from .errors import Interrupted, RunFailure, UserError
 from .progress import Progress
 from .report import ReportFigure, console_table, markdown_table, write_report
@@ -165,7 +180,7 @@ def measure_all(
         else:
             with _pool(jobs) as pool:
                 futures: dict[Future, tuple[Claim, Arm, int]] = {
-                    pool.submit(_measure_one, measure, claim, arm, seed, inner, folder): (claim, arm, seed)
+                    pool.submit(_Worker.measure_one, measure, claim, arm, seed, inner, folder): (claim, arm, seed)
                     for claim, arm, seed in tasks
                 }
                 for future in as_completed(futures):
@@ -180,12 +195,44 @@ def _measure_one(measure: Measure, claim: Claim, arm: Arm, seed: int, options: R
     return measured_arm(claim, arm, seed, call, folder / "arms")
 
 
+class _Worker:
+    """A process of the pool. A signal stops what it measures (a `Run` saves first) and all that would come after."""
+
+    busy = False
+    stopped: int | None = None
+
+    @classmethod
+    def start(cls, threads: int) -> None:
+        torch.set_num_threads(threads)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, cls.on_signal)
+
+    @classmethod
+    def on_signal(cls, number: int, frame: FrameType | None) -> None:
+        cls.stopped = number
+        if cls.busy:  # between two arms it holds the lock of the queue, with which it must not die
+            raise Interrupted(number)
+
+    @classmethod
+    def measure_one(cls, *task: Any) -> Measurement:
+        cls.busy = True
+        try:
+            if cls.stopped is not None:
+                raise Interrupted(cls.stopped)
+            return _measure_one(*task)
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            cls.stopped = getattr(interruption, "signal_number", signal.SIGINT)
+            raise
+        finally:
+            cls.busy = False
+
+
 @contextlib.contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes with their share of the threads; a signal reaches their runs, which save before they end."""
+    """Worker processes with their share of the threads; a signal reaches them all, and they end in their own time."""
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_Worker.start, initargs=(threads,)
     )
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -196,7 +243,7 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in psutil.Process().children(recursive=True):
+        for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.terminate()
         raise
@@ -204,6 +251,73 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def once(name: str, folder: Path, measure: Callable[[], Measurement]) -> Measurement:
+    """The measurement of that name in a reproduction's folder, made by whoever needs it first: claims share arms."""
+    file = folder / "measured" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        if not file.exists():
+            write_json(file, dataclasses.asdict(measure()))
+        return Measurement(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values of a grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def compare_points(
+    slug: str,
+    verb: str,
+    recipe: Any,
+    points: Sequence[dict[str, Any]],
+    metric: Metric,
+    request: Request,
+    options: RunOptions,
+    measure: Measure,
+    also: Callable[[Sequence[Measurement]], dict[str, Any]] = lambda _: {},
+) -> None:
+    """Run a recipe with each set of changed values; print and keep the table, best point first.
+
+    ``<verb>.json`` in the folder ``<verb>-<name>`` has of every point the values by seed, their mean and its interval,
+    the paired difference to the first of the points, and what ``also`` says of its measurements.
+    """
+    folder = options.output / slug / f"{verb}-{options.name or 'recipe'}"
+    write_text(folder / "recipe.yaml", to_yaml(recipe))
+    arms = {
+        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
+    }
+    claim = Claim(
+        id=verb, table="", statement="", data="", model="", scale="mini", provenance="none",
+        metric=metric, method="point-0", arms=arms, seeds=request.seeds,
+    )  # fmt: skip
+    results = measure_all([claim], request, options, measure, folder)
+    seeds = _seeds(claim, request, options)
+    first = [results[verb, "point-0", seed].value for seed in seeds]
+    rows = []
+    for name, point in zip(arms, points, strict=True):
+        found = [results[verb, name, seed] for seed in seeds]
+        values = [measured.value for measured in found]
+        pairs = [(a, b) for a, b in zip(values, first, strict=True) if a is not None and b is not None]
+        mean = mean_interval([value for value in values if value is not None])
+        difference = paired_interval([a for a, _ in pairs], [b for _, b in pairs])
+        intervals = {**dataclasses.asdict(mean), "against_first": dataclasses.asdict(difference)}
+        rows.append({**point, "values": values, **intervals, **also(found)})
+    worst = -math.inf if metric.higher_is_better else math.inf
+    rows.sort(key=lambda row: worst if row["mean"] is None else row["mean"], reverse=metric.higher_is_better)
+    unit = f", {metric.unit}" if metric.unit else ""
+    content = {
+        "recipe": yaml.safe_load(to_yaml(recipe)),
+        "metric": f"{metric.name}{unit}",
+        "seeds": seeds,
+        "points": rows,
+    }
+    write_json(folder / f"{verb}.json", content)
+    for row in rows:
+        print(json.dumps(row))
+    print(f"written to {folder / f'{verb}.json'}")
 
 
 def results_folder(package: str) -> Path:

@@ -50,6 +50,7 @@ from .tracking import Tracker
 
 logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 2.0  # how long logged values may stay on the device before they are read, checked and written
+SAME_WISH_SECONDS = 1.0  # Ctrl-C reaches a whole terminal, and whoever launched this process passes it on once more
 
 
 @dataclasses.dataclass
@@ -146,6 +147,7 @@ class Run:
         self.is_main = self.accelerator.is_main_process
         self._pending: list[tuple[str, int, float, dict[str, Any]]] = []
         self._stop: int | None = None
+        self._stopped = 0.0
         self._state: dict[str, Any] = {}
         self._phase, self._step = "", 0
         self._tracked: dict[str, Any] = {}
@@ -406,9 +408,12 @@ class Run:
             self._metrics.flush()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop is not None:  # the second time, do not wait for the step
+        now = time.monotonic()
+        if (
+            self._stop is not None and now - self._stopped > SAME_WISH_SECONDS
+        ):  # the second time, do not wait for the step
             raise KeyboardInterrupt
-        self._stop = number
+        self._stop, self._stopped = number, now
 
 
 def peak_memory() -> float:

@@ -2,24 +2,20 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
-import yaml
 
 from tenfold_augnerf.data import load_data
 from tenfold_augnerf.evaluate import load_renderer, render_view, truth_of
 from tenfold_augnerf.sharpness import curves
 from tenfold_augnerf.train import Recipe, run_recipe
-from tenfold_shared.checkpoint import write_json, write_text
-from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
-from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
+from tenfold_shared.cli import load_recipe
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
+from tenfold_shared.reproduction import Request, compare_points, grid_points, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 
 if TYPE_CHECKING:
@@ -47,12 +43,7 @@ VALUES = {
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{arm.name}-{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            write_json(file, dataclasses.asdict(_run_arm(arm, name, options, folder)))
-        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    measured = once(name, folder, lambda: _run_arm(arm, name, options, folder))
     value: Any = measured.extras
     for key in VALUES[claim.metric.name]:
         value = value[key]
@@ -79,46 +70,12 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
 
     The result, best point first, is printed and written to ``sweep.json`` in the run's folder.
     """
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    folder = options.output / "augnerf" / f"sweep-{options.name or 'recipe'}"
-    write_text(folder / "recipe.yaml", to_yaml(recipe))
-    arms = {
-        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
-    }
-    claim = Claim(
-        id="sweep",
-        table="",
-        statement="",
-        data=recipe.data.name,
-        model=recipe.model.kind,
-        scale="mini",
-        provenance="none",
-        metric=Metric("validation PSNR", "dB"),
-        method="point-0",
-        arms=arms,
-        seeds=seeds,
-    )
-    results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
-    rows = []
-    for name, point in zip(arms, points, strict=True):
-        found = [results["sweep", name, options.seed + i] for i in range(seeds)]
-        values = [measured.value for measured in found]
-        interval = mean_interval([value for value in values if value is not None])
-        collapsed = sum(bool(measured.extras.get("collapsed")) for measured in found)
-        rows.append({**point, "values": values, "mean": interval.mean, "collapsed": collapsed})
-    rows.sort(key=lambda row: -(row["mean"] or 0.0))
-    write_json(
-        folder / "sweep.json",
-        {
-            "recipe": yaml.safe_load(to_yaml(recipe)),
-            "metric": "validation PSNR, dB",
-            "seeds": [options.seed + i for i in range(seeds)],
-            "points": rows,
-        },
-    )
-    for row in rows:
-        print(json.dumps({key: row[key] for key in (*grid, "mean", "values", "collapsed")}))
-    print(f"written to {folder / 'sweep.json'}")
+    metric, request = Metric("validation PSNR", "dB"), Request(seeds=seeds, jobs=jobs)
+    compare_points("augnerf", "sweep", recipe, grid_points(grid), metric, request, options, measure, _collapses)
+
+
+def _collapses(found: Sequence[Measurement]) -> dict[str, int]:
+    return {"collapsed": sum(bool(measured.extras.get("collapsed")) for measured in found)}
 
 
 # -- figures --------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import yaml
 
+from tenfold_bip.baselines import imp_keep_schedule
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
 from tenfold_bip.train import Recipe, run_recipe
-from tenfold_shared.checkpoint import write_json, write_text
-from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome, mean_interval
+from tenfold_shared.checkpoint import atomic_write
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.cli import load_recipe, to_yaml
 from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
+from tenfold_shared.reproduction import Request, compare_points, grid_points, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 
 if TYPE_CHECKING:
@@ -39,12 +39,7 @@ VALUES = {"test accuracy": "accuracy", "validation accuracy": "accuracy", "gradi
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{arm.name}-{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            write_json(file, dataclasses.asdict(_run_arm(arm, name, seed, options, folder)))
-        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    measured = once(name, folder, lambda: _run_arm(arm, name, seed, options, folder))
     return dataclasses.replace(measured, value=measured.extras[VALUES[claim.metric.name]])
 
 
@@ -54,9 +49,32 @@ def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) 
         recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
     if recipe.method == "dense":
         return _dense_accuracy(recipe)
+    if recipe.method == "imp":
+        share_rounds(recipe, folder / "runs" / name, seed)
     with Run("bip", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
         _, result = run_recipe(run, recipe)
-        return Measurement(result.accuracy, extras={**dataclasses.asdict(result), "run": name}, **run.usage())
+        usage = run.usage()
+    usage["seconds"] = sum(phase["seconds"] for phase in result.history)
+    return Measurement(result.accuracy, extras={**dataclasses.asdict(result), "run": name}, **usage)
+
+
+def share_rounds(recipe: Recipe, directory: Path, seed: int) -> None:
+    """Give a run of IMP the rounds that one like it, but for its keep ratio, has finished beside it.
+
+    The cuts before the last do not depend on where they end, nor does their training: the run takes the rounds for its
+    own, with their time and gradient evaluations, and goes on after them.
+    """
+    wanted = {**yaml.safe_load(to_yaml(recipe)), "seed": seed}
+    for file in sorted(directory.parent.glob("*/config.yaml")):
+        other = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if {name: other.get(name) for name in wanted} != {**wanted, "keep": other.get("keep")}:
+            continue
+        both = zip(*(imp_keep_schedule(keep, recipe.prune_rate) for keep in (recipe.keep, other["keep"])), strict=False)
+        for number, _ in enumerate(itertools.takewhile(lambda cuts: cuts[0] == cuts[1], both), 1):
+            done, ours = (run / "checkpoints" / f"round-{number}.safetensors" for run in (file.parent, directory))
+            if done.exists() and not ours.exists():
+                with atomic_write(ours) as copy:
+                    copy.write(done.read_bytes())
 
 
 def _dense_accuracy(recipe: Recipe) -> Measurement:
@@ -98,44 +116,8 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
     """
     if not recipe.data.validation:
         raise UserError("sweep chooses values, which the test images must not do: add --data.validation 0.2")
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    folder = options.output / "bip" / f"sweep-{options.name or 'recipe'}"
-    write_text(folder / "recipe.yaml", to_yaml(recipe))
-    arms = {
-        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
-    }
-    claim = Claim(
-        id="sweep",
-        table="",
-        statement="",
-        data=recipe.data.name,
-        model=recipe.arch,
-        scale="mini",
-        provenance="none",
-        metric=Metric("validation accuracy", "%"),
-        method="point-0",
-        arms=arms,
-        seeds=seeds,
-    )
-    results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
-    rows = []
-    for name, point in zip(arms, points, strict=True):
-        values = [results["sweep", name, options.seed + i].value for i in range(seeds)]
-        interval = mean_interval([value for value in values if value is not None])
-        rows.append({**point, "values": values, "mean": interval.mean, "low": interval.low, "high": interval.high})
-    rows.sort(key=lambda row: -(row["mean"] or 0.0))
-    write_json(
-        folder / "sweep.json",
-        {
-            "recipe": yaml.safe_load(to_yaml(recipe)),
-            "metric": "validation accuracy, %",
-            "seeds": [options.seed + i for i in range(seeds)],
-            "points": rows,
-        },
-    )
-    for row in rows:
-        print(json.dumps({key: row[key] for key in (*grid, "mean", "values")}))
-    print(f"written to {folder / 'sweep.json'}")
+    metric, request = Metric("validation accuracy", "%"), Request(seeds=seeds, jobs=jobs)
+    compare_points("bip", "sweep", recipe, grid_points(grid), metric, request, options, measure)
 
 
 # -- figures --------------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class Result:
     passes: int
     """Gradient evaluations, dense pre-training left out for every method alike."""
     history: list[dict[str, Any]]
-    """After every phase: its name, the keep ratio, the gradient evaluations so far, the accuracy."""
+    """After every phase: its name, the keep ratio, the gradient evaluations so far, the accuracy, its own seconds."""
     costs: dict[str, Any]
     """Operations and kept weights by layer."""
 
@@ -196,9 +196,13 @@ class Session:
 
     def close(self, model: nn.Module, phase: str, passes: int) -> None:
         """Keep what a phase ended with; in a resumed run that had closed it before, take it from there."""
-        run = self.run
-        outcome = {} if run.completed(phase) else {"accuracy": accuracy(model, self.data.evaluation, run).item()}
+        run, outcome = self.run, {}
+        if not (earlier := run.completed(phase)):
+            seconds = self.ledger.seconds - sum(closed["seconds"] for closed in self.history)
+            outcome = {"accuracy": accuracy(model, self.data.evaluation, run).item(), "seconds": seconds}
         outcome = run.complete(phase, model, **outcome)
+        if earlier:
+            self.ledger.earlier_seconds += outcome["seconds"]
         plain = run.unwrap(model)
         self.ledger.count(self.recipe.batch_size, passes)
         keep = keep_ratio(plain) if has_masks(plain) else 1.0

@@ -1,24 +1,21 @@
 """The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 
 from tenfold_gnt.baselines import nearest_view
 from tenfold_gnt.evaluate import load_model, render_target
 from tenfold_gnt.experiments import judged_targets
 from tenfold_gnt.train import Recipe, run_recipe
-from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 
 if TYPE_CHECKING:
@@ -42,12 +39,7 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            write_json(file, dataclasses.asdict(_run_arm(arm, name, options, folder)))
-        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    measured = once(name, folder, lambda: _run_arm(arm, name, options, folder))
     score = "nearest_psnr" if arm.name == "nearest" else VALUES[claim.metric.name]
     return dataclasses.replace(measured, value=measured.extras["scores"][score])
 

@@ -2,20 +2,16 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
-
 from tenfold_hypergcl.recipe import Recipe
 from tenfold_hypergcl.train import run_recipe
-from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 
 if TYPE_CHECKING:
@@ -37,17 +33,15 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives on one split; an arm that several claims share is run once."""
     name = f"{arm.recipe}-{arm.name}-{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            recipe = load_recipe("tenfold_hypergcl", str(arm.recipe), Recipe, **arm.options)
-            with Run("hypergcl", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
-                _, result = run_recipe(run, recipe)
-                extras = {**dataclasses.asdict(result), "threads": _threads()}
-                write_json(file, dataclasses.asdict(Measurement(None, extras=extras, **run.usage())))
-        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    measured = once(name, folder, lambda: _run_arm(arm, name, options, folder))
     return dataclasses.replace(measured, value=measured.extras["test"][VALUES[claim.metric.name]])
+
+
+def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurement:
+    recipe = load_recipe("tenfold_hypergcl", str(arm.recipe), Recipe, **arm.options)
+    with Run("hypergcl", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
+        _, result = run_recipe(run, recipe)
+        return Measurement(None, extras={**dataclasses.asdict(result), "threads": _threads()}, **run.usage())
 
 
 def _threads() -> int:

@@ -2,18 +2,16 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, reproduce_claims
+from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer.train import Recipe, run_recipe
 
@@ -35,12 +33,7 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{Path(str(arm.recipe)).stem}-{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            write_json(file, dataclasses.asdict(_run_arm(arm, name, seed, options, folder)))
-        measured = Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    measured = once(name, folder, lambda: _run_arm(arm, name, seed, options, folder))
     return dataclasses.replace(measured, value=measured.extras[VALUES[claim.metric.name]])
 
 

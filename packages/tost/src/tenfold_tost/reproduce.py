@@ -2,21 +2,16 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-import yaml
-
-from tenfold_shared.checkpoint import write_json, write_text
-from tenfold_shared.claims import Arm, ArmResult, Claim, Measurement, Metric, Outcome, mean_interval, paired_interval
-from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.claims import Arm, ArmResult, Claim, Measurement, Metric, Outcome
+from tenfold_shared.cli import load_recipe
 from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, measure_all, reproduce_claims
+from tenfold_shared.reproduction import Request, compare_points, grid_points, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 from tenfold_tost.train import Recipe, run_recipe
 
@@ -50,12 +45,7 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
 def _measured(arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurement:
     """The arm's run; one that several claims share is made once."""
     name = f"{arm.name}-{arm.key}-seed{seed}"
-    file = folder / "measured" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            write_json(file, dataclasses.asdict(_run_arm(arm, name, seed, options, folder)))
-        return Measurement(**json.loads(file.read_text(encoding="utf-8")))
+    return once(name, folder, lambda: _run_arm(arm, name, seed, options, folder))
 
 
 def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) -> Measurement:
@@ -89,9 +79,10 @@ def sweep(
     if (grid is None) == (points is None):
         raise UserError("sweep takes either --grid '{key: [values]}' or --points '[{key: value}, ...]'")
     if grid is not None:
-        points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        points = grid_points(grid)
     assert points is not None
-    _compare("sweep", recipe, options, points, "dev accuracy", seeds, jobs)
+    request = Request(seeds=seeds, jobs=jobs)
+    compare_points("tost", "sweep", recipe, points, Metric("dev accuracy", "%"), request, options, measure)
 
 
 def ablate(recipe: Recipe, options: RunOptions, seeds: int = 3, jobs: int = 0) -> None:
@@ -99,48 +90,8 @@ def ablate(recipe: Recipe, options: RunOptions, seeds: int = 3, jobs: int = 0) -
     names = ("soft", "skip", "ls", "lrsi")
     without = ["+".join(name for name in names if name != left) for left in names]
     points = [{"techniques": name} for name in (VANILLA, *names, *without, "tost")]
-    _compare("ablate", recipe, options, points, f"{recipe.data.judge} accuracy", seeds, jobs)
-
-
-def _compare(
-    verb: str, recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], metric: str, seeds: int, jobs: int
-) -> None:
-    """Run a recipe with each set of changes, print and keep the table."""
-    folder = options.output / "tost" / f"{verb}-{options.name or 'recipe'}"
-    write_text(folder / "recipe.yaml", to_yaml(recipe))
-    arms = {
-        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
-    }
-    claim = Claim(
-        id=verb,
-        table="",
-        statement="",
-        data=recipe.data.name,
-        model=recipe.arch,
-        scale="mini",
-        provenance="none",
-        metric=Metric(metric, "%"),
-        method="point-0",
-        arms=arms,
-        seeds=seeds,
-    )
-    results = measure_all([claim], Request(seeds=seeds, jobs=jobs), options, measure, folder)
-    numbers = [options.seed + i for i in range(seeds)]
-    first = [results[verb, "point-0", seed].value for seed in numbers]
-    rows = []
-    for name, point in zip(arms, points, strict=True):
-        values = [results[verb, name, seed].value for seed in numbers]
-        pairs = [(a, b) for a, b in zip(values, first, strict=True) if a is not None and b is not None]
-        mean = mean_interval([value for value in values if value is not None]).mean
-        paired = paired_interval([a for a, _ in pairs], [b for _, b in pairs])
-        difference = {"mean": paired.mean, "low": paired.low, "high": paired.high}
-        rows.append({**point, "values": values, "mean": mean, "against_first": difference})
-    rows.sort(key=lambda row: -(row["mean"] or 0.0))
-    content = {"recipe": yaml.safe_load(to_yaml(recipe)), "metric": f"{metric}, %", "seeds": numbers, "points": rows}
-    write_json(folder / f"{verb}.json", content)
-    for row in rows:
-        print(json.dumps(row))
-    print(f"written to {folder / f'{verb}.json'}")
+    metric, request = Metric(f"{recipe.data.judge} accuracy", "%"), Request(seeds=seeds, jobs=jobs)
+    compare_points("tost", "ablate", recipe, points, metric, request, options, measure)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------------
