@@ -1,6 +1,6 @@
 """What a neuron matters and how often it is unstable (section 2.2)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Literal
 
@@ -161,10 +161,3 @@ def unstable_ratio(
     graph = model if isinstance(model, Graph) else trace(model, images.shape[1:])
     found = instability(graph, images, eps, bounds=bounds)
     return 100 * float(sum(float(share.sum()) for share in found.values())) / graph.neurons
-
-
-def unstable_per_layer(
-    model: nn.Module | Graph, images: Float[Tensor, "n *input"], eps: float, *, bounds: BoundName = "crown"
-) -> Sequence[float]:
-    """The mean number of unstable, ungrafted neurons of every activation layer."""
-    return [float(share.sum()) for share in instability(model, images, eps, bounds=bounds).values()]
