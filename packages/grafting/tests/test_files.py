@@ -165,6 +165,20 @@ def test_certify_resumes_and_shards(network: Path, tmp_path: Path, monkeypatch: 
     assert {"time_limit", "eps", "environment"} <= set(together)
 
 
+def test_an_image_beyond_the_memory_is_undecided(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(graph, prop, settings):
+        return torch.empty(1 << 55)
+
+    monkeypatch.setattr("tenfold_grafting.certify.verify", greedy)
+    assert run(monkeypatch, tmp_path, "certify", "--model", str(network), *CERTIFY, "--name", "greedy") == 0
+    file = tmp_path / "runs" / "grafting" / "greedy" / "results.jsonl"
+    statuses = [json.loads(line)["status"] for line in file.read_text().splitlines()]
+    assert len(statuses) == 12
+    assert set(statuses) <= {"wrong", "memory"}
+
+
 def test_export_then_certify(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnx")
     arguments = ["export", "--model", str(network), "--folder", "out", "--images", "1", "--eps", "0.01"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class CertifyConfig:
     shards: int = 1
     """Into how many shares the images are cut: every shards-th image is one."""
     memory: float = 0.0
-    """Largest memory of the process in GiB (on Linux); 0: no limit."""
+    """Largest memory of the process in GiB (on Linux); 0: no limit. An image that needs more gets the status "memory"."""
     arch: str = ""
     """Architecture of an authors' checkpoint, where its keys do not tell."""
     verify: VerifySettings = dataclasses.field(default_factory=VerifySettings)
@@ -87,7 +88,15 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
         with path.open("a", encoding="utf-8") as file:
             for index, label, image, prop in _problems(config, graph):
                 if index not in done:
-                    line = _line(graph, index, label, image, prop, config.verify, folder)
+                    started = time.monotonic()
+                    try:
+                        line = _line(graph, index, label, image, prop, config.verify, folder)
+                    except (MemoryError, RuntimeError) as error:
+                        if not _out_of_memory(error):
+                            raise
+                        nothing = {"domains": 0, "bounds": [], "attack_margins": []}
+                        line = {"index": index, "label": label, "status": "memory"} | nothing
+                        line["seconds"] = time.monotonic() - started
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
@@ -115,6 +124,11 @@ def _claim(saved: Path, results: Path, config: CertifyConfig, options: RunOption
     if results.exists() and saved.exists() and saved.read_text(encoding="utf-8") != text:
         raise UserError(f"{saved} differs from the configuration given; choose another --name")
     saved.write_text(text, encoding="utf-8")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: an image that needs more than there is stays undecided, the next may not."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _complete(path: Path) -> tuple[list[dict[str, Any]], bool]:
