@@ -151,8 +151,7 @@ def _cactus(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("seconds an image")
     axes.set_ylabel("images verified, %")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _accuracies(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
@@ -167,7 +166,7 @@ def _accuracies(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> No
         axes.bar(places, [_mean(s, metric) for s in arms.values()], width, label=label, color=COLOURS[number])
     axes.set_xticks(range(len(arms)), list(arms), rotation=20, ha="right")
     axes.set_ylabel("accuracy, %")
-    axes.legend(ncols=2)
+    axes.legend(ncols=len(metrics), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _unstable(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
