@@ -3,7 +3,8 @@
 python benchmarks/bounds.py [--folder FOLDER] [--networks NAME ...] [--batch 8] [--rounds 3]
 
 With a folder, its verification networks (.npz) and images are used; without, architectures of the same sizes with
-random weights and random images. One thread, double precision, nine margins.
+random weights and random images. One thread, double precision, nine margins. A batch is compared with its own images one
+by one: they differ in how many neurons are unstable.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tenfold_grafting.bounds import Box, bound_margins, crown_intervals, margin_spec, relaxations
+from tenfold_grafting.bounds import bound_margins, crown_intervals, margin_spec, relaxations
 from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown
 from tenfold_grafting.graph import Graph, Normalise, trace
+from tenfold_grafting.intervals import Box
 from tenfold_grafting.networks import architecture, create_network, mlp
 from tenfold_grafting.operations import Activation, Add, Affine
 from tenfold_grafting.optimise import Optimised, alpha_crown, alpha_crown_joint
@@ -119,24 +121,35 @@ def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool)
     """One network's lines."""
     graph, boxes, specs = problem(name, folder, batch)
     box, spec = boxes[:1], specs[:1]
+    images = range(len(boxes))
 
     def line(method: str, one: float, more: str) -> None:
-        print(f"  {name:<16} {method:<24} {one:10.4f} {more}")
+        print(f"  {name:<16} {method:<24} {one:10.4f} {more}", flush=True)
+
+    def one_of(bound: Callable[..., Tensor], i: int) -> Tensor:
+        return bound(boxes[i : i + 1], specs[i : i + 1])
+
+    def optimised_one(call: Callable[..., Optimised], i: int) -> Optimised:
+        return call(graph, boxes[i : i + 1], specs[i : i + 1], alone[i])
+
+    def compared(method: str, single: Callable[[int], object], batched: Callable[[], object], rounds: int) -> None:
+        one = seconds(partial(single, 0), rounds)
+        each = seconds(lambda: [single(i) for i in images], 1) / len(boxes)
+        many = seconds(batched, rounds) / len(boxes)
+        line(method, one, f"first image; all {each:8.4f} one by one, {many:8.4f} batched ({each / many:.1f} x)")
 
     with torch.no_grad():
         for method in METHODS:
-            one = seconds(partial(bound_margins, graph, box, spec, method), rounds)
-            many = seconds(partial(bound_margins, graph, boxes, specs, method), rounds) / len(boxes)
-            line(method, one, f"single {many:8.4f} batched ({one / many:.1f} x)")
-        intervals, _ = crown_intervals(graph, box)
+            single = partial(one_of, partial(bound_margins, graph, method=method))
+            compared(method, single, partial(bound_margins, graph, boxes, specs, method), rounds)
+        alone = [crown_intervals(graph, boxes[i : i + 1])[0] for i in images]
         every, _ = crown_intervals(graph, boxes)
     calls: list[tuple[str, Callable[..., Optimised]]] = [("alpha-crown, 20", alpha_crown)]
     if name == "mnist_mlp_6x100":
         calls.append(("alpha-crown joint, 20", alpha_crown_joint))
-    for title, call in calls:
-        one = seconds(partial(call, graph, box, spec, intervals), 1)
-        many = seconds(partial(call, graph, boxes, specs, every), 1) / len(boxes)
-        line(title, one, f"single {many:8.4f} batched ({one / many:.1f} x), after the intermediate bounds")
+    for title, call in calls:  # after the intermediate bounds
+        single_call = partial(optimised_one, call)
+        compared(title, single_call, partial(call, graph, boxes, specs, every), 1)
     line("beta-crown", domains_per_second(graph, box, spec), "subdomains a second")
     if dense and name != "cifar_resnet2b":
         with torch.no_grad():

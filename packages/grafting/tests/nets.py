@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from tenfold_grafting.bounds import Box
 from tenfold_grafting.grafting import GraftedReLU, activation_shapes, graft
+from tenfold_grafting.intervals import Box
 
 
 class Branches(nn.Module):

@@ -8,12 +8,10 @@ from torch import nn
 from tenfold_grafting.arithmetic import gamma
 from tenfold_grafting.attacks import margin_attack
 from tenfold_grafting.bounds import (
-    Box,
     backward,
     bound_margins,
     crown_intervals,
     crown_margins,
-    ibp,
     margin_errors,
     margin_spec,
     relaxations,
@@ -21,8 +19,9 @@ from tenfold_grafting.bounds import (
 from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate
 from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Normalise, UnsupportedOperationError, trace
+from tenfold_grafting.intervals import Box, ibp
 from tenfold_grafting.networks import architecture, create_network
-from tenfold_grafting.operations import Activation, Add
+from tenfold_grafting.operations import Activation, Add, Affine
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown, alpha_crown_joint
 from tenfold_grafting.relaxation import relax
 from tenfold_grafting.specification import pixel_box
@@ -407,3 +406,59 @@ def test_hundreds_of_tiny_networks_at_their_worst_points() -> None:
             values = graph.values(box.lower + torch.cat([share, corners]) * (box.upper - box.lower))[-1]
         for bound in bounds:
             assert bool((values >= bound - 1e-11 * (1 + values.abs().max())).all())
+
+
+def test_lengths_count_the_longer_way() -> None:
+    """A backward pass sums over a layer's outputs, interval arithmetic over its inputs."""
+    widening = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+    lengths = {
+        type(node).__name__: node.length for node in trace(widening, (2, 4, 4)).nodes if isinstance(node, Affine)
+    }
+    assert lengths["Conv"] == 16 * 9 + 1
+    assert lengths["Linear"] == 64 + 1
+
+
+def test_rigorous_error_is_the_sum_over_steps() -> None:
+    """The recursion against the sum that it stands for, with the coefficients of a backward pass written out."""
+    model, shape = random_network(5, "mlp", grafted=True)
+    graph, box = trace(model, shape), random_box(5, shape)
+    intervals, lines = crown_intervals(graph, box, rigorous=True)
+    found = margin_errors(graph, box, intervals)[-1]
+    ranges: list[torch.Tensor] = [torch.maximum(box.lower.abs(), box.upper.abs())]
+    pairs = [(box.lower, box.upper)]
+    for index, node in enumerate(graph.nodes[1:], 1):
+        pair = node.interval(*(intervals[index] if isinstance(node, Activation) else pairs[node.inputs[0]]))
+        pairs.append(pair)
+        ranges.append(torch.maximum(pair[0].abs(), pair[1].abs()))
+    coefficients, least = eye.expand(2, -1, -1), torch.zeros(2, 3, dtype=torch.float64)
+    for index in range(graph.output, 0, -1):
+        node, before = graph.nodes[index], ranges[graph.nodes[index].inputs[0]]
+        if isinstance(node, Activation):
+            line = lines[index]
+            low, up = line.lower_slope[:, None], line.upper_slope[:, None]
+            coefficients = coefficients.clamp(min=0) * low + coefficients.clamp(max=0) * up
+            continue
+        rows = coefficients.abs().flatten(0, 1)
+        spread = coefficients.abs() @ node.absolute(before)[..., None]
+        least = least + gamma(node.shape[0], torch.float64) * spread[..., 0]
+        if node.magnitude() is not None:
+            least = least + gamma(node.shape[0], torch.float64) * (rows @ node.magnitude()).view(2, 3)
+        coefficients = node.transpose(coefficients.flatten(0, 1)).unflatten(0, (2, 3))
+    least = least + gamma(shape[0], torch.float64) * (coefficients.abs() @ ranges[0][..., None])[..., 0]
+    assert bool((found > least).all())
+    assert bool((found < 1e-9).all())
+
+
+def test_batches_with_unlike_images_give_each_its_own_bounds() -> None:
+    """Images with few and with many unstable neurons, in chunks of few rows, as one by one."""
+    model, shape = random_network(4, "conv")
+    graph = trace(model, shape)
+    x = torch.rand(5, *shape, dtype=torch.float64)
+    radius = torch.tensor([0.0, 0.3, 0.01, 0.2, 0.05], dtype=torch.float64)[:, None, None, None]
+    box = Box(x - radius, x + radius)
+    together, _ = crown_intervals(graph, box, elements=600)
+    for b in range(5):
+        alone, _ = crown_intervals(graph, box[b : b + 1])
+        for index, ends in alone.items():
+            for one, all_of_them in zip(ends, together[index], strict=True):
+                torch.testing.assert_close(all_of_them[b], one[0], rtol=0, atol=1e-9)

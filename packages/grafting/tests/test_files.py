@@ -16,7 +16,7 @@ from tenfold_grafting.data import DataConfig, load_data
 from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.networks import architecture, create_network
-from tenfold_grafting.specification import ball
+from tenfold_grafting.specification import Property, ball
 from tenfold_grafting.train import Recipe, Session, objective
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_grafting.zoo import load_images, load_network
@@ -157,6 +157,26 @@ def test_certify_resumes_and_shards(network: Path, tmp_path: Path, monkeypatch: 
         file = results.parent.parent / "parts" / f"results-{shard}of2.jsonl"
         found |= {line["index"]: line["status"] for line in map(json.loads, file.read_text().splitlines())}
     assert found == {line["index"]: line["status"] for line in lines}
+    counted, together = (
+        json.loads((results.parent.parent / name / "summary.json").read_text()) for name in ("whole", "parts")
+    )
+    assert together["images"] == 12
+    assert together["statuses"] == counted["statuses"]
+    assert {"time_limit", "eps", "environment"} <= set(together)
+
+
+def test_an_image_beyond_the_memory_is_undecided(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(graph, prop, settings):
+        return torch.empty(1 << 55)
+
+    monkeypatch.setattr("tenfold_grafting.certify.verify", greedy)
+    assert run(monkeypatch, tmp_path, "certify", "--model", str(network), *CERTIFY, "--name", "greedy") == 0
+    file = tmp_path / "runs" / "grafting" / "greedy" / "results.jsonl"
+    statuses = [json.loads(line)["status"] for line in file.read_text().splitlines()]
+    assert len(statuses) == 12
+    assert set(statuses) <= {"wrong", "memory"}
 
 
 def test_export_then_certify(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +189,18 @@ def test_export_then_certify(network: Path, tmp_path: Path, monkeypatch: pytest.
     images, labels = load_data(DataConfig()).test.pixels(1)
     right = int(load_network(network)[0].double()(images).argmax()) == int(labels[0])
     assert right or line["status"] == "attacked"
+
+
+def test_a_box_outside_of_the_pixels_is_refused(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A checkpoint takes pixels; a property that leaves their range is one of other inputs."""
+    outside = Property(
+        torch.full((1, 8, 8), -0.5), torch.ones(1, 8, 8), torch.eye(10)[:1] - torch.eye(10)[1:2], torch.zeros(1)
+    )
+    write_vnnlib(outside, tmp_path / "outside.vnnlib")
+    assert run(monkeypatch, tmp_path, "certify", "--model", str(network), "--property", "outside.vnnlib") == 2
+    assert "[-0.5, 1]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from tenfold_grafting.adversarial import certified_loss, grad_align, rs_loss
 from tenfold_grafting.attacks import apgd, dlr, robust_mask, targeted_dlr
-from tenfold_grafting.bounds import ibp, margin_spec
+from tenfold_grafting.bounds import margin_spec
 from tenfold_grafting.grafting import GraftedReLU, activation_shapes, graft, graft_activation, grafted_masks
 from tenfold_grafting.graph import trace
+from tenfold_grafting.intervals import ibp
 from tenfold_grafting.networks import architecture, create_network, network_names
 from tenfold_grafting.scores import instability, scored_images, significance, unstable_ratio
 from tenfold_grafting.selection import (

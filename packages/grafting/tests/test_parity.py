@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenfold_grafting.adversarial import adversarial_loss, attacked, grad_align, trades, two_group_sgd
-from tenfold_grafting.bounds import Box, bound_margins, crown_intervals, ibp, margin_spec
+from tenfold_grafting.bounds import bound_margins, crown_intervals, margin_spec
 from tenfold_grafting.grafting import GraftedReLU, graft_activation, graft_parameters
 from tenfold_grafting.graph import trace
+from tenfold_grafting.intervals import Box, ibp
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown_joint
 from tenfold_grafting.scores import significance
 from tenfold_grafting.selection import keep_masks

@@ -15,7 +15,7 @@ from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.leaf import milp_minimum, solve_leaf
 from tenfold_grafting.specification import Property, ball
-from tenfold_grafting.verify import VerifySettings, verify
+from tenfold_grafting.verify import VerifySettings, _Decision, verify
 from tenfold_shared.errors import RunFailure, UserError
 
 QUICK = BetaSettings(iterations=4, lr_alpha=0.1, lr_beta=0.2)
@@ -86,6 +86,37 @@ def test_leaves_are_exact() -> None:
         found.add(solve_leaf(problem, domains[1:]).status)
         assert choose_neurons(problem, domains).tolist() == [-1, -1]
     assert "verified" in found
+
+
+def test_rigorous_leaves_hold_after_rounding() -> None:
+    """With intervals alone and every neuron split, verdicts come from leaves; their dual values bear the errors too."""
+    leaves = {"checked": 0, "rigorous": 0}
+    for seed in range(4):
+        graph, prop = small(seed)
+        for arithmetic in leaves:
+            decision = _Decision(graph, prop, VerifySettings(arithmetic=arithmetic), torch.empty(0), 0.0)
+            decision.exact.start(crown=True)
+            exact = decision.exact
+            problem = Problem.make(exact.graph, exact.box, exact.spec[0, 0], 0.0, exact.intervals)
+            x = prop.lower + torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * (
+                prop.upper - prop.lower
+            )
+            values = graph.values(x[None])
+            signs = torch.zeros(2, problem.size, dtype=torch.int8)
+            for index, (neurons, part) in problem.slots.items():
+                z = values[graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
+                signs[0, part] = torch.where(z >= 0, 1, -1).to(torch.int8)
+            signs[1] = -signs[0]
+            zero = torch.zeros(2, problem.size, dtype=torch.float64)
+            domains = Domains(signs, zero, zero, torch.zeros(2, dtype=torch.float64))
+            for part in (domains[:1], domains[1:]):
+                status, bound = decision._leaf(problem, part)
+                plain = solve_leaf(problem, part)
+                leaves[arithmetic] += status == "verified-bab"
+                if status == "verified-bab" and not plain.empty:
+                    assert bound <= plain.bound
+                    assert bound > plain.bound - 1e-9
+    assert leaves["checked"] == leaves["rigorous"] > 2
 
 
 def test_fully_grafted_network_visits_no_domain() -> None:

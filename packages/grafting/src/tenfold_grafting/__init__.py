@@ -7,10 +7,11 @@ network's operations to branch and bound; `arithmetic` bounds its rounding error
 
 from tenfold_grafting.adversarial import attacked, certified_loss, grad_align, rs_loss, trades
 from tenfold_grafting.attacks import margin_attack, robust_mask
-from tenfold_grafting.bounds import Box, bound_margins, crown_intervals, ibp, margin_spec
+from tenfold_grafting.bounds import bound_margins, crown_intervals, margin_spec
 from tenfold_grafting.compat import CheckpointError, load_official_checkpoint, to_official
 from tenfold_grafting.grafting import GraftedReLU, activation_shapes, graft, graft_activation
 from tenfold_grafting.graph import Graph, Normalise, UnsupportedOperationError, trace
+from tenfold_grafting.intervals import Box, ibp
 from tenfold_grafting.networks import create_network, network_names
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown, alpha_crown_joint
 from tenfold_grafting.scores import instability, significance, unstable_ratio

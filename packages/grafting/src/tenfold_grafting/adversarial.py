@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from tenfold_grafting.bounds import crown_margins, ibp, ibp_margins, margin_spec, relaxations
+from tenfold_grafting.bounds import crown_margins, margin_spec, relaxations
 from tenfold_grafting.graph import Graph, trace
+from tenfold_grafting.intervals import ibp, ibp_margins
 from tenfold_grafting.specification import pixel_box
 from tenfold_shared.attacks import held, pgd, uniform_start
 

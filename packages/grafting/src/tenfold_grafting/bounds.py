@@ -1,4 +1,4 @@
-"""Bounds of a network on a box (section 2.6): interval arithmetic, CROWN-IBP and CROWN.
+"""Bounds of a network on a box (section 2.6): CROWN-IBP and CROWN.
 
 CROWN carries rows of coefficients backwards from the outputs to the input: at every node, sum A z + c is a lower bound
 of the specified margins; an activation is replaced by its lower line where its coefficient is positive and by its upper
@@ -10,92 +10,21 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tenfold_grafting.arithmetic import exact_arithmetic, node_error, rounded_out
 from tenfold_grafting.graph import Graph
-from tenfold_grafting.operations import Activation, Add, Affine, Conv, Linear, Operation, Pad, Scale, interval_of
+from tenfold_grafting.intervals import Box, Intervals, ibp, ibp_margins
+from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Operation, Pad, Scale, interval_of
 from tenfold_grafting.relaxation import Lines, relax
 from tenfold_grafting.windows import Windows, filter_windows, unit_windows
-
-Intervals = dict[int, tuple[Tensor, Tensor]]
-"""Activation's node -> (lower, upper) of its pre-activation, each [batch, *shape]."""
 
 SCREENED_FROM = 64
 """Neurons of a layer from which on a pass in single precision comes first."""
 
 WINDOW_SHARE = 0.6
 """Windows that cover more of a map than this are written out: from there on the dense pass is the quicker one."""
-
-
-@dataclasses.dataclass
-class Box:
-    """All inputs with lower <= x <= upper, normalised, [batch, *input_shape]."""
-
-    lower: Float[Tensor, "batch *input"]
-    upper: Float[Tensor, "batch *input"]
-
-    def __len__(self) -> int:
-        """How many boxes."""
-        return len(self.lower)
-
-    def __getitem__(self, index: slice | Tensor) -> "Box":
-        """Some of the boxes."""
-        return Box(self.lower[index], self.upper[index])
-
-    def to(self, dtype: torch.dtype) -> "Box":
-        """The box in another arithmetic, not smaller than it was."""
-        if dtype == self.lower.dtype:
-            return self
-        lower, upper = self.lower.to(dtype), self.upper.to(dtype)
-        low, high = torch.full_like(lower, -torch.inf), torch.full_like(upper, torch.inf)
-        lower = torch.where(lower.to(self.lower.dtype) > self.lower, torch.nextafter(lower, low), lower)
-        upper = torch.where(upper.to(self.upper.dtype) < self.upper, torch.nextafter(upper, high), upper)
-        return Box(lower, upper)
-
-    @property
-    def centre(self) -> Tensor:
-        """Midpoints."""
-        return (self.lower + self.upper) / 2
-
-    @property
-    def radius(self) -> Tensor:
-        """Half widths."""
-        return (self.upper - self.lower) / 2
-
-
-# -- interval arithmetic --------------------------------------------------------------------------------------------------
-
-
-def ibp(graph: Graph, box: Box) -> tuple[Intervals, tuple[Tensor, Tensor]]:
-    """Interval arithmetic: the pre-activation intervals, and the range of the outputs [batch, classes]."""
-    values: list[tuple[Tensor, Tensor]] = []
-    intervals: Intervals = {}
-    for index, node in enumerate(graph.nodes):
-        if isinstance(node, Activation):
-            intervals[index] = values[node.inputs[0]]
-        values.append(interval_of(node, values, box.lower, box.upper))
-    return intervals, values[-1]
-
-
-def merged_last_layer(graph: Graph, spec: Float[Tensor, "batch rows classes"]) -> tuple[Tensor, Tensor, int]:
-    """C W and C b of a last linear layer, and the node it reads: margins lose nothing to interval arithmetic there."""
-    last = graph.nodes[-1]
-    if not isinstance(last, Linear):
-        return spec, spec.new_zeros(spec.shape[:2]), graph.output
-    return spec @ last.weight, spec @ last.bias, last.inputs[0]
-
-
-def ibp_margins(graph: Graph, box: Box, spec: Float[Tensor, "batch rows classes"]) -> Float[Tensor, "batch rows"]:
-    """Interval lower bounds of C f(x), with the specification merged into a last linear layer."""
-    rows, constant, node = merged_last_layer(graph, spec)
-    values: list[tuple[Tensor, Tensor]] = []
-    for operation in graph.nodes[: node + 1]:
-        values.append(interval_of(operation, values, box.lower, box.upper))
-    lower, upper = (v.flatten(1)[:, :, None] for v in values[node])
-    flat = rows.flatten(2)
-    return constant + (flat.clamp(min=0) @ lower + flat.clamp(max=0) @ upper)[..., 0]
 
 
 # -- the backward pass ----------------------------------------------------------------------------------------------------
@@ -239,10 +168,12 @@ def _dot(rows: Tensor, values: Tensor) -> Tensor:
 
 
 def concretise(rows: Tensor | Windows, box: Box) -> Float[Tensor, "batch rows"]:
-    """The minimum of A x over the box: A centre - |A| radius."""
+    """The minimum of A x over the box, in the box's arithmetic: A centre - |A| radius."""
     if isinstance(rows, Windows):
         centre, radius = rows.gather(box.centre), rows.gather(box.radius)
-        return (rows.values * centre - rows.values.abs() * radius).flatten(2).sum(2)
+        values = rows.values.to(centre)
+        return (values * centre - values.abs() * radius).flatten(2).sum(2)
+    rows = rows.to(box.lower)
     return _dot(rows, box.centre[:, None]) - _dot(rows.abs(), box.radius[:, None])
 
 
@@ -273,7 +204,8 @@ def crown_intervals(
     intervals: Intervals = {}
     lines: dict[int, Lines] = {}
     at_centre = graph.values(box.centre) if intersect else []
-    screen = _Screen(graph, box) if intersect and graph.dtype == torch.float64 else None
+    screened = intersect and graph.dtype == torch.float64 and graph.device.type == "cpu"
+    screen = _Screen(graph, box) if screened else None
     errors: list[Tensor] = []
     for index, node in enumerate(graph.nodes):
         depth = max((mixing[i] for i in node.inputs), default=0)
@@ -295,7 +227,7 @@ def crown_intervals(
         if rigorous:
             ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
             values[index] = rounded_out(node, values[index], ranges)
-            errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, graph.input_size))
+            errors.append(_error(graph, node, errors, ranges, graph.dtype))
         if screen is not None:
             screen.append(node, [values[i] for i in node.inputs])
         mixing.append(depth + (isinstance(node, Add) or (isinstance(node, Affine) and node.mixes)))
@@ -318,8 +250,14 @@ def margin_errors(graph: Graph, box: Box, intervals: Intervals) -> list[Tensor]:
         else:
             values.append(interval_of(node, values, box.lower, box.upper))
             ranges = [values[i] for i in node.inputs] or [(box.lower, box.upper)]
-        errors.append(node_error(node, [errors[i] for i in node.inputs], ranges, graph.dtype, graph.input_size))
+        errors.append(_error(graph, node, errors, ranges, graph.dtype))
     return errors
+
+
+def _error(
+    graph: Graph, node: Operation, errors: list[Tensor], ranges: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Tensor:
+    return node_error(node, [errors[i] for i in node.inputs], ranges, dtype, graph.input_size, len(graph.nodes))
 
 
 def _refined(
@@ -346,16 +284,49 @@ def _refined(
     side = torch.where(centre.flatten(1) > 0, 1.0, -1.0).to(lower.dtype)
     for signs in (side, -side):
         wanted = node.unstable(lower.view(shape), upper.view(shape)).flatten(1)
-        count = int(wanted.sum(1).max())
-        if count == 0:
-            break
-        neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
-        sign = signs.gather(1, neurons)
-        bound = neuron_bounds(graph, box, source, neurons, sign, lines, elements)
-        low, high = lower.gather(1, neurons), upper.gather(1, neurons)
-        lower = lower.scatter(1, neurons, torch.where(sign > 0, torch.maximum(low, bound), low))
-        upper = upper.scatter(1, neurons, torch.where(sign < 0, torch.minimum(high, -bound), high))
+        lower, upper = _tightened(graph, box, source, wanted, signs, lines, (lower, upper), elements)
     return lower.view(shape), upper.view(shape)
+
+
+def _tightened(
+    graph: Graph,
+    box: Box,
+    source: int,
+    wanted: Bool[Tensor, "batch neurons"],
+    signs: Float[Tensor, "batch neurons"],
+    lines: Mapping[int, Lines],
+    ends: tuple[Tensor, Tensor],
+    elements: int | None,
+    error: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Intervals [batch, neurons] with one end of the wanted neurons bounded: the lower one where the sign is positive.
+
+    Images with about as many wanted neurons go through together, the fullest first, as many as fill a chunk: every
+    image of a group has as many rows as its fullest.
+    """
+    lower, upper = (end.clone() for end in ends)
+    counts = wanted.sum(1)
+    order = counts.argsort(descending=True, stable=True)
+    sizes = counts[order].tolist()
+    room = chunk_rows(graph, box, source, elements)
+    first = 0
+    while first < len(sizes) and sizes[first]:
+        last = first + 1
+        while last < len(sizes) and sizes[last] and (last + 1 - first) * sizes[first] <= room:
+            last += 1
+        images = order[first:last]
+        neurons = wanted[images].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : sizes[first]]
+        sign = signs[images].gather(1, neurons)
+        here = {i: line.of(images) for i, line in lines.items()}
+        bound = neuron_bounds(graph, box[images], source, neurons, sign.to(graph.dtype), here, elements)
+        if error is not None:
+            bound = bound - error[images].gather(1, neurons)
+        low, high = lower[images], upper[images]
+        lows, highs = low.gather(1, neurons), high.gather(1, neurons)
+        lower[images] = low.scatter(1, neurons, torch.where(sign > 0, torch.maximum(lows, bound), lows))
+        upper[images] = high.scatter(1, neurons, torch.where(sign < 0, torch.minimum(highs, -bound), highs))
+        first = last
+    return lower, upper
 
 
 class _Screen:
@@ -364,15 +335,14 @@ class _Screen:
     """
 
     def __init__(self, graph: Graph, box: Box):
-        self.graph, self.box = graph.single, box.to(torch.float32)
-        self.exact = box
+        self.graph, self.box = graph.single, box
         self.errors: list[Tensor] = []
 
     def append(self, node: Operation, ranges: list[tuple[Tensor, Tensor]]) -> None:
         """Take notice of a node whose inputs' ranges are known."""
-        before = [self.errors[i] for i in node.inputs]
-        ranges = ranges or [(self.exact.lower, self.exact.upper)]
-        self.errors.append(node_error(node, before, ranges, torch.float32, 0))
+        ranges = ranges or [(self.box.lower, self.box.upper)]
+        dtype = torch.float64 if isinstance(node, Input) else torch.float32  # the box itself stays in double precision
+        self.errors.append(_error(self.graph, node, self.errors, ranges, dtype))
 
     def refined(
         self,
@@ -383,25 +353,19 @@ class _Screen:
         elements: int | None,
     ) -> tuple[Tensor, Tensor]:
         """The interval with the bounds of the side on which a neuron may be stable."""
-        lower, upper = (bound.flatten(1) for bound in interval)
         wanted = node.unstable(*interval).flatten(1)
-        count = int(wanted.sum(1).max())
-        if count < SCREENED_FROM:
+        if int(wanted.sum(1).max()) < SCREENED_FROM:
             return interval
-        neurons = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
-        sign = torch.where(centre.flatten(1) > 0, 1.0, -1.0).to(lower.dtype).gather(1, neurons)
+        sign = torch.where(centre.flatten(1) > 0, 1.0, -1.0).to(centre.dtype)
         single = {
             index: relax(activation, low.float(), high.float())
             for index, (low, high) in intervals.items()
             for activation in [self.graph.activation(index)]
         }
-        error = self.errors[node.inputs[0]].flatten(1).gather(1, neurons)
-        found = neuron_bounds(self.graph, self.box, node.inputs[0], neurons, sign.float(), single, elements)
-        bound = found.to(lower.dtype) - error
-        low, high = lower.gather(1, neurons), upper.gather(1, neurons)
-        lower = lower.scatter(1, neurons, torch.where(sign > 0, torch.maximum(low, bound), low))
-        upper = upper.scatter(1, neurons, torch.where(sign < 0, torch.minimum(high, -bound), high))
-        return lower.view(interval[0].shape), upper.view(interval[0].shape)
+        source, shape = node.inputs[0], interval[0].shape
+        ends, error = (interval[0].flatten(1), interval[1].flatten(1)), self.errors[source].flatten(1)
+        lower, upper = _tightened(self.graph, self.box, source, wanted, sign, single, ends, elements, error)
+        return lower.view(shape), upper.view(shape)
 
 
 def neuron_bounds(
@@ -414,9 +378,7 @@ def neuron_bounds(
     elements: int | None = None,
 ) -> Float[Tensor, "batch rows"]:
     """Lower bounds of sign * z for chosen neurons (numbered in the flattened node), in chunks of rows."""
-    elements = elements or chunk_elements(box.lower)
-    widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: source + 1])
-    step = max(1, elements // (len(box) * widest))
+    step = max(1, chunk_rows(graph, box, source, elements) // len(box))
     parts = []
     for chosen, sign in zip(neurons.split(step, 1), signs.split(step, 1), strict=True):
         start, rows, constant = _start_rows(graph, source, chosen, sign)
@@ -439,6 +401,12 @@ def _start_rows(graph: Graph, source: int, neurons: Tensor, signs: Tensor) -> tu
         return source, units, none
     unit = torch.nn.functional.one_hot(neurons, torch.Size(node.shape).numel()).to(signs.dtype) * signs[..., None]
     return source, unit.view(*neurons.shape, *node.shape), none
+
+
+def chunk_rows(graph: Graph, box: Box, source: int, elements: int | None) -> int:
+    """How many rows that start at a node fit into one chunk."""
+    widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: source + 1])
+    return max(1, (elements or chunk_elements(box.lower)) // widest)
 
 
 def chunk_elements(like: Tensor) -> int:

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
-import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from tenfold_grafting.graph import Graph, trace
 from tenfold_grafting.networks import architecture, create_network
 from tenfold_grafting.onnx_io import read_onnx, write_onnx
 from tenfold_grafting.selection import load_masks, overlap
-from tenfold_grafting.specification import Property, ball, check_eps
+from tenfold_grafting.specification import Property, ball, check_eps, check_pixels
 from tenfold_grafting.verify import Verdict, VerifySettings, verify
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
+from tenfold_shared.checkpoint import write_json
 from tenfold_shared.cli import to_yaml
 from tenfold_shared.errors import RunFailure, UserError
-from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.run import Run, RunOptions, environment
 
 
 @dataclasses.dataclass
@@ -50,7 +51,7 @@ class CertifyConfig:
     shards: int = 1
     """Into how many shares the images are cut: every shards-th image is one."""
     memory: float = 0.0
-    """Largest memory of the process in GiB (on Linux); 0: no limit."""
+    """Largest memory of the process in GiB (on Linux); 0: no limit. An image that needs more gets the status "memory"."""
     arch: str = ""
     """Architecture of an authors' checkpoint, where its keys do not tell."""
     verify: VerifySettings = dataclasses.field(default_factory=VerifySettings)
@@ -68,7 +69,8 @@ class CertifyConfig:
 def certify(config: CertifyConfig, options: RunOptions) -> None:
     """Decide every image, append one JSON line each to ``results.jsonl``, keep counter-examples, print the summary.
 
-    With --resume, images that have a line already are left out. The exit code is 1 if a verdict contradicts an attack.
+    ``summary.json`` counts what all shards have written so far, and states the limits and the hardware. With --resume,
+    images that have a line already are left out. The exit code is 1 if a verdict contradicts an attack.
     """
     folder = options.output / "grafting" / (options.name or f"certify-{config.model.stem}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,18 +81,31 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
         _claim(folder / f"config{suffix}.yaml", path, config, options)
         done = _done(path)
         if config.memory and sys.platform == "linux":
+            import resource  # noqa: PLC0415 - not on every platform
+
             limit = int(config.memory * 2**30)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         with path.open("a", encoding="utf-8") as file:
             for index, label, image, prop in _problems(config, graph):
                 if index not in done:
-                    line = _line(graph, index, label, image, prop, config.verify, folder)
+                    started = time.monotonic()
+                    try:
+                        line = _line(graph, index, label, image, prop, config.verify, folder)
+                    except (MemoryError, RuntimeError) as error:
+                        if not _out_of_memory(error):
+                            raise
+                        nothing = {"domains": 0, "bounds": [], "attack_margins": []}
+                        line = {"index": index, "label": label, "status": "memory"} | nothing
+                        line["seconds"] = time.monotonic() - started
                     file.write(json.dumps(line) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
                     done[index] = line
                     if not options.quiet:
                         print(f"{index}: {line['status']} in {line['seconds']:.2f} s")
+        whole = [line for file in sorted(folder.glob("results*.jsonl")) for line in _complete(file)[0]]
+        about = {"eps": config.eps, "environment": environment(run.device)}
+        write_json(folder / "summary.json", summary(whole, config.verify) | about)
     print(json.dumps(summary(list(done.values()), config.verify)))
 
 
@@ -111,17 +126,27 @@ def _claim(saved: Path, results: Path, config: CertifyConfig, options: RunOption
     saved.write_text(text, encoding="utf-8")
 
 
-def _done(path: Path) -> dict[int, dict[str, Any]]:
-    """The lines that are complete; a line cut short by a kill is removed."""
-    if not path.exists():
-        return {}
-    lines, good = path.read_text(encoding="utf-8").splitlines(), []
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: an image that needs more than there is stays undecided, the next may not."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _complete(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The lines of a file up to the first that is cut short, and whether they are all."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    good: list[dict[str, Any]] = []
     for line in lines:
         try:
             good.append(json.loads(line))
         except ValueError:
-            break
-    if len(good) < len(lines):
+            return good, False
+    return good, True
+
+
+def _done(path: Path) -> dict[int, dict[str, Any]]:
+    """The lines that are complete; a line cut short by a kill is removed."""
+    good, whole = _complete(path)
+    if not whole:
         path.write_text("".join(json.dumps(line) + "\n" for line in good), encoding="utf-8")
     return {line["index"]: line for line in good}
 
@@ -140,7 +165,10 @@ def load_graph(model: Path, data: DataConfig, arch: str = "") -> Graph:
 def _problems(config: CertifyConfig, graph: Graph) -> Iterator[tuple[int, int | None, Tensor | None, Property]]:
     """(number, label, image, property) of this shard."""
     if config.property is not None:
-        yield 0, None, None, read_vnnlib(config.property, graph.input_shape, graph.classes).checked(graph)
+        prop = read_vnnlib(config.property, graph.input_shape, graph.classes).checked(graph)
+        if config.model.suffix != ".onnx":  # an ONNX network may want its inputs normalised
+            check_pixels(torch.stack([prop.lower, prop.upper]), "the property's box reaches")
+        yield 0, None, None, prop
         return
     data = load_data(config.data)
     if data.shape != graph.input_shape:
@@ -212,6 +240,7 @@ def summary(lines: list[dict[str, Any]], settings: VerifySettings) -> dict[str, 
         "statuses": statuses,
         "seconds_per_call": sum(reached) / len(reached) if reached else None,
         "time_limit": settings.timeout,
+        "domain_limit": settings.max_domains,
         "method": settings.method,
         "arithmetic": settings.arithmetic,
     }

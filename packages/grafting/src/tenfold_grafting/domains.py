@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tenfold_grafting.bounds import Box, Intervals, backward, chunk_elements
+from tenfold_grafting.bounds import backward, chunk_elements
 from tenfold_grafting.graph import Graph
+from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.relaxation import Lines, relax
 
 

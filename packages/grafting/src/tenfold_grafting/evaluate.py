@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tenfold_grafting.arithmetic import exact_arithmetic
 from tenfold_grafting.attacks import robust_mask
-from tenfold_grafting.bounds import bound_margins, margin_spec
+from tenfold_grafting.bounds import crown_margins, margin_spec, relaxations
 from tenfold_grafting.compat import load_official_checkpoint
 from tenfold_grafting.data import NORMALISATION, DataConfig, load_data, resolve
 from tenfold_grafting.grafting import graft
 from tenfold_grafting.graph import Graph, Normalise, trace
+from tenfold_grafting.intervals import ibp_margins
 from tenfold_grafting.networks import create_network
-from tenfold_grafting.scores import unstable_per_layer
+from tenfold_grafting.scores import activation_intervals
 from tenfold_grafting.specification import ball, check_eps, pixel_box
 from tenfold_grafting.verify import VerifySettings, verify
 from tenfold_grafting.zoo import load_network
@@ -190,10 +192,9 @@ def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation) -
         )
     robust = torch.cat(parts)
     graph = trace(model, images.shape[1:]).to(torch.float64)
-    proved = incomplete_verified(graph, images, labels, e.eps, e.bounds)
+    proved, unstable = bounded(graph, images, labels, e.eps, e.bounds)
     if bool((proved & ~robust).any()):
         raise RunFailure("an image is verified by its bounds and attacked as well: the engine is unsound here")
-    unstable = unstable_per_layer(graph, images[:100], e.eps, bounds=e.bounds)
     found: dict[str, Any] = {
         "images": len(images),
         "eps": e.eps,
@@ -208,21 +209,30 @@ def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation) -
     return found | decided(graph, images[:count], labels[:count], e)
 
 
-def incomplete_verified(
+def bounded(
     graph: Graph, images: Tensor, labels: Tensor, eps: float, bounds: Literal["ibp", "crown-ibp", "crown"]
-) -> Tensor:
-    """Which images are classified correctly and proved robust by bounds alone, in the graph's arithmetic."""
-    found = []
-    with torch.no_grad():
+) -> tuple[Bool[Tensor, " n"], list[float]]:
+    """What bounds alone say, in the graph's arithmetic.
+
+    Returns:
+        Which images are classified correctly and proved robust, and the mean number of unstable, ungrafted neurons of
+        every activation layer, over all images.
+
+    """
+    proved = []
+    unstable = dict.fromkeys(graph.activations, 0.0)
+    with torch.no_grad(), exact_arithmetic():
         for x, y in zip(images.split(20), labels.split(20), strict=True):
-            right = graph(x).argmax(1) == y
-            proved = torch.zeros_like(right)
-            if bool(right.any()):
-                spec = margin_spec(y[right], graph.classes)
-                lower = bound_margins(graph, pixel_box(graph, x[right], eps), spec, bounds)
-                proved[right] = (lower > 0).all(1)
-            found.append(proved)
-    return torch.cat(found)
+            box, spec = pixel_box(graph, x, eps), margin_spec(y, graph.classes)
+            intervals = activation_intervals(graph, x, eps, bounds)
+            for index, interval in intervals.items():
+                unstable[index] += float(graph.activation(index).unstable(*interval).sum()) / len(images)
+            if bounds == "ibp":
+                lower = ibp_margins(graph, box, spec)
+            else:
+                lower = crown_margins(graph, box, spec, relaxations(graph, intervals))
+            proved.append((lower > 0).all(1) & (graph(x).argmax(1) == y))
+    return torch.cat(proved), list(unstable.values())
 
 
 def decided(graph: Graph, images: Tensor, labels: Tensor, e: Evaluation) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold_grafting.bounds import Box, Intervals, input_coefficients
+from tenfold_grafting.bounds import input_coefficients
 from tenfold_grafting.domains import Domains, Problem, domain_lines
 from tenfold_grafting.graph import Graph
+from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.operations import Activation, Add, Affine, Input
 
 
@@ -24,6 +25,10 @@ class Leaf:
     status: Literal["verified", "falsified", "unknown"]
     point: Tensor | None = None
     bound: float = -float("inf")
+    duals: Tensor | None = None
+    """Multipliers of the decided neurons, as they lie in a domain's vectors, from which the bound was recomputed."""
+    empty: bool = False
+    """Whether no point has the leaf's signs."""
 
 
 def _affine(problem: Problem, signs: Tensor, node: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,7 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
             # sum duals (g x + h) < 0 everywhere on the box, though every factor should be >= 0
             least = dual_bound(target.new_zeros(inputs), target.new_zeros(()), duals)
             if least > 0:
-                return Leaf("verified", bound=float("inf"))
+                return Leaf("verified", bound=float("inf"), duals=duals, empty=True)
     best = linprog(
         target[0].numpy(),
         A_ub=-g.numpy() if len(g) else None,
@@ -93,7 +98,7 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
     duals = torch.from_numpy(-np.minimum(best.ineqlin.marginals, 0.0)) if len(g) else target.new_zeros(0)
     bound = dual_bound(target[0], offset[0], duals)
     if bound > 0:
-        return Leaf("verified", bound=bound)
+        return Leaf("verified", bound=bound, duals=duals)
     point = torch.minimum(torch.maximum(torch.from_numpy(best.x), lower), upper).view(problem.box.lower.shape)
     there = problem.graph.values(point.to(problem.row.device))[-1]
     margin = float(there @ problem.row[0, 0] + problem.constant)

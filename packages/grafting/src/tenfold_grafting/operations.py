@@ -58,7 +58,7 @@ class Affine(Operation):
 
     @property
     def length(self) -> int:
-        """The number of products in one output, for rounding errors."""
+        """Most products in an output, or in a coefficient of an input: for rounding errors."""
         return 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class Linear(Affine):
 
     @property
     def length(self) -> int:
-        """Fan-in and the bias."""
-        return self.weight.shape[1] + 1
+        """The larger of fan-in and fan-out, and the bias."""
+        return max(self.weight.shape) + 1
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b."""
@@ -137,8 +137,8 @@ class Conv(Affine):
 
     @property
     def length(self) -> int:
-        """Fan-in times kernel size, and the bias."""
-        return math.prod(self.weight.shape[1:]) + 1
+        """The larger number of channels in a group times the kernel's size, and the bias."""
+        return max(self.weight.shape[1], self.weight.shape[0] // self.groups) * math.prod(self.weight.shape[2:]) + 1
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution."""

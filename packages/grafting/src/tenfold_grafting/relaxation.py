@@ -24,6 +24,10 @@ class Lines(NamedTuple):
     upper_intercept: Tensor
     shift: Tensor | None = None
 
+    def of(self, images: Tensor) -> "Lines":
+        """The lines of some images of the batch."""
+        return self._replace(**{name: part[images] for name, part in self._asdict().items() if part is not None})
+
 
 def relax(
     activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None = None, shift: Tensor | None = None

@@ -94,16 +94,17 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
     where = f"{claims[0].model} on {claims[0].data}"
     drawn = []
     with figure_style():
-        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        _cactus(axes, arms)
-        drawn.append(
-            ReportFigure(
-                figure,
-                title="Images verified against time",
-                caption=f"{where}: images proved within a time for each, all seeds together (a cactus plot).",
-                alt="Share of images verified within a time, by arm",
+        if any(seed["verifier_seconds"] for seeds in arms.values() for seed in seeds):
+            figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+            _cactus(axes, arms)
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Images verified against time",
+                    caption=f"{where}: images proved within a time for each, all seeds together (a cactus plot).",
+                    alt="Share of images verified within a time, by arm",
+                )
             )
-        )
         figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
         _accuracies(axes, arms)
         drawn.append(
@@ -129,6 +130,8 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
 
 def _considered(arms: Mapping[str, list[Mapping[str, Any]]]) -> str:
     first = next(iter(arms.values()))[0]
+    if not first["verify_images"]:
+        return "No image was branched on."
     limits = f"{first['time_limit']:g} s and {first['domain_limit']} subdomains"
     return f"Verified accuracy: the first {first['verify_images']} images, at most {limits} each."
 
@@ -148,19 +151,22 @@ def _cactus(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("seconds an image")
     axes.set_ylabel("images verified, %")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _accuracies(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> None:
-    metrics = {"sa": "standard", "ra": "robust", "incomplete_va": "CROWN-verified", "va": "verified"}
+    bounds = {seed["bounds"] for seeds in arms.values() for seed in seeds}
+    proved = "verified by bounds" if len(bounds) > 1 else f"{bounds.pop().upper()}-verified"
+    metrics = {"sa": "standard", "ra": "robust", "incomplete_va": proved, "va": "verified"}
+    if all(seed["va"] is None for seeds in arms.values() for seed in seeds):
+        del metrics["va"]
     width = 0.8 / len(metrics)
     for number, (metric, label) in enumerate(metrics.items()):
-        places = [i + (number - 1.5) * width for i in range(len(arms))]
+        places = [i + (number - (len(metrics) - 1) / 2) * width for i in range(len(arms))]
         axes.bar(places, [_mean(s, metric) for s in arms.values()], width, label=label, color=COLOURS[number])
     axes.set_xticks(range(len(arms)), list(arms), rotation=20, ha="right")
     axes.set_ylabel("accuracy, %")
-    axes.legend(ncols=2)
+    axes.legend(ncols=len(metrics), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _unstable(axes: "Axes", arms: Mapping[str, list[Mapping[str, Any]]]) -> None:

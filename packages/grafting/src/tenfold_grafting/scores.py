@@ -1,6 +1,6 @@
 """What a neuron matters and how often it is unstable (section 2.2)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Literal
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tenfold_grafting.arithmetic import exact_arithmetic
-from tenfold_grafting.bounds import crown_intervals, ibp
+from tenfold_grafting.bounds import crown_intervals
 from tenfold_grafting.grafting import activation_modules, pre_activations
 from tenfold_grafting.graph import Graph, trace
+from tenfold_grafting.intervals import ibp
 from tenfold_grafting.optimise import alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
 from tenfold_shared.attacks import fgsm, held
@@ -160,10 +161,3 @@ def unstable_ratio(
     graph = model if isinstance(model, Graph) else trace(model, images.shape[1:])
     found = instability(graph, images, eps, bounds=bounds)
     return 100 * float(sum(float(share.sum()) for share in found.values())) / graph.neurons
-
-
-def unstable_per_layer(
-    model: nn.Module | Graph, images: Float[Tensor, "n *input"], eps: float, *, bounds: BoundName = "crown"
-) -> Sequence[float]:
-    """The mean number of unstable, ungrafted neurons of every activation layer."""
-    return [float(share.sum()) for share in instability(model, images, eps, bounds=bounds).values()]

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tenfold_grafting.bounds import Box, margin_spec
+from tenfold_grafting.bounds import margin_spec
 from tenfold_grafting.graph import Graph
+from tenfold_grafting.intervals import Box
 from tenfold_shared.errors import UserError
 
 
@@ -61,8 +62,8 @@ def check_eps(eps: float) -> None:
         raise UserError(f"--eps {eps}: the radius is in pixel units and lies in (0, 1]")
 
 
-def check_pixels(images: Float[Tensor, "batch *input"]) -> None:
-    """Refuse images outside of the pixel range.
+def check_pixels(images: Tensor, what: str = "the images range") -> None:
+    """Refuse values outside of the pixel range.
 
     Raises:
         UserError: naming the range found.
@@ -70,9 +71,7 @@ def check_pixels(images: Float[Tensor, "batch *input"]) -> None:
     """
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
-        raise UserError(
-            f"the images range over [{low:g}, {high:g}], expected pixels in [0, 1] before any normalisation"
-        )
+        raise UserError(f"{what} over [{low:g}, {high:g}], expected pixels in [0, 1] before any normalisation")
 
 
 def pixel_box(graph: Graph, images: Float[Tensor, "batch *input"], eps: float) -> Box:

@@ -7,22 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tenfold_grafting.arithmetic import exact_arithmetic
+from tenfold_grafting.arithmetic import exact_arithmetic, normalisation_error
 from tenfold_grafting.attacks import margin_attack
-from tenfold_grafting.bounds import (
-    Box,
-    Intervals,
-    crown_intervals,
-    crown_margins,
-    ibp,
-    ibp_margins,
-    margin_errors,
-    relaxations,
-)
+from tenfold_grafting.bounds import crown_intervals, crown_margins, margin_errors, relaxations
 from tenfold_grafting.branching import Reduce, Rule, choose_neurons
 from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate
 from tenfold_grafting.graph import Graph
-from tenfold_grafting.leaf import solve_leaf
+from tenfold_grafting.intervals import Box, Intervals, ibp, ibp_margins
+from tenfold_grafting.leaf import Leaf, solve_leaf
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown
 from tenfold_grafting.specification import Property
 from tenfold_shared.errors import RunFailure, UserError
@@ -116,8 +108,9 @@ class _Arithmetic:
         self.graph = graph.to(torch.float32 if mode == "fast" else torch.float64)
         self.box = prop.box(self.graph)
         if mode == "rigorous":  # normalisation rounds
-            low, high = (torch.full_like(self.box.lower, s * torch.inf) for s in (-1, 1))
-            self.box = Box(torch.nextafter(self.box.lower, low), torch.nextafter(self.box.upper, high))
+            pixels = (end[None].to(self.graph.device, self.graph.dtype) for end in (prop.lower, prop.upper))
+            error = normalisation_error(self.graph.prefix, *pixels)
+            self.box = Box(self.box.lower - error, self.box.upper + error)
         self.spec = prop.rows[None].to(self.graph.device, self.graph.dtype)
         self.constant = prop.constant.to(self.graph.device, self.graph.dtype)
         self.errors: list[Tensor] | None = None
@@ -172,7 +165,7 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
     started = time.monotonic()
     double = graph.to(torch.float64)
     reached = torch.empty(0)
-    with exact_arithmetic():
+    with exact_arithmetic(classical=settings.arithmetic == "rigorous"):
         if settings.attack_steps:
             reached, worst = _attack(double, prop, settings)
             if bool((reached < 0).any()):
@@ -342,9 +335,9 @@ class _Decision:
             intervals = {i: (low.double(), high.double()) for i, (low, high) in problem.intervals.items()}
             double = dataclasses.replace(problem, graph=graph, box=box, row=problem.row.double(), intervals=intervals)
         found = solve_leaf(double, leaf)
-        loss = 2 * float(self.exact.domain_loss(problem, leaf)) if self.exact.errors is not None else 0.0
-        if found.status == "verified" and found.bound > loss:
-            return "verified-bab", found.bound - loss
+        if found.status == "verified":
+            bound = found.bound if self.exact.errors is None else self._rigorous_leaf(problem, leaf, found)
+            return ("verified-bab" if bound > 0 else "leaf-unknown"), bound
         if found.status == "falsified" and found.point is not None:
             pixels = self._pixels(found.point)[0].cpu()
             value = double.graph(pixels[None].to(double.graph.device))[0] @ double.row[0, 0] + problem.constant
@@ -352,6 +345,18 @@ class _Decision:
                 self.counterexample = pixels
                 return "falsified-bab", found.bound
         return "leaf-unknown", found.bound
+
+    def _rigorous_leaf(self, problem: Problem, leaf: Domains, found: Leaf) -> float:
+        """A leaf's bound with the solver's dual values as beta, less its rounding errors; infinite on an empty leaf.
+
+        An empty leaf is one on which 0 has a positive lower bound.
+        """
+        assert found.duals is not None
+        if found.empty:
+            problem = dataclasses.replace(problem, row=torch.zeros_like(problem.row), constant=0.0)
+        dual = dataclasses.replace(leaf, beta=found.duals[None].to(problem.row))
+        bound = float(evaluate(problem, dual) - self.exact.domain_loss(problem, dual))
+        return torch.inf if found.empty and bound > 0 else bound
 
     def _pixels(self, point: Tensor) -> Tensor:
         """Pixels of a normalised point."""
