@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tenfold_shared.attacks import held, input_gradient, pgd, uniform_start
+from tenfold_shared.attacks import apgd, held, input_gradient, pgd, targeted_dlr
 
 Model = Callable[[Tensor], Tensor]
 
@@ -23,71 +23,6 @@ def dlr(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -
     right = ordered[:, -1] == own
     other = torch.where(right, ordered[:, -2], ordered[:, -1])
     return -(own - other) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
-
-
-def targeted_dlr(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], targets: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """-(z_y - z_t) / (z_1st - (z_3rd + z_4th) / 2)."""
-    ordered = logits.sort(dim=1).values
-    own, target = (logits.gather(1, index[:, None])[:, 0] for index in (labels, targets))
-    return -(own - target) / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + 1e-12)
-
-
-def apgd(
-    loss: Callable[[Tensor], Tensor],
-    x: Float[Tensor, "batch *input"],
-    eps: float,
-    steps: int = 100,
-    start: Tensor | None = None,
-) -> tuple[Float[Tensor, "batch *input"], Float[Tensor, " batch"]]:
-    """Auto-PGD: momentum 0.75, and a step size that is halved at checkpoints where the loss has not risen enough.
-
-    Args:
-        loss: of images, one value a sample, to raise.
-        x: pixels.
-        eps: radius.
-        steps: gradient evaluations.
-        start: first perturbation; default: uniform.
-
-    Returns:
-        The images of the largest loss met, and that loss.
-
-    """
-    wide = (-1, *(1 for _ in x.shape[1:]))
-    step = torch.full((len(x),), 2 * eps, dtype=x.dtype, device=x.device)
-    current = x + (uniform_start(x, eps) if start is None else start)
-    previous = current.clone()
-    best, best_loss = current.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-    window, shrink, least = max(1, int(0.22 * steps)), max(1, int(0.03 * steps)), max(1, int(0.06 * steps))
-    checkpoint, rises = window, torch.zeros(len(x), device=x.device)
-    last_loss = best_loss.clone()
-    loss_then, step_then = best_loss.clone(), step.clone()
-    since = 0
-    for i in range(steps):
-        leaf = current.detach().requires_grad_()
-        with torch.enable_grad():
-            value = loss(leaf)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        value = value.detach()
-        rises += value > last_loss
-        last_loss = value
-        better = value > best_loss
-        best, best_loss = torch.where(better.view(wide), current, best), torch.where(better, value, best_loss)
-        since += 1
-        if since == checkpoint:
-            slow = (rises < 0.75 * since) | ((step == step_then) & (best_loss <= loss_then))
-            step_then, loss_then = step.clone(), best_loss.clone()
-            step = torch.where(slow, step / 2, step)
-            current = torch.where(slow.view(wide), best, current)
-            checkpoint = max(checkpoint - shrink, least)
-            since, rises = 0, torch.zeros_like(rises)
-        moved = (current + step.view(wide) * gradient.sign() - x).clamp(-eps, eps)
-        moved = (x + moved).clamp(0, 1)
-        weight = 1.0 if i == 0 else 0.75
-        blended = current + weight * (moved - current) + (1 - weight) * (current - previous)
-        previous, current = current, (x + (blended - x).clamp(-eps, eps)).clamp(0, 1)
-    return best, best_loss
 
 
 def robust_mask(
@@ -122,8 +57,10 @@ def robust_mask(
             if kind == "pgd":
                 attack(lambda x, y: x + pgd(_loss(model, y), x, eps=eps, step_size=length, steps=steps))
                 continue
-            attack(lambda x, y: apgd(lambda z: cross_entropy(model(z), y, reduction="none"), x, eps, steps)[0])
-            attack(lambda x, y: apgd(lambda z: dlr(model(z), y), x, eps, steps)[0])
+            attack(
+                lambda x, y: apgd(lambda z: cross_entropy(model(z), y, reduction="none"), x, eps=eps, steps=steps)[0]
+            )
+            attack(lambda x, y: apgd(lambda z: dlr(model(z), y), x, eps=eps, steps=steps)[0])
         if kind == "auto":
             with torch.no_grad():
                 classes = model(images[:1]).shape[1]
@@ -142,7 +79,7 @@ def _targeted(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, ra
     with torch.no_grad():
         logits = model(x).scatter(1, y[:, None], -torch.inf)
     target = logits.sort(dim=1, descending=True).indices[:, rank - 1]
-    return apgd(lambda z: targeted_dlr(model(z), y, target), x, eps, steps)[0]
+    return apgd(lambda z: targeted_dlr(model(z), y, target), x, eps=eps, steps=steps)[0]
 
 
 def margin_attack(
