@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,16 @@ def _run_arm(arm: Arm, seed: int, options: RunOptions, folder: Path) -> Measurem
     return Measurement(None, seconds=extras["seconds"], extras=extras)
 
 
-def at_step(step: int) -> Callable[[dict[str, Any]], float]:
+def at_step(step: int) -> Callable[[Mapping[str, Any]], float]:
     """PSNR after a number of steps; what takes none has it from the start."""
 
-    def value(extras: dict[str, Any]) -> float:
+    def value(extras: Mapping[str, Any]) -> float:
         return max((p for p in map(Point._make, extras["points"]) if p.step <= step), key=lambda p: p.step).psnr
 
     return value
 
 
-def time_to_target(extras: dict[str, Any]) -> float:
+def time_to_target(extras: Mapping[str, Any]) -> float:
     """Processor milliseconds until the target is reached. KeyError when it is not."""
     for point in map(Point._make, extras["points"]):
         if point.psnr >= TARGET:
@@ -79,7 +79,7 @@ def time_to_target(extras: dict[str, Any]) -> float:
     raise KeyError(TARGET)
 
 
-VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+VALUES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "PSNR at step 0": at_step(0),
     "PSNR at step 1": at_step(1),
     "PSNR at step 3": at_step(3),
