@@ -109,9 +109,11 @@ class VHGAE(nn.Module):
 
 
 def keep_weights(
-    logits: Float[Tensor, "memberships 2"], h: Hypergraph, gumbel: Float[Tensor, "real 2"], hard: bool = True
+    logits: Float[Tensor, "core 2"], h: Hypergraph, gumbel: Float[Tensor, "real 2"], hard: bool = True
 ) -> Float[Tensor, "memberships"]:
     """The Gumbel-softmax sample (temperature 1) of every real membership's keep decision; singletons always stay.
+
+    The logits are those of the core, real memberships first; it may lack the singletons of nodes the encoder is not shown.
 
     With ``hard`` the value is exactly 0 or 1 and the gradient is the soft sample's (straight through).
     """
