@@ -38,7 +38,7 @@ from .claims import Outcome, load_claims
 from .cli import recipes
 from .reproduction import committed_outcomes
 
-TIMEOUT = 240  # seconds; a command that takes longer is stuck
+TIMEOUT = 600  # seconds; a command that takes longer is stuck, however busy the machine
 
 
 # -- parity -----------------------------------------------------------------------------------------------------------
