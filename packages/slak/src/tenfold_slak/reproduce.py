@@ -6,17 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
 from tenfold_shared.reproduction import Request, once, reproduce_claims
-from tenfold_shared.run import Run, RunOptions, seed_everything
-from tenfold_slak.data import embedded_sets, load_data
+from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
+from tenfold_slak.data import embedded_sets
 from tenfold_slak.downstream import SLaKBackbone, UPerNet
 from tenfold_slak.erf import ReceptiveField, effective_receptive_field
 from tenfold_slak.evaluate import costs, load_model
 from tenfold_slak.macs import count_macs, count_parameters
-from tenfold_slak.train import Recipe, build, first_masks, run_recipe
+from tenfold_slak.masks import initial_masks
+from tenfold_slak.models import create_network
+from tenfold_slak.train import Recipe, run_recipe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from tenfold_slak.models.slak import SLaK
 
 ERF_IMAGES = 64
+SCORED = 4  # images that SNIP is given when counting
 SEGMENTED = (512, 2048)  # the image for which segmenters are counted, pixels
 
 
@@ -89,15 +94,21 @@ def _counted(recipe: Recipe, seed: int, options: RunOptions, segmenter: bool) ->
     """Parameters and multiply-adds of a freshly built network under its first masks, or of UPerNet on it; nothing is
     trained.
 
-    SNIP scores the weights on crops of photographs, of the size and the number of classes of the recipe's data.
+    SNIP scores the weights on Gaussian images, each of a class of its own, of the size of the recipe's data: where it puts the
+    densities, and with them the multiply-adds, depends on the images by several per cent.
     """
     with Run.evaluation("slak", dataclasses.replace(options, seed=seed)) as run:
-        size = recipe.data.size
-        pictures = dataclasses.replace(recipe.data, name="pictures")
-        data = load_data(pictures, 4, run)._replace(classes=1000, shape=(3, size, size))
+        size, sparse = recipe.data.size, recipe.sparse
+        images = torch.randn(
+            SCORED, 3, size, size, generator=torch.Generator().manual_seed(derived_seed(seed, "images"))
+        )
+        batch = images.to(run.device), torch.arange(SCORED, device=run.device)
         seed_everything(seed, "init")
-        model, _ = build(recipe, data)
-        masks = first_masks(recipe, model.to(run.device), data, run) or {}
+        model = create_network(recipe.arch, drop_path_rate=recipe.drop_path, **recipe.arguments).to(run.device)
+        drawn = derived_seed(seed, "masks")
+        masks = {}
+        if sparse.sparsity:
+            masks = initial_masks(model, sparse.sparsity, sparse.init, batch, sparse.only_large_kernels, drawn)
         for name, parameter in model.named_parameters():
             if name in masks:
                 parameter.data.mul_(masks[name])
