@@ -1,13 +1,15 @@
 """Points and voxels to tokens: time and memory against a straightforward implementation, as ratios within one run.
 
-    python benchmarks/tokenisation.py [--points 1024] [--batch 16] [--rounds 5]
+    python benchmarks/tokenisation.py [--points 1024] [--batch 16] [--rounds 15]
 
 Straightforward are: farthest points one cloud at a time; neighbours by sorting all distances
-out of a (B, S, N, 3) tensor; cells by a strided 3D convolution, averaged over z afterwards. The floor of the projection
-is reading the grid once: one pass over its bytes.
+out of a (B, S, N, 3) tensor; cells by a strided 3D convolution, averaged over z afterwards. Tokens are rows of a
+(B, tokens, C) tensor, as the blocks read them. The floor of the projection is reading the grid once: one pass over its
+bytes. Grids are generated shapes, clean and corrupted as in the miniature, and random ones: each voxel with probability .1.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import resource
 import sys
@@ -15,11 +17,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tenfold_simple3dformer.pointops import farthest_point_sampling, gather_points, nearest_neighbours
+from tenfold_simple3dformer.shapes import voxel_set
 from tenfold_simple3dformer.tokenizers import InflatedEmbedding
 
 
@@ -55,12 +59,21 @@ def groups(xyz: Tensor, count: int, k: int) -> Tensor:
 def convolved(embed: InflatedEmbedding, voxels: Tensor, *, mean: bool) -> Tensor:
     """Conv3d, then the mean over z."""
     tokens = F.conv3d(voxels, embed.weight, embed.bias, stride=embed.cell).permute(0, 2, 3, 4, 1)
-    return tokens.mean(3) if mean else tokens
+    return (tokens.mean(3) if mean else tokens).flatten(1, -2).contiguous()
 
 
 def multiplied(embed: InflatedEmbedding, voxels: Tensor, *, mean: bool) -> Tensor:
     """As the networks do it."""
-    return embed(voxels, mean_over_z=mean)
+    return embed(voxels, mean_over_z=mean).flatten(1, -2)
+
+
+def grids(kind: str, count: int, side: int) -> Tensor:
+    """(B, 1, V, V, V)."""
+    if kind == "random":
+        return (torch.rand(count, 1, side, side, side) < 0.1).float()
+    drop, noise = (0.1, 0.005) if kind == "corrupted" else (0.0, 0.0)
+    packed, _ = voxel_set(count, 3, side, drop, noise)
+    return torch.from_numpy(np.unpackbits(packed, axis=1, count=side**3)).view(count, 1, side, side, side).float()
 
 
 def shortest(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -98,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.manual_seed(0)
     xyz, count = torch.rand(args.batch, args.points, 3), args.points // 4
@@ -117,11 +130,12 @@ def main() -> None:
             "points",
         ),
     }
-    for side, cell in ((30, 6), (128, 9)):
-        voxels = (torch.rand(max(1, args.batch // (1 if side < 64 else 8)), 1, side, side, side) < 0.1).float()
+    for (side, cell), kind in itertools.product(((30, 6), (128, 9)), ("shapes", "corrupted", "random")):
+        voxels = grids(kind, max(1, args.batch // (1 if side < 64 else 8)), side)
         embed = InflatedEmbedding(384, cell).requires_grad_(False)
-        for mean in (True, False):
-            name = f"{side}^3 voxels, cells of {cell}^3, {'projection' if mean else 'naive'}"
+        for mean in (False, True):
+            name = f"{side}^3 voxels, cells of {cell}^3, {'projection' if mean else 'naive'}, {kind}, "
+            name += f"{float(voxels.mean()):.1%} occupied"
             arms: dict[str, Callable[[], object]] = {
                 "straightforward": partial(convolved, embed, voxels, mean=mean),
                 "ours": partial(multiplied, embed, voxels, mean=mean),

@@ -23,7 +23,13 @@ from tenfold_simple3dformer.models import (
 )
 from tenfold_simple3dformer.planner import costs
 from tenfold_simple3dformer.point import PointFormer
-from tenfold_simple3dformer.tokenizers import cells_per_axis, sequence_lengths, token_grid
+from tenfold_simple3dformer.tokenizers import (
+    InflatedEmbedding,
+    cells_per_axis,
+    embed_occupied,
+    sequence_lengths,
+    token_grid,
+)
 from tenfold_simple3dformer.tuning import merge_low_rank, set_trainable
 from tenfold_simple3dformer.voxel import VoxelFormer
 
@@ -129,6 +135,43 @@ def test_embedding_is_the_convolution() -> None:
         expected = F.conv3d(x, model.embed.weight, model.embed.bias, stride=4).permute(0, 2, 3, 4, 1)
         expected = expected if tokenizer == "naive" else expected.mean(3)
         torch.testing.assert_close(model.tokens(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", [12, 13])
+def test_occupied_voxels_are_enough(dtype: torch.dtype, side: int) -> None:
+    """Without gradients the empty voxels are passed over; the tokens are the convolution's, whatever the values are."""
+    generator = torch.Generator().manual_seed(side)
+    embed = InflatedEmbedding(16, 4).to(dtype)
+    values = torch.randn(3, 1, side, side, side, generator=generator, dtype=dtype)
+    thin = values * (torch.rand(values.shape, generator=generator) < 0.05)
+    thin[1] = 0  # an empty grid: the bias everywhere
+    thin[0, 0, 4:8, :4, 8:12] = 1  # a full cell
+    for voxels in (thin, thin.transpose(2, 4), thin[::2], torch.zeros_like(thin), thin[:0]):
+        expected = F.conv3d(voxels, embed.weight, embed.bias, stride=4).permute(0, 2, 3, 4, 1)
+        with torch.no_grad():
+            found = embed_occupied(voxels, embed.weight.flatten(1), embed.bias, 4)
+            assert found is not None
+            assert torch.equal(embed(voxels), found)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(embed(voxels), expected)
+    with torch.no_grad():
+        assert embed_occupied(values, embed.weight.flatten(1), embed.bias, 4) is None  # no empty voxel to pass over
+        broken = thin.clone()
+        broken[0, 0, 0, 0, 0] = math.nan
+        assert embed(broken)[0, 0, 0, 0].isnan().all()
+
+
+def test_gradients_reach_empty_voxels() -> None:
+    """Where a gradient is asked for, nothing is passed over: weights, bias and voxels get the convolution's."""
+    embed, voxels = InflatedEmbedding(16, 4), (occupancy() * (occupancy(side=13).cumsum(2) < 2)).requires_grad_()
+    towards = torch.randn(2, 3, 3, 3, 16, generator=torch.Generator().manual_seed(0))
+    places = [voxels, embed.weight, embed.bias]
+    ours = torch.autograd.grad((embed(voxels) * towards).sum(), places)
+    convolved = F.conv3d(voxels, embed.weight, embed.bias, stride=4).permute(0, 2, 3, 4, 1)
+    for found, expected in zip(ours, torch.autograd.grad((convolved * towards).sum(), places), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert (ours[0][voxels == 0] != 0).any()
 
 
 def test_depth_matters_to_some() -> None:

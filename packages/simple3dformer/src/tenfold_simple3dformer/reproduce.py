@@ -83,8 +83,10 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
         figure, axes = plt.subplots(
             1, len(panels), figsize=(9.0, 4.0), layout="constrained", squeeze=False, width_ratios=widths
         )
+        arms = dict.fromkeys(arm for outcome in outcomes for arm in outcome.arms)
+        colours = dict(zip(arms, itertools.cycle(COLOURS)))  # an arm has one colour, whatever it is compared with
         for axis, panel in zip(axes[0], panels, strict=True):
-            _bars(axis, panel, {o.claim: metric[o.claim].name for o in panel})
+            _bars(axis, panel, {o.claim: metric[o.claim].name for o in panel}, colours)
         drawn.append(
             ReportFigure(
                 figure,
@@ -108,10 +110,9 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
     return drawn
 
 
-def _bars(axes: "Axes", outcomes: Sequence[Outcome], names: Mapping[str, str]) -> None:
+def _bars(axes: "Axes", outcomes: Sequence[Outcome], names: Mapping[str, str], colours: Mapping[str, str]) -> None:
     position, ticks, labels = 0.0, [], []
     for outcome in outcomes:
-        colours = dict(zip(outcome.arms, itertools.cycle(COLOURS)))
         for arm, result in outcome.arms.items():
             values = [value for value in result.values if value is not None]
             axes.bar(position, result.mean or 0.0, color=colours[arm], alpha=0.6, width=0.8)
@@ -122,10 +123,10 @@ def _bars(axes: "Axes", outcomes: Sequence[Outcome], names: Mapping[str, str]) -
         axes.text(
             position - len(outcome.arms) / 2 - 0.5,
             1.01,
-            outcome.claim,
+            outcome.claim.removeprefix("mini-"),
             transform=axes.get_xaxis_transform(),
             ha="center",
-            fontsize=8,
+            fontsize=10,
         )
         position += 0.8
     axes.set_xticks(ticks, labels, rotation=40, ha="right")
