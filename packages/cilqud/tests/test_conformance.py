@@ -7,6 +7,6 @@ class TestConformance(Conformance):
     """CIL-QUD on digits."""
 
     package = "tenfold_cilqud"
-    train = ["--config", "digits-mini", "--data.tasks", "2", "--steps", "40", "--lr", "0.01"]
+    train = ["--config", "digits-mini", "--data.tasks", "2", "--steps", "20", "--lr", "0.01"]
     reproduce = ["mini-query", "--seeds", "1"]
     needs_data = ["--config", "cifar10-preact18"]
