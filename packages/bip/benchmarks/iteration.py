@@ -1,6 +1,6 @@
 """Cost of one BiP iteration, as ratios measured in turns within one run.
 
-    python benchmarks/iteration.py [--model resnet20s] [--batch 64] [--rounds 7]
+    python benchmarks/iteration.py [--model resnet20s] [--batch 128] [--rounds 7]
 
 Compares with a dense training step (the floor of an iteration is two of them: two forward-backward passes) and with the
 released trainer's iteration (four forward, three backward passes); and the masks' selection with a full sort.
@@ -58,7 +58,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20s")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--keep", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
