@@ -25,7 +25,7 @@ from tenfold_cilqud.objective import (
     knowledge_distillation,
     random_term,
 )
-from tenfold_cilqud.protocol import new_samples, saved_samples, seen_samples
+from tenfold_cilqud.protocol import Samples, new_samples, saved_samples, seen_samples
 from tenfold_cilqud.query import query
 from tenfold_cilqud.robust import Robust, labelled_attack, rft_attack, rkd_attack, rtc_attack, rtc_term, worst_cases
 from tenfold_shared.testing import Fixture, load_fixture, parity_files
@@ -164,7 +164,7 @@ def pruned_checkpoint(case: Fixture) -> None:
 def validate(case: Fixture) -> None:
     net = network(case).eval()
     tasks = range(case.meta["tasks_seen"])
-    sets = [(tensor(case, f"in/x_task{j}"), tensor(case, f"in/y_task{j}")) for j in tasks]
+    sets = [Samples(tensor(case, f"in/x_task{j}"), tensor(case, f"in/y_task{j}")) for j in tasks]
     found = task_accuracies(net, sets, case.meta["tasks_seen"], batch_size=case.meta["batch_size"])
     close(found, case.arrays["out/per_task"], 1e-9)
     close(np.mean(found), case.arrays["out/mean"], 1e-9)

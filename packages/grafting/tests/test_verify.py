@@ -12,7 +12,7 @@ from tenfold_grafting.bounds import crown_intervals
 from tenfold_grafting.branching import choose_neurons
 from tenfold_grafting.domains import BetaSettings, Domains, Problem
 from tenfold_grafting.grafting import activation_shapes, graft
-from tenfold_grafting.graph import Normalise, trace
+from tenfold_grafting.graph import Graph, Normalise, trace
 from tenfold_grafting.leaf import milp_minimum, solve_leaf
 from tenfold_grafting.specification import Property, ball
 from tenfold_grafting.verify import VerifySettings, _Decision, verify
@@ -30,6 +30,18 @@ def small(seed: int) -> tuple:
     graph = trace(model, (4,))
     x = torch.rand(4, dtype=torch.float64)
     return graph, ball(x, int(graph(x[None]).argmax()), 0.12, 3)
+
+
+def leaves(graph: Graph, problem: Problem, x: Tensor) -> Domains:
+    """The leaf in which an input lies, and the one with every neuron's sign turned round."""
+    values = graph.values(x[None])
+    signs = torch.zeros(2, problem.size, dtype=torch.int8)
+    for index, (neurons, part) in problem.slots.items():
+        z = values[graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
+        signs[0, part] = torch.where(z >= 0, 1, -1).to(torch.int8)
+    signs[1] = -signs[0]
+    zero = torch.zeros(2, problem.size, dtype=torch.float64)
+    return Domains(signs, zero, zero, torch.zeros(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("branching", ["babsr", "fsb", "kfsb"])
@@ -72,16 +84,9 @@ def test_leaves_are_exact() -> None:
         intervals, _ = crown_intervals(graph, box)
         problem = Problem.make(graph, box, prop.rows[0], 0.0, intervals)
         x = prop.lower + torch.rand(4, dtype=torch.float64) * (prop.upper - prop.lower)
-        values = graph.values(x[None])
-        signs = torch.zeros(2, problem.size, dtype=torch.int8)
-        for index, (neurons, part) in problem.slots.items():
-            z = values[graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
-            signs[0, part] = torch.where(z >= 0, 1, -1).to(torch.int8)
-        signs[1] = -signs[0]
-        zero = torch.zeros(2, problem.size, dtype=torch.float64)
-        domains = Domains(signs, zero, zero, torch.zeros(2, dtype=torch.float64))
+        domains = leaves(graph, problem, x)
         here = solve_leaf(problem, domains[:1])
-        assert here.bound <= float(values[-1][0] @ prop.rows[0]) + 1e-9
+        assert here.bound <= float(graph(x[None])[0] @ prop.rows[0]) + 1e-9
         found.add(here.status)
         found.add(solve_leaf(problem, domains[1:]).status)
         assert choose_neurons(problem, domains).tolist() == [-1, -1]
@@ -101,14 +106,7 @@ def test_rigorous_leaves_hold_after_rounding() -> None:
             x = prop.lower + torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * (
                 prop.upper - prop.lower
             )
-            values = graph.values(x[None])
-            signs = torch.zeros(2, problem.size, dtype=torch.int8)
-            for index, (neurons, part) in problem.slots.items():
-                z = values[graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
-                signs[0, part] = torch.where(z >= 0, 1, -1).to(torch.int8)
-            signs[1] = -signs[0]
-            zero = torch.zeros(2, problem.size, dtype=torch.float64)
-            domains = Domains(signs, zero, zero, torch.zeros(2, dtype=torch.float64))
+            domains = leaves(graph, problem, x)
             for part in (domains[:1], domains[1:]):
                 status, bound = decision._leaf(problem, part)
                 plain = solve_leaf(problem, part)

@@ -23,10 +23,10 @@ from tenfold_slak.detect import (
     flipped,
     resized,
     train_detector,
-    voc_precision,
 )
 from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
 from tenfold_slak.models import create_network
+from tenfold_slak.precision import voc_precision
 from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, train_segmenter, training_transform
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
 

@@ -42,6 +42,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import synchronise_batch_norm
 from .checkpoint import atomic_write, load_state, load_weights, save_state, save_weights, write_json
 from .cli import to_yaml
 from .errors import Interrupted, RunFailure, UserError
@@ -421,10 +422,8 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if (
-            self._stop is not None and now - self._stopped > SAME_WISH_SECONDS
-        ):  # the second time, do not wait for the step
-            raise KeyboardInterrupt
+        if self._stop is not None and now - self._stopped > SAME_WISH_SECONDS:
+            raise KeyboardInterrupt  # the second time: do not wait for the step
         self._stop, self._stopped = number, now
 
 
@@ -473,45 +472,3 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-class _CrossProcessBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose statistics run over all processes, for devices that torch's own SyncBatchNorm does not serve."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise over the batch and space of every process together."""
-        if not self.training:
-            return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce  # noqa: PLC0415
-
-        dims = [0, *range(2, input.dim())]
-        count = input.new_tensor([input.numel() / input.shape[1]])
-        total = all_reduce(torch.cat([input.sum(dims), input.square().sum(dims), count]))
-        channels = input.shape[1]
-        mean = total[:channels] / total[-1]
-        variance = total[channels:-1] / total[-1] - mean.square()
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * (total[-1] / (total[-1] - 1)), momentum)
-        shape = [1, channels] + [1] * (input.dim() - 2)
-        normalised = (input - mean.view(shape)) * (variance.view(shape) + self.eps).rsqrt()
-        if self.affine:
-            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised
-
-
-def synchronise_batch_norm(model: nn.Module, world: int, device: torch.device) -> nn.Module:
-    """The model with batch norms whose statistics run over all processes, so that N processes equal one."""
-    if world > 1 and device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if world > 1:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.__class__ = _CrossProcessBatchNorm
-    return model

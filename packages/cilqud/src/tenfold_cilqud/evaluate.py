@@ -15,13 +15,13 @@ from tenfold_cilqud.compat import load_official_state, read_official, recognise
 from tenfold_cilqud.data import DataConfig, load_data, pixels
 from tenfold_cilqud.decisions import add_decision, decision_of
 from tenfold_cilqud.models import IncrementalNet, create_model
-from tenfold_cilqud.protocol import new_samples
+from tenfold_cilqud.protocol import Samples, new_samples
 from tenfold_shared.attacks import held, pgd
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed
 
-Sets = Sequence[tuple[Tensor, Int[Tensor, " n"]]]
+Sets = Sequence[Samples]
 """Images and incremental labels of each task."""
 
 
@@ -231,11 +231,11 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     with Run.evaluation("cilqud", options) as run:
         net = net.to(run.device)
         split = data.test if config.data.evaluate_on == "test" else data.validation
-        sets = [tuple(new_samples(split, order, task, per_task)) for task in range(seen)]
-        rows = task_accuracies(net, sets, seen, config.evaluation.batch_size)  # type: ignore[arg-type]
+        sets = [new_samples(split, order, task, per_task) for task in range(seen)]
+        rows = task_accuracies(net, sets, seen, config.evaluation.batch_size)
         found = {"arch": about["arch"], "seen": seen, "per_task": rows, "accuracy": sum(rows) / len(rows)}
         if config.evaluation.attack != "none":
-            robust = robust_accuracies(net, sets, seen, config.evaluation, options.seed)  # type: ignore[arg-type]
+            robust = robust_accuracies(net, sets, seen, config.evaluation, options.seed)
             found |= {"robust_per_task": robust, "robust_accuracy": sum(robust) / len(robust)}
         if run.is_main:
             print(json.dumps(found))

@@ -25,9 +25,10 @@ from tenfold_cilqud.protocol import Summary, new_samples, summarise_matrix
 from tenfold_cilqud.recipe import Recipe
 from tenfold_cilqud.session import Session, Task, make_task, update_anchors
 from tenfold_cilqud.streams import Stream, class_weights
+from tenfold_shared.batch_norm import synchronise_batch_norm
 from tenfold_shared.checkpoint import load_weights, save_weights
 from tenfold_shared.errors import UserError
-from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything, synchronise_batch_norm
+from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 
 EEIL_SHARE, EEIL_RATE = 0.3, 0.1  # EEIL's balanced stage: its length and its learning rate, of the first stage's
 
@@ -198,20 +199,20 @@ def test(session: Session, index: int) -> dict[str, Any]:
     """Accuracy rows on all tasks seen: the prediction, the auxiliary head, under attack, and under the final one."""
     recipe, data, net = session.recipe, session.data, session.net
     split = data.test if recipe.data.evaluate_on == "test" else data.validation
-    sets = [tuple(new_samples(split, data.order, task, data.classes_per_task)) for task in range(index + 1)]
+    sets = [new_samples(split, data.order, task, data.classes_per_task) for task in range(index + 1)]
     batch, seen = recipe.evaluation.batch_size, index + 1
     outcome: dict[str, Any] = {"auxiliary_row": [], "robust_row": [], "final_row": []}
-    outcome["row"] = task_accuracies(net, sets, seen, batch)  # type: ignore[arg-type]
+    outcome["row"] = task_accuracies(net, sets, seen, batch)
     if recipe.method == "cil-qud" and recipe.heads == "two":
         with auxiliary_decision(net):
-            outcome["auxiliary_row"] = task_accuracies(net, sets, seen, batch)  # type: ignore[arg-type]
+            outcome["auxiliary_row"] = task_accuracies(net, sets, seen, batch)
     if recipe.evaluation.attack != "none":
         seed = derived_seed(session.run.options.seed, "test attack")
-        outcome["robust_row"] = robust_accuracies(net, sets, seen, recipe.evaluation, seed)  # type: ignore[arg-type]
+        outcome["robust_row"] = robust_accuracies(net, sets, seen, recipe.evaluation, seed)
     if recipe.evaluation.final != "none" and seen == data.tasks:
         stronger = dataclasses.replace(recipe.evaluation, attack=recipe.evaluation.final)
         seed = derived_seed(session.run.options.seed, "final attack")
-        outcome["final_row"] = robust_accuracies(net, sets, seen, stronger, seed)  # type: ignore[arg-type]
+        outcome["final_row"] = robust_accuracies(net, sets, seen, stronger, seed)
     return outcome
 
 
@@ -364,8 +365,8 @@ def average_gradients(run: Run, net: IncrementalNet) -> None:
 def validation_accuracy(session: Session, task: Task) -> float:
     """Mean accuracy on the validation images of the tasks seen."""
     data = session.data
-    sets = [tuple(new_samples(data.validation, data.order, k, data.classes_per_task)) for k in range(task.seen)]
-    rows = task_accuracies(session.net, sets, task.seen, session.recipe.evaluation.batch_size)  # type: ignore[arg-type]
+    sets = [new_samples(data.validation, data.order, k, data.classes_per_task) for k in range(task.seen)]
+    rows = task_accuracies(session.net, sets, task.seen, session.recipe.evaluation.batch_size)
     return sum(rows) / len(rows)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tenfold_shared.run import synchronise_batch_norm
+from tenfold_shared.batch_norm import synchronise_batch_norm
 
 
 def batch_norm_of_half(rank: int, folder: str) -> None:
