@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from nets import random_network
-from torch import nn
+from torch import Tensor, nn
 
 from tenfold_grafting.bounds import crown_intervals
 from tenfold_grafting.branching import choose_neurons
