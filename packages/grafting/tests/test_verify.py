@@ -32,7 +32,7 @@ def small(seed: int) -> tuple:
     return graph, ball(x, int(graph(x[None]).argmax()), 0.12, 3)
 
 
-def leaves(graph: Graph, problem: Problem, x: Tensor) -> Domains:
+def leaf_domains(graph: Graph, problem: Problem, x: Tensor) -> Domains:
     """The leaf in which an input lies, and the one with every neuron's sign turned round."""
     values = graph.values(x[None])
     signs = torch.zeros(2, problem.size, dtype=torch.int8)
@@ -84,7 +84,7 @@ def test_leaves_are_exact() -> None:
         intervals, _ = crown_intervals(graph, box)
         problem = Problem.make(graph, box, prop.rows[0], 0.0, intervals)
         x = prop.lower + torch.rand(4, dtype=torch.float64) * (prop.upper - prop.lower)
-        domains = leaves(graph, problem, x)
+        domains = leaf_domains(graph, problem, x)
         here = solve_leaf(problem, domains[:1])
         assert here.bound <= float(graph(x[None])[0] @ prop.rows[0]) + 1e-9
         found.add(here.status)
@@ -106,7 +106,7 @@ def test_rigorous_leaves_hold_after_rounding() -> None:
             x = prop.lower + torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * (
                 prop.upper - prop.lower
             )
-            domains = leaves(graph, problem, x)
+            domains = leaf_domains(graph, problem, x)
             for part in (domains[:1], domains[1:]):
                 status, bound = decision._leaf(problem, part)
                 plain = solve_leaf(problem, part)
