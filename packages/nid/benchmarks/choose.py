@@ -34,7 +34,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "nid-cold": ("photographs-nid", {"fit.support": ["all"], "fit.lr": [0.01, 0.03, 0.1, 0.3]}),
     "nid-ridge": ("photographs-nid", {"fit.solver": ["ridge"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
     "nid-omp": ("photographs-nid", {"fit.solver": ["omp"]}),
-    "pca": ("photographs-pca", {"fit.penalty": [1e-5, 1e-6, 1e-7]}),
+    "pca": ("photographs-pca", {"fit.penalty": [1e-5, 1e-6, 1e-7, 1e-8]}),
     "ksvd": ("photographs-ksvd", {"linear.iterations": [3]}),
     "few-nid-map": ("photographs-nid", {**FEW, "fit.solver": ["map"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
     "few-nid-ridge": ("photographs-nid", {**FEW, "fit.solver": ["ridge"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
@@ -42,7 +42,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "few-siren": ("photographs-siren", {**FEW, "fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [100]}),
     "few-ffm": (
         "photographs-ffm",
-        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [300], "network.ffm_map_scale": [1.0, 2.0]},
+        {**FEW, "fit.lr": [3e-3, 1e-2], "fit.steps": [300], "network.ffm_map_scale": [0.5, 1.0, 2.0]},
     ),
     "few-pe-mlp": (
         "photographs-pe-mlp",
@@ -59,9 +59,9 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "ct-maml": ("phantoms-maml", {**SLICES, "fit.steps": [20], "fit.lr": [1e-2, 1e-1, 1.0]}),
     "sdf-nid": ("primitives-nid", {"fit.solver": ["ridge", "map"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
     "sdf-siren": ("primitives-siren", {"fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [60]}),
-    "sdf-latent": ("primitives-latent", {"fit.lr": [3e-2, 1e-1], "fit.steps": [100]}),
+    "sdf-latent": ("primitives-latent", {"fit.lr": [1e-2, 3e-2, 1e-1], "fit.steps": [100]}),
     "sdf-maml": ("primitives-maml", {"fit.lr": [3e-3, 1e-2], "fit.steps": [3, 10]}),
-    "sdf-pca": ("primitives-pca", {"fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "sdf-pca": ("primitives-pca", {"fit.penalty": [1e-5, 1e-6, 1e-7, 1e-8]}),
     "video-nid": ("discs-nid", {"fit.atoms": [1, 2, 4]}),
 }
 SMALLER_IS_BETTER = ("chamfer",)
