@@ -7,8 +7,8 @@ from torch import nn
 
 from tenfold_grafting.arithmetic import gamma
 from tenfold_grafting.attacks import margin_attack
+from tenfold_grafting.backward import backward
 from tenfold_grafting.bounds import (
-    backward,
     bound_margins,
     crown_intervals,
     crown_margins,

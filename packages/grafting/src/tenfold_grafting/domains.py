@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tenfold_grafting.bounds import backward, chunk_elements
+from tenfold_grafting.backward import backward
+from tenfold_grafting.bounds import chunk_elements
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.relaxation import Lines, relax
