@@ -142,7 +142,7 @@ def chunk_size(problem: Problem) -> int:
     sizes = [torch.Size(node.shape).numel() for node in problem.graph.nodes]
     if problem.row.device.type == "cuda":
         return max(1, chunk_elements(problem.row) // (2 * sum(sizes)))
-    return max(1, 4 * chunk_elements(problem.row) // max(sizes))
+    return max(1, chunk_elements(problem.row) // (4 * max(sizes)))
 
 
 def chunks(problem: Problem, domains: Domains) -> list[Domains]:
