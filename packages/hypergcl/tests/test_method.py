@@ -14,7 +14,7 @@ from tenfold_hypergcl.hypergraph import Hypergraph, disjoint_union
 from tenfold_hypergcl.mlp import MLP, dropout, normalized_linear
 from tenfold_hypergcl.products import multiply
 from tenfold_hypergcl.propagate import SparseFeatures, sum_members
-from tenfold_hypergcl.rowwise import layer, random_drop_mask
+from tenfold_hypergcl.rowwise import draw_kept, layer
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 
 DENSE, ATTENTION = EncoderConfig(hidden=8, dropout=0.0), EncoderConfig(hidden=8, dropout=0.0, attention=True, heads=2)
@@ -81,10 +81,10 @@ def test_row_blocks_have_the_gradients_of_the_plain_layers(normed, p_in, p_out, 
         for rows in x.split(3):
             part = rows if norm is None else norm(rows)
             if p_in:
-                part = part * ~random_drop_mask(part, p_in) / (1 - round(p_in * 65536) / 65536)
+                part = part * draw_kept(part, p_in) / (1 - round(p_in * 65536) / 65536)
             part = linear(part).relu()
             if p_out:
-                part = part * ~random_drop_mask(part, p_out) / (1 - round(p_out * 65536) / 65536)
+                part = part * draw_kept(part, p_out) / (1 - round(p_out * 65536) / 65536)
             blocks.append(part)
         return torch.cat(blocks)
 

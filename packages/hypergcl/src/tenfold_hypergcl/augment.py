@@ -46,8 +46,7 @@ def _choose(population: int, count: int, device: torch.device) -> Int[Tensor, "c
 
 def _mask_without(size: int, removed: Tensor) -> Tensor:
     mask = torch.ones(size, dtype=torch.bool, device=removed.device)
-    mask[removed] = False
-    return mask
+    return mask.index_fill_(0, removed, False)
 
 
 def draw_hyperedges(h: Hypergraph, ratio: float) -> Int[Tensor, "removed"]:
@@ -68,11 +67,11 @@ def draw_memberships(h: Hypergraph, ratio: float) -> Int[Tensor, "kept"]:
 
 
 def keep_memberships(h: Hypergraph, kept: Int[Tensor, "kept"]) -> Hypergraph:
-    """A2: ``h`` with only the real memberships ``kept``; singletons stay."""
+    """A2: ``h`` with only the real memberships ``kept``, each named once; singletons stay."""
     mask = torch.zeros(h.num_memberships, dtype=torch.bool, device=h.incidence.device)
-    mask[kept] = True
-    mask[h.num_real :] = True
-    return h.keep(mask)
+    mask.index_fill_(0, kept, True)
+    mask[h.num_real :].fill_(True)
+    return h.keep(mask, (kept.numel() + h.num_memberships - h.num_real, kept.numel()))
 
 
 def add_memberships(h: Hypergraph, count: int) -> Hypergraph:
@@ -94,7 +93,7 @@ def induce(h: Hypergraph, nodes: Int[Tensor, "kept"]) -> Hypergraph:
     """A3: the sub-hypergraph of the (sorted) ``nodes``: their memberships only, empty hyperedges gone, ids closed up in order."""
     mask = torch.zeros(h.num_nodes, dtype=torch.bool, device=nodes.device)
     mask[nodes] = True
-    return h.relabel(nodes, mask[h.incidence[0]])
+    return h.relabel(mask[h.incidence[0]], nodes)
 
 
 def mask_nodes(x: Features, masked: Int[Tensor, "masked"]) -> Float[Tensor, "nodes features"]:
@@ -113,16 +112,17 @@ def random_walk(h: Hypergraph, starts: Int[Tensor, "starts"], steps: int = WALK_
     seen_nodes = torch.zeros(h.num_nodes, dtype=torch.bool, device=device)
     seen_edges = torch.zeros(h.num_hyperedges, dtype=torch.bool, device=device)
     at, on_node = starts, True
-    seen_nodes[at] = True
+    seen_nodes.index_fill_(0, at, True)
     for _ in range(steps):
         side = h.by_node if on_node else h.by_hyperedge
         first, degree = side.offsets[at], side.offsets[at + 1] - side.offsets[at]
-        if on_node:  # Without singletons a walk that starts on an isolated node has nowhere to go and ends there.
+        if on_node and not h.has_all_singletons:
+            # A walk that starts on an isolated node has nowhere to go and ends there.
             alive = degree > 0
             at, first, degree = at[alive], first[alive], degree[alive]
         step = (torch.rand(at.shape[0], device=device, dtype=torch.float64) * degree).long()
         at, on_node = side.index[first + step], not on_node
-        (seen_nodes if on_node else seen_edges)[at] = True
+        (seen_nodes if on_node else seen_edges).index_fill_(0, at, True)
     return seen_nodes, seen_edges
 
 
@@ -137,7 +137,7 @@ def visited_subgraph(
 ) -> tuple[Hypergraph, Int[Tensor, "kept"]]:
     """A5: the memberships with both ends visited, ids closed up in order, and the original ids of its nodes."""
     kept = torch.nonzero(nodes).squeeze(1)
-    return h.relabel(kept, nodes[h.incidence[0]] & hyperedges[h.incidence[1]]), kept
+    return h.relabel(nodes[h.incidence[0]] & hyperedges[h.incidence[1]], kept), kept
 
 
 def zero_columns(x: Features, columns: Int[Tensor, "columns"]) -> Features:

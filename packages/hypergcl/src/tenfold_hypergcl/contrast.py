@@ -4,6 +4,7 @@ No similarity matrix is ever whole: the denominators of InfoNCE are summed block
 over the blocks again. A fixed budget of them is kept for it, so memory does not grow with the square of the nodes.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tenfold_hypergcl.products import multiply
 
-BLOCK = 512
-"""Rows and columns of one block of similarities: it fits a core's cache."""
+CACHED_BLOCK, DEVICE_BLOCK = 512, 8192
+"""Rows and columns of one block of similarities: on a processor it fits a core's cache; a device is kept busy by a large one."""
 KEPT_VALUES = 1 << 27
 """Values of similarity blocks (512 MiB in single precision) that may wait for the backward pass; further blocks are computed again."""
 MIN_TEMPERATURE = 0.002
 """Below it ``exp(1 / t)`` leaves double precision, and the loss is a maximum in all but name."""
+
+
+def _block_of(z: Tensor, block: int | None) -> int:
+    return block or (CACHED_BLOCK if z.device.type == "cpu" else DEVICE_BLOCK)
 
 
 def _blocks(rows: int, block: int) -> Iterator[tuple[slice, slice]]:
@@ -85,7 +90,7 @@ def info_nce_rows(
     z2: Float[Tensor, "nodes2 width"],
     temperature: float,
     common: tuple[Int[Tensor, "common"], Int[Tensor, "common"]] | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> tuple[Float[Tensor, "anchors"], Float[Tensor, "anchors"]]:
     """InfoNCE of every anchor in both directions, ``(l12, l21)`` (section 2.4).
 
@@ -106,7 +111,9 @@ def info_nce_rows(
         scaled = torch.cat([a, b]) * temperature**-0.5
         kept_values = KEPT_VALUES if scaled.requires_grad else 0
         constant = 0 if a.requires_grad else a.shape[0]
-        log_a, log_b = _LogDenominators.apply(scaled, constant, block, kept_values).split([a.shape[0], b.shape[0]])
+        log_a, log_b = _LogDenominators.apply(scaled, constant, _block_of(z1, block), kept_values).split(
+            [a.shape[0], b.shape[0]]
+        )
         if common is not None:
             a, b, log_a, log_b = a[common[0]], b[common[1]], log_a[common[0]], log_b[common[1]]
         positive = (a * b).sum(1) / temperature
@@ -118,25 +125,27 @@ def info_nce(
     z2: Float[Tensor, "nodes2 width"],
     temperature: float = 0.3,
     common: tuple[Int[Tensor, "common"], Int[Tensor, "common"]] | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Tensor, ""]:
     """The contrastive loss (NT-Xent over nodes): the mean over anchors of ``(l12 + l21) / 2``; see :func:`info_nce_rows`."""
     forward, backward = info_nce_rows(z1, z2, temperature, common, block)
     return (forward.mean() + backward.mean()) / 2
 
 
-def _sum_over_blocks(function: Any, a: Tensor, b: Tensor, block: int) -> Tensor:
+def _sum_over_blocks(function: Any, a: Tensor, b: Tensor, block: int | None) -> Tensor:
     """``sum_ij function(a_i, b_j)`` by row blocks that the backward pass recomputes."""
-    parts = [checkpoint(function, rows, b, use_reentrant=False) for rows in a.split(block)]
+    parts = [checkpoint(function, rows, b, use_reentrant=False) for rows in a.split(_block_of(a, block))]
     return torch.stack(parts).sum()
 
 
-def jsd(z1: Float[Tensor, "nodes width"], z2: Float[Tensor, "nodes width"], block: int = BLOCK) -> Float[Tensor, ""]:
+def jsd(
+    z1: Float[Tensor, "nodes width"], z2: Float[Tensor, "nodes width"], block: int | None = None
+) -> Float[Tensor, ""]:
     """The Jensen-Shannon contrast of cosine similarities, averaged over both directions (section 2.4); it has no temperature.
 
     The inter-view negatives contain the positive pair, as in the released code.
     """
-    log2 = torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+    log2 = math.log(2)
     a, b = F.normalize(z1), F.normalize(z2)
     n = a.shape[0]
 
@@ -160,7 +169,7 @@ def triplet_margin(
     z2: Float[Tensor, "nodes width"],
     margin: float = 1.0,
     clip: bool = True,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Tensor, ""]:
     """Mean distance to the positive minus mean distance to the negatives plus ``margin``, both directions averaged (section 2.4).
 

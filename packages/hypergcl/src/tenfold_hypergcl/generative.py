@@ -167,12 +167,14 @@ def sample_negatives(h: Hypergraph, count: int | None = None, rounds: int = 8) -
 
     keys = draw(count)
     for _ in range(rounds):
-        place = torch.searchsorted(known, keys).clamp_max(known.numel() - 1)
-        keys = torch.where(known[place] == keys, draw(count), keys)
+        taken = known[torch.searchsorted(known, keys)] == keys
+        keys = torch.where(taken, draw(count), keys)
     return torch.stack([keys // h.num_hyperedges, keys % h.num_hyperedges])
 
 
-def _sorted_keys(h: Hypergraph) -> Int[Tensor, "memberships"]:
+def _sorted_keys(h: Hypergraph) -> Int[Tensor, "memberships_plus_one"]:
+    """The numbers of the member pairs in increasing order, and after them one that no pair has."""
     if "_keys" not in h.__dict__:
-        h.__dict__["_keys"] = (h.incidence[0] * h.num_hyperedges + h.incidence[1]).sort().values
+        keys = h.incidence[0] * h.num_hyperedges + h.incidence[1]
+        h.__dict__["_keys"] = F.pad(keys.sort().values, (0, 1), value=h.num_nodes * h.num_hyperedges)
     return h.__dict__["_keys"]

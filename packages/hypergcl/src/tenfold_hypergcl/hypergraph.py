@@ -7,6 +7,7 @@ and the hyperedge in row 1. Everything that message passing needs of it - the tw
 from __future__ import annotations
 
 import csv
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ class HypergraphError(UserError, ValueError):
     """A hypergraph, its features or its labels are not what they should be; the message says what, where, and what to do."""
 
 
+def places(mask: Bool[Tensor, items], rank: Int[Tensor, items], count: int) -> Int[Tensor, count]:
+    """Where the ``count`` true values of ``mask`` are; ``rank`` numbers them. Unlike ``nonzero`` it never waits for the device."""
+    found = rank.new_empty(count + 1)
+    found.scatter_(0, torch.where(mask, rank, count), torch.arange(mask.numel(), device=mask.device))
+    return found[:count]
+
+
 @dataclass(frozen=True)
 class SortedIncidence:
     """The memberships sorted by one of their two ends, in compressed form.
@@ -41,27 +49,30 @@ class SortedIncidence:
     @classmethod
     def sort(cls, key: Int[Tensor, memberships], other: Int[Tensor, memberships], rows: int) -> SortedIncidence:
         """The memberships grouped by ``key``, which lies in ``[0, rows)``."""
-        position = torch.argsort(key, stable=True)
-        offsets = key.new_zeros(rows + 1)
-        torch.cumsum(torch.bincount(key, minlength=rows), 0, out=offsets[1:])
+        ordered, position = torch.sort(key, stable=True)
+        offsets = torch.searchsorted(ordered, torch.arange(rows + 1, device=key.device))
         return cls(offsets, other[position], position)
 
-    def keep(self, mask: Bool[Tensor, memberships]) -> SortedIncidence:
-        """What is left when only the memberships of ``mask`` (in the order of the list) stay: linear, nothing is sorted again."""
+    def keep(self, mask: Bool[Tensor, memberships], rank: Int[Tensor, memberships], count: int) -> SortedIncidence:
+        """What is left when only the ``count`` memberships of ``mask`` (in the order of the list) stay: linear, nothing is sorted again.
+
+        ``rank`` is the place of each in the list that is left.
+        """
         chosen = mask[self.position]
-        before = torch.cumsum(mask, 0) - 1
-        count = torch.cat([self.offsets.new_zeros(1), torch.cumsum(chosen, 0)])
-        return SortedIncidence(count[self.offsets], self.index[chosen], before[self.position[chosen]])
+        ends = torch.cumsum(chosen, 0)
+        kept = places(chosen, ends - 1, count)
+        offsets = torch.cat([ends.new_zeros(1), ends])[self.offsets]
+        return SortedIncidence(offsets, self.index[kept], rank[self.position[kept]])
 
     @staticmethod
     def concatenate(parts: Sequence[SortedIncidence], index_shifts: Sequence[int]) -> SortedIncidence:
         """The disjoint union of ``parts``; the other ends of part ``i`` are shifted by ``index_shifts[i]``."""
-        starts = np.cumsum([0] + [part.index.numel() for part in parts])
-        offsets = [part.offsets[:-1] + int(start) for part, start in zip(parts, starts, strict=False)]
+        starts = _starts(part.index.numel() for part in parts)
+        offsets = [_shifted(part.offsets, start) for part, start in zip(parts, starts, strict=True)]
         return SortedIncidence(
-            torch.cat([*offsets, parts[0].offsets.new_tensor([int(starts[-1])])]),
-            torch.cat([part.index + shift for part, shift in zip(parts, index_shifts, strict=True)]),
-            torch.cat([part.position + int(start) for part, start in zip(parts, starts, strict=False)]),
+            torch.cat([*[own[:-1] for own in offsets[:-1]], offsets[-1]]),
+            torch.cat([_shifted(part.index, shift) for part, shift in zip(parts, index_shifts, strict=True)]),
+            torch.cat([_shifted(part.position, start) for part, start in zip(parts, starts, strict=True)]),
         )
 
     @cached_property
@@ -84,6 +95,15 @@ class SortedIncidence:
         entry = torch.repeat_interleave(start, length, output_size=total) + within
         which = torch.repeat_interleave(head.repeat(lengths.numel()), length, output_size=total)
         return SortedIncidence(offsets, self.index[entry] * heads + which, self.position[entry] * heads + which)
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    """Where each of several parts begins when they follow one another."""
+    return [0, *itertools.accumulate(sizes)][:-1]
+
+
+def _shifted(ids: Tensor, shift: int) -> Tensor:
+    return ids + shift if shift else ids
 
 
 @dataclass(frozen=True)
@@ -139,13 +159,15 @@ def disjoint_union(parts: Sequence[Incidence]) -> Incidence:
 
     Nodes, hyperedges and memberships of part ``i`` follow those of part ``i - 1``; the sorted orders are concatenated, not computed.
     """
-    nodes = np.cumsum([0] + [part.num_nodes for part in parts]).tolist()
-    hyperedges = np.cumsum([0] + [part.num_hyperedges for part in parts]).tolist()
-    shift = torch.tensor([nodes[:-1], hyperedges[:-1]], device=parts[0].incidence.device)
-    incidence = torch.cat([part.incidence + shift[:, i : i + 1] for i, part in enumerate(parts)], dim=1)
-    union = Incidence(incidence, nodes[-1], hyperedges[-1])
-    union.__dict__["by_node"] = SortedIncidence.concatenate([part.by_node for part in parts], hyperedges[:-1])
-    union.__dict__["by_hyperedge"] = SortedIncidence.concatenate([part.by_hyperedge for part in parts], nodes[:-1])
+    nodes, hyperedges = _starts(part.num_nodes for part in parts), _starts(part.num_hyperedges for part in parts)
+    ends = [
+        torch.cat([_shifted(part.incidence[row], shift) for part, shift in zip(parts, shifts, strict=True)])
+        for row, shifts in enumerate((nodes, hyperedges))
+    ]
+    last = parts[-1]
+    union = Incidence(torch.stack(ends), nodes[-1] + last.num_nodes, hyperedges[-1] + last.num_hyperedges)
+    union.__dict__["by_node"] = SortedIncidence.concatenate([part.by_node for part in parts], hyperedges)
+    union.__dict__["by_hyperedge"] = SortedIncidence.concatenate([part.by_hyperedge for part in parts], nodes)
     return union
 
 
@@ -282,36 +304,50 @@ class Hypergraph(Incidence):
         total = self.num_hyperedges + own.numel()
         return Hypergraph(incidence, self.num_nodes, total, self.num_memberships, self.num_hyperedges)
 
+    @property
+    def has_all_singletons(self) -> bool:
+        """Whether every node has its singleton."""
+        return self.num_hyperedges - self.num_real_hyperedges == self.num_nodes
+
     def without_singletons(self) -> Hypergraph:
         """The hypergraph before :meth:`with_singletons`."""
         edges = self.num_real_hyperedges
         return Hypergraph(self.incidence[:, : self.num_real], self.num_nodes, edges, self.num_real, edges)
 
-    def keep(self, mask: Bool[Tensor, memberships]) -> Hypergraph:
-        """The hypergraph with only the memberships of ``mask``; nodes and hyperedges keep their ids."""
-        kept = Hypergraph(
-            self.incidence[:, mask],
-            self.num_nodes,
-            self.num_hyperedges,
-            int(mask[: self.num_real].sum()),
-            self.num_real_hyperedges,
-        )
-        kept.__dict__["by_node"] = self.by_node.keep(mask)
-        kept.__dict__["by_hyperedge"] = self.by_hyperedge.keep(mask)
+    def keep(self, mask: Bool[Tensor, memberships], counts: tuple[int, int] | None = None) -> Hypergraph:
+        """The hypergraph with only the memberships of ``mask``; nodes and hyperedges keep their ids.
+
+        ``counts``, where they are known, are the numbers of memberships and of real ones that stay: reading them waits for the device.
+        """
+        if counts is None:
+            total, real = torch.stack([mask.sum(), mask[: self.num_real].sum()]).tolist()
+        else:
+            total, real = counts
+        rank = torch.cumsum(mask, 0) - 1
+        left = self.incidence[:, places(mask, rank, total)]
+        kept = Hypergraph(left, self.num_nodes, self.num_hyperedges, real, self.num_real_hyperedges)
+        kept.__dict__["by_node"] = self.by_node.keep(mask, rank, total)
+        kept.__dict__["by_hyperedge"] = self.by_hyperedge.keep(mask, rank, total)
         return kept
 
-    def relabel(self, nodes: Int[Tensor, kept], mask: Bool[Tensor, memberships]) -> Hypergraph:
-        """The memberships of ``mask`` on the (sorted) ``nodes``; hyperedges that are left empty vanish, the order of ids stays."""
-        incidence = self.incidence[:, mask]
-        new_node = torch.full((self.num_nodes,), -1, device=nodes.device)
-        new_node[nodes] = torch.arange(nodes.numel(), device=nodes.device)
-        edges, new_edge = torch.unique(incidence[1], return_inverse=True)
+    def relabel(self, mask: Bool[Tensor, memberships], nodes: Int[Tensor, kept] | None = None) -> Hypergraph:
+        """The memberships of ``mask``, all of them of the (sorted) ``nodes`` where these are given: no other node stays.
+
+        Hyperedges that are left empty vanish, the order of ids stays.
+        """
+        used = torch.zeros(self.num_hyperedges + 1, dtype=torch.bool, device=mask.device)
+        used.index_fill_(0, torch.where(mask, self.incidence[1], self.num_hyperedges), True)
+        used = used[: self.num_hyperedges]
+        groups = (mask, mask[: self.num_real], used, used[: self.num_real_hyperedges])
+        total, real, edges, real_edges = torch.stack([group.sum() for group in groups]).tolist()
+        incidence = self.incidence[:, places(mask, torch.cumsum(mask, 0) - 1, total)]
+        node, edge = incidence[0], (torch.cumsum(used, 0) - 1)[incidence[1]]
+        if nodes is not None:
+            new_node = torch.full((self.num_nodes,), -1, device=nodes.device)
+            new_node[nodes] = torch.arange(nodes.numel(), device=nodes.device)
+            node = new_node[node]
         return Hypergraph(
-            torch.stack([new_node[incidence[0]], new_edge]),
-            nodes.numel(),
-            edges.numel(),
-            int(mask[: self.num_real].sum()),
-            int((edges < self.num_real_hyperedges).sum()),
+            torch.stack([node, edge]), self.num_nodes if nodes is None else nodes.numel(), edges, real, real_edges
         )
 
     def to(self, device: torch.device | str) -> Hypergraph:

@@ -92,7 +92,7 @@ class HypergraphSampler:
         used[h.num_real :] = known[h.incidence[0, h.num_real :]]
         nodes = torch.nonzero(known).squeeze(1)
         row = torch.cumsum(known, 0) - 1
-        return Batch(h.relabel(nodes, used), take_rows(self.x, nodes), nodes, row[seeds])
+        return Batch(h.relabel(used, nodes), take_rows(self.x, nodes), nodes, row[seeds])
 
 
 def train_on_batches(

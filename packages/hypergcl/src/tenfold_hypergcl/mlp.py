@@ -9,20 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tenfold_hypergcl.propagate import Features, SparseFeatures
-from tenfold_hypergcl.rowwise import layer, random_drop_mask, threshold
+from tenfold_hypergcl.rowwise import draw_kept, layer, thinned, threshold
 
 
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        ctx.mark_dirty(x)
-        dropped, scale = threshold(p)
-        x.relu_()
+        dropped, ctx.scale = threshold(p)
+        out = x.relu()
         if dropped:
-            x.masked_fill_(random_drop_mask(x, p), 0).mul_(scale)
-        ctx.scale = scale
-        ctx.save_for_backward(x)
-        return x
+            out = thinned(out, draw_kept(out, p), p)
+        ctx.save_for_backward(out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -32,23 +30,22 @@ class _ReluDropout(torch.autograd.Function):
         return grad if ctx.scale == 1.0 else grad.mul_(ctx.scale), None
 
 
-def relu_dropout_(x: Float[Tensor, "..."], p: float, training: bool) -> Float[Tensor, "..."]:
-    """``dropout(relu(x), p)`` in place of ``x`` (the output of a linear map, which needs it no more), storing nothing else."""
+def relu_dropout(x: Float[Tensor, "..."], p: float, training: bool) -> Float[Tensor, "..."]:
+    """``dropout(relu(x), p)``, of which nothing but the result is stored."""
     return _ReluDropout.apply(x, p if training else 0.0)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        ctx.scale = threshold(p)[1]
-        mask = random_drop_mask(x, p)
-        ctx.save_for_backward(mask)
-        return x.masked_fill(mask, 0).mul_(ctx.scale)
+        kept, ctx.p = draw_kept(x, p), p
+        ctx.save_for_backward(kept)
+        return thinned(x, kept, p)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return grad_outputs[0].masked_fill(mask, 0).mul_(ctx.scale), None
+        (kept,) = ctx.saved_tensors
+        return thinned(grad_outputs[0], kept, ctx.p), None
 
 
 @overload
@@ -84,11 +81,8 @@ def normalized_linear(x: SparseFeatures, norm: nn.LayerNorm, layer: nn.Linear) -
     mean = total / x.num_features
     rstd = torch.rsqrt((squares / x.num_features - mean.square()).clamp_min(0) + norm.eps)
     product = x.matmul((layer.weight * norm.weight).T)
-    return (
-        rstd[:, None] * product
-        - (rstd * mean)[:, None] * (layer.weight @ norm.weight)
-        + F.linear(norm.bias, layer.weight, layer.bias)
-    )
+    centred = torch.addcmul(product, mean[:, None], layer.weight @ norm.weight, value=-1)
+    return torch.addcmul(torch.addmv(layer.bias, layer.weight, norm.bias), rstd[:, None], centred)
 
 
 def make_norm(name: str | None, width: int) -> nn.Module:
@@ -150,4 +144,4 @@ def _step(x: Features, norm: nn.Module, linear_map: nn.Linear, p_in: float, relu
         return layer(norm(x), None, linear_map, p_in, relu, p_out)
     else:
         return layer(x, norm if isinstance(norm, nn.LayerNorm) else None, linear_map, p_in, relu, p_out)
-    return relu_dropout_(out, p_out, True) if relu else out
+    return relu_dropout(out, p_out, True) if relu else out

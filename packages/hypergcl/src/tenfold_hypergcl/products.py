@@ -25,3 +25,8 @@ def multiply(
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
     out = F.linear(x, weight, bias)
     return out.relu_() if relu else out
+
+
+def stored(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """A transpose as :func:`multiply` wants its second matrix."""
+    return matrix.contiguous() if ONEDNN and matrix.device.type == "cpu" else matrix

@@ -104,8 +104,8 @@ class SparseFeatures:
     @cached_property
     def row_sums(self) -> tuple[Float[Tensor, "nodes"], Float[Tensor, "nodes"]]:
         """The sums of values and of squares of each row."""
-        stacked = torch.stack([self.values, self.values.square()], dim=1)
-        sums = stacked.new_zeros(self.shape[0], 2).index_add_(0, self.by_row.rows, stacked[self.by_row.position])
+        pairs = torch.stack([self.values, self.values.square()], dim=1)
+        sums = pairs.new_zeros(self.shape[0], 2).index_add_(0, self.by_row.rows, pairs[self.by_row.position])
         return sums[:, 0], sums[:, 1]
 
     def with_values(self, values: Float[Tensor, "nonzeros"]) -> "SparseFeatures":
@@ -121,7 +121,16 @@ class SparseFeatures:
         return SparseFeatures.from_dense(self.to_dense()[index])
 
     def repeat(self, times: int) -> "SparseFeatures":
-        """The matrix stacked ``times`` times over itself."""
+        """The matrix stacked ``times`` times over itself; computed once."""
+        if times not in self._repeated:
+            self._repeated[times] = self._repeat(times)
+        return self._repeated[times]
+
+    @cached_property
+    def _repeated(self) -> "dict[int, SparseFeatures]":
+        return {}
+
+    def _repeat(self, times: int) -> "SparseFeatures":
         nodes, entries = self.shape[0], self.values.numel()
         by_row = SortedIncidence.concatenate([self.by_row] * times, [0] * times)
         order, column = self.by_column, torch.arange(self.num_features, device=self.values.device)

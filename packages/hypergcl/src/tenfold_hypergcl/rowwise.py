@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tenfold_hypergcl.products import multiply
+from tenfold_hypergcl.products import multiply, stored
 
 LEVELS = 1 << 16
 CACHED_ROWS = 1024
@@ -23,18 +23,51 @@ def threshold(p: float) -> tuple[int, float]:
     return dropped, LEVELS / (LEVELS - dropped)
 
 
-def random_drop_mask(like: Tensor, p: float) -> Bool[Tensor, "..."]:
-    """A mask that is True with probability ``round(p * 65536) / 65536``: four values a random 64-bit word, so several times cheaper
+def draw_kept(like: Tensor, p: float) -> Bool[Tensor, "..."]:
+    """A mask that is False with probability ``round(p * 65536) / 65536``: four values a random 64-bit word, so several times cheaper
     than one Bernoulli draw a value. Drawn from the global generator of ``like``'s device.
     """
+    dropped = threshold(p)[0]
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    levels = words.view(torch.int16)[: like.numel()]
-    return (levels < threshold(p)[0] - LEVELS // 2).view(like.shape)
+    levels = words.view(torch.int16)[: like.numel()].view(like.shape)
+    lowest = dropped - LEVELS // 2
+    if like.device.type != "cpu" or not dropped:
+        return levels >= lowest
+    # A processor compares value by value, but clamps many integers at once: to 0 below and 1 above, the two bytes of a boolean.
+    return levels.clamp_(lowest - 1, lowest).sub_(lowest - 1).to(torch.int8).view(torch.bool)
+
+
+def thinned(x: Tensor, kept: Bool[Tensor, "..."], p: float) -> Tensor:
+    """``x`` where ``kept`` and zero elsewhere, scaled so that the mean stays."""
+    scale = threshold(p)[1]
+    if x.device.type != "cpu":
+        return torch.ops.aten.native_dropout_backward(x, kept, scale)
+    # The product with a boolean, and the choice by one, go value by value there; integers become numbers many at once.
+    return kept.view(torch.int8).to(x.dtype).mul_(x).mul_(scale)
 
 
 def _row_blocks(x: Tensor) -> list[slice]:
-    step = CACHED_ROWS if x.device.type == "cpu" else max(x.shape[0], 1)
-    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
+    rows = max(x.shape[0], 1)
+    step = CACHED_ROWS if x.device.type == "cpu" else rows
+    return [slice(i, i + step) for i in range(0, rows, step)]
+
+
+class _Rows:
+    """A result whose rows come block by block; a block that has all of them is taken as it is."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.whole = count, torch.empty(0)
+
+    def put(self, rows: slice, block: Tensor) -> None:
+        """The result of ``rows``."""
+        if rows.start == 0:
+            self.whole = block if rows.stop >= self.count else block.new_empty(self.count, *block.shape[1:])
+        if self.whole is not block:
+            self.whole[rows] = block
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 class _Layer(torch.autograd.Function):
@@ -52,37 +85,35 @@ class _Layer(torch.autograd.Function):
         p_out: float,
     ) -> Tensor:
         x = x.contiguous()
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        mask = torch.empty(x.shape if p_in else 0, dtype=torch.bool, device=x.device)
-        stats = x.new_empty(2, 0 if gain is None else x.shape[0], 1)
+        out, kept, mean, rstd = (_Rows(x.shape[0]) for _ in range(4))
         for rows in _row_blocks(x):
             part = x[rows]
             if gain is not None:
-                part, mean, rstd = torch.native_layer_norm(part, part.shape[1:], gain, shift, eps)
-                stats[0, rows], stats[1, rows] = mean, rstd
+                part, own_mean, own_rstd = torch.native_layer_norm(part, part.shape[1:], gain, shift, eps)
+                mean.put(rows, own_mean)
+                rstd.put(rows, own_rstd)
             if p_in:
-                mask[rows] = random_drop_mask(part, p_in)
-                part = part.masked_fill(mask[rows], 0).mul_(threshold(p_in)[1])
+                mask = draw_kept(part, p_in)
+                part = thinned(part, mask, p_in)
+                kept.put(rows, mask)
             result = multiply(part, weight, bias, relu)
             if p_out:
-                result.masked_fill_(random_drop_mask(result, p_out), 0).mul_(threshold(p_out)[1])
-            out[rows] = result
+                result = thinned(result, draw_kept(result, p_out), p_out)
+            out.put(rows, result)
         ctx.eps, ctx.p_in, ctx.relu, ctx.p_out = eps, p_in, relu, p_out
-        ctx.save_for_backward(x, gain, shift, weight, stats, mask, out if relu else None)
-        return out
+        whole = out.whole if relu else None
+        ctx.save_for_backward(x, gain, shift, weight, mean.whole, rstd.whole, kept.whole, whole)
+        return out.whole
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shift, weight, stats, mask, out = ctx.saved_tensors
+        x, gain, shift, weight, mean, rstd, kept, out = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
         need_x, need_gain, need_shift, need_weight, need_bias = ctx.needs_input_grad[:5]
         need_norm = gain is not None and (need_x or need_gain or need_shift)
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_gain = torch.zeros_like(gain) if need_gain else None
-        grad_shift = torch.zeros_like(shift) if need_shift else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = x.new_zeros(weight.shape[0]) if need_bias else None
-        transposed = weight.T.contiguous()
+        grad_x = _Rows(x.shape[0])
+        grad_gain = grad_shift = grad_weight = grad_bias = None
+        transposed = stored(weight.T)
         for rows in _row_blocks(x):
             g = grad[rows]
             if ctx.relu:
@@ -90,38 +121,32 @@ class _Layer(torch.autograd.Function):
                 g = torch.ops.aten.threshold_backward(g, out[rows], 0)
                 if ctx.p_out:
                     g.mul_(threshold(ctx.p_out)[1])
-            if grad_bias is not None:
-                grad_bias += g.sum(0)
-            if grad_weight is not None:
+            if need_bias:
+                grad_bias = _add(grad_bias, g.sum(0))
+            if need_weight:
                 part = x[rows]
                 if gain is not None:
                     part = torch.native_layer_norm(part, part.shape[1:], gain, shift, ctx.eps)[0]
                 if ctx.p_in:
-                    part = part.masked_fill(mask[rows], 0).mul_(threshold(ctx.p_in)[1])
-                grad_weight.addmm_(g.T, part)
+                    part = thinned(part, kept[rows], ctx.p_in)
+                grad_weight = g.T @ part if grad_weight is None else grad_weight.addmm_(g.T, part)
             if not (need_x or need_norm):
                 continue
             g = multiply(g, transposed)
             if ctx.p_in:
-                g.masked_fill_(mask[rows], 0).mul_(threshold(ctx.p_in)[1])
+                g = thinned(g, kept[rows], ctx.p_in)
             if gain is not None:
+                needs = [need_x, need_gain, need_shift]
                 g, dgain, dshift = torch.ops.aten.native_layer_norm_backward(
-                    g,
-                    x[rows],
-                    x.shape[1:],
-                    stats[0, rows],
-                    stats[1, rows],
-                    gain,
-                    shift,
-                    [need_x, need_gain, need_shift],
+                    g, x[rows], x.shape[1:], mean[rows], rstd[rows], gain, shift, needs
                 )
-                if grad_gain is not None:
-                    grad_gain += dgain
-                if grad_shift is not None:
-                    grad_shift += dshift
-            if grad_x is not None:
-                grad_x[rows] = g
-        return grad_x, grad_gain, grad_shift, grad_weight, grad_bias, None, None, None, None
+                if need_gain:
+                    grad_gain = _add(grad_gain, dgain)
+                if need_shift:
+                    grad_shift = _add(grad_shift, dshift)
+            if need_x:
+                grad_x.put(rows, g)
+        return grad_x.whole if need_x else None, grad_gain, grad_shift, grad_weight, grad_bias, None, None, None, None
 
 
 def layer(

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tenfold_hypergcl.hypergraph import Incidence, SortedIncidence
-from tenfold_hypergcl.mlp import MLP, dropout, linear, relu_dropout_
+from tenfold_hypergcl.mlp import MLP, dropout, linear, relu_dropout
 from tenfold_hypergcl.propagate import Features, sum_members
 
 INPUT_DROPOUT = 0.2
@@ -148,7 +148,7 @@ class AttentionHalf(nn.Module):
         p_out: float = 0.0,
     ) -> Float[Tensor, "targets hidden"]:
         """The targets' representations after a ReLU and, in training, dropout ``p_out``; only of ``rows`` if given."""
-        return relu_dropout_(self.prop(x, incidence, to_hyperedges, weight, rows), p_out, self.training)
+        return relu_dropout(self.prop(x, incidence, to_hyperedges, weight, rows), p_out, self.training)
 
 
 class SetEncoder(nn.Module):

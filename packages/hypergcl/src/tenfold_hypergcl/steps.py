@@ -201,7 +201,7 @@ def core(h: Hypergraph, x: Features) -> Core:
     mask[h.incidence[0, : h.num_real]] = True
     nodes, memberships = torch.nonzero(mask).squeeze(1), mask[h.incidence[0]]
     hyperedges = torch.unique(h.incidence[1, memberships])
-    return Core(h.relabel(nodes, memberships), take_rows(x, nodes), nodes, hyperedges)
+    return Core(h.relabel(memberships, nodes), take_rows(x, nodes), nodes, hyperedges)
 
 
 def generate_view(
@@ -228,8 +228,4 @@ def generated_view(h: Hypergraph, x: Features, keep: Float[Tensor, "memberships"
 
     Hyperedges that lost all members reach no node, so they vanish. (With the ``mean`` reducer the two differ: pass weights instead.)
     """
-    mask = keep > 0.5
-    edges, new_edge = torch.unique(h.incidence[1, mask], return_inverse=True)
-    incidence = torch.stack([h.incidence[0, mask], new_edge])
-    real = int(mask[: h.num_real].sum())
-    return View(Hypergraph(incidence, h.num_nodes, edges.numel(), real, int((edges < h.num_real_hyperedges).sum())), x)
+    return View(h.relabel(keep > 0.5), x)
