@@ -1,5 +1,7 @@
 """The engine: soundness on random networks, exactness where it must be exact, and agreement with slow references."""
 
+import dataclasses
+
 import pytest
 import torch
 from nets import corners_and_points, random_box, random_network
@@ -7,8 +9,8 @@ from torch import nn
 
 from tenfold_grafting.arithmetic import gamma
 from tenfold_grafting.attacks import margin_attack
+from tenfold_grafting.backward import backward
 from tenfold_grafting.bounds import (
-    backward,
     bound_margins,
     crown_intervals,
     crown_margins,
@@ -107,16 +109,51 @@ def test_windows_are_the_dense_rows(kind: str, monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         as_is, _ = crown_intervals(graph, box, intersect=False)
         chunked, _ = crown_intervals(graph, box, intersect=False, elements=500)
-        monkeypatch.setattr("tenfold_grafting.bounds.WINDOW_SHARE", 0.0)
+        monkeypatch.setattr("tenfold_grafting.backward.WINDOW_SHARE", 0.0)
         dense, lines = crown_intervals(graph, box, intersect=False)
-        monkeypatch.setattr("tenfold_grafting.bounds.WINDOW_SHARE", 9.0)
+        monkeypatch.setattr("tenfold_grafting.backward.WINDOW_SHARE", 9.0)
         windowed, _ = crown_intervals(graph, box, intersect=False)
-    for other in (chunked, dense, windowed):
+        monkeypatch.undo()
+        monkeypatch.setattr("tenfold_grafting.backward.BLOCK", 300)
+        blocks, _ = crown_intervals(graph, box, intersect=False)
+    for other in (chunked, dense, windowed, blocks):
         for index, ends in as_is.items():
             for a, b in zip(ends, other[index], strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     found = crown_margins(graph, box, eye.expand(2, -1, -1), lines)
     torch.testing.assert_close(found, by_matrices(graph, box, lines), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_every_way_through_a_convolution_is_its_transpose(kernel: int, stride: int, padding: int) -> None:
+    """By rows, by cells and by torch: <A, W x> = <A W, x>, on maps with and without a remainder, and on windows."""
+    torch.manual_seed(kernel)
+    for height, width in ((7, 9), (8, 6)):
+        layer = torch.nn.Conv2d(2, 3, kernel, stride, padding, bias=False).double()
+        if min(height, width) + 2 * padding < kernel:
+            continue
+        graph = trace(torch.nn.Sequential(layer, torch.nn.Flatten()), (2, height, width))
+        conv = graph.nodes[1]
+        x = torch.randn(4, 2, height, width, dtype=torch.float64)
+        rows = torch.randn(4, *conv.shape, dtype=torch.float64)
+        full = conv._full(conv.shape[1:])
+        for size, pads in (((height, width), (padding, padding)), (full, (0, 0))):
+            by_torch = torch.autograd.grad(conv.forward(x.requires_grad_()), x, rows)[0]
+            found = {
+                way: getattr(conv, way)(rows, pads, size) for way in ("_transposed_by_rows", "_transposed_by_cells")
+            }
+            found["transposed"] = conv.transposed(rows, pads, size)
+            found["single"] = dataclasses.replace(conv, weight=conv.weight.float()).transposed(rows.float(), pads, size)
+            for way, values in found.items():
+                top = padding - pads[0]
+                cut = values[:, :, top : top + height, top : top + width].double()
+                missing = (0, width - cut.shape[3], 0, height - cut.shape[2])
+                cut = torch.nn.functional.pad(cut, missing)
+                torch.testing.assert_close(
+                    cut, by_torch, rtol=0, atol=1e-5 if way == "single" else 1e-10, msg=lambda m, way=way: f"{way}: {m}"
+                )
 
 
 def by_matrices(graph, box, lines):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tenfold_grafting.bounds import crown_intervals
 from tenfold_grafting.branching import choose_neurons
 from tenfold_grafting.domains import BetaSettings, Domains, Problem
+from tenfold_grafting.evaluate import Evaluation, decided
 from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Graph, Normalise, trace
 from tenfold_grafting.leaf import milp_minimum, solve_leaf
@@ -198,3 +200,27 @@ def test_normalised_counterexample_is_in_pixels() -> None:
         assert float(verdict.counterexample.min()) >= -1e-9
         assert float(verdict.counterexample.max()) <= 1 + 1e-9
         assert int(graph(verdict.counterexample[None]).argmax()) != label
+
+
+def test_a_record_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images with a complete line are not decided again, and processes agree with one."""
+    graph, _ = small(1)
+    images = torch.rand(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = graph(images).argmax(1)
+    labels[4] = (labels[4] + 1) % 3
+    settings = VerifySettings(beta=QUICK, attack_steps=3, attack_restarts=1, timeout=600)
+    e = Evaluation(eps=0.02, verify=settings)
+    record = tmp_path / "images.jsonl"
+    first = decided(graph, images, labels, e, record)
+    assert first["statuses"]["wrong"] == 1
+    assert sum(first["statuses"].values()) == 5
+    lines = record.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    record.write_text("".join(lines[:3]) + lines[3][:7])
+    asked = []
+    module = sys.modules["tenfold_grafting.evaluate"]  # the package gives its name to the function
+    monkeypatch.setattr(module, "verify", lambda *a: asked.append(1) or verify(*a))
+    again = decided(graph, images, labels, e, record)
+    assert len(asked) == 1
+    assert again["statuses"] == first["statuses"]
+    assert decided(graph, images, labels, dataclasses.replace(e, jobs=2))["statuses"] == first["statuses"]

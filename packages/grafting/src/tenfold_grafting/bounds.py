@@ -1,11 +1,5 @@
-"""Bounds of a network on a box (section 2.6): CROWN-IBP and CROWN.
+"""Bounds of a network on a box (section 2.6): CROWN-IBP and CROWN, by backward passes from each layer in turn."""
 
-CROWN carries rows of coefficients backwards from the outputs to the input: at every node, sum A z + c is a lower bound
-of the specified margins; an activation is replaced by its lower line where its coefficient is positive and by its upper
-line where it is negative.
-"""
-
-import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
@@ -14,167 +8,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tenfold_grafting.arithmetic import exact_arithmetic, node_error, rounded_out
+from tenfold_grafting.backward import backward
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals, ibp, ibp_margins
-from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Operation, Pad, Scale, interval_of
+from tenfold_grafting.operations import Activation, Add, Affine, Conv, Input, Linear, Operation, interval_of
 from tenfold_grafting.relaxation import Lines, relax
 from tenfold_grafting.windows import Windows, filter_windows, unit_windows
 
 SCREENED_FROM = 64
 """Neurons of a layer from which on a pass in single precision comes first."""
-
-WINDOW_SHARE = 0.6
-"""Windows that cover more of a map than this are written out: from there on the dense pass is the quicker one."""
-
-
-# -- the backward pass ----------------------------------------------------------------------------------------------------
-
-
-def backward(
-    graph: Graph,
-    start: int,
-    rows: Tensor | Windows,
-    lines: Mapping[int, Lines],
-    box: Box,
-    observe: dict[int, Tensor] | None = None,
-) -> Float[Tensor, "batch rows"]:
-    """Lower bounds of A z at a node, over the box.
-
-    Args:
-        graph: the network.
-        start: the node at which `rows` are coefficients.
-        rows: A, [batch, rows, *shape of the node] or its windows.
-        lines: relaxation of every activation before the node.
-        box: the inputs, as many as the batch or one for all.
-        observe: receives the coefficients at the output of every activation (node -> [batch, rows, *shape]).
-
-    """
-    coefficients, constant = input_coefficients(graph, start, rows, lines, observe)
-    return constant + concretise(coefficients, box)
-
-
-def input_coefficients(
-    graph: Graph,
-    start: int,
-    rows: Tensor | Windows,
-    lines: Mapping[int, Lines],
-    observe: dict[int, Tensor] | None = None,
-) -> tuple[Tensor | Windows, Tensor]:
-    """(A, c) with A x + c <= the rows at the node, for every input x of the box that the lines were made for."""
-    pending: dict[int, Tensor | Windows] = {start: rows}
-    values = rows.values if isinstance(rows, Windows) else rows
-    constant = values.new_zeros(values.shape[:2])
-    for index in range(start, 0, -1):
-        current = pending.pop(index, None)
-        if current is None:
-            continue
-        node = graph.nodes[index]
-        if isinstance(node, Add):
-            for source in node.inputs:
-                _push(pending, source, current)
-            continue
-        if isinstance(current, Windows) and not isinstance(node, Activation | Conv | Pad | Scale):
-            current = current.dense()
-        if isinstance(node, Activation):
-            if observe is not None:
-                current = _dense(current)
-                observe[index] = current
-            current, added = _through_activation(current, lines[index])
-            constant = constant + added
-        else:
-            assert isinstance(node, Affine)
-            if isinstance(current, Windows):
-                current, added_or_none = _windows_through(current, node)
-            else:
-                flat = current.flatten(0, 1)
-                added_or_none = node.constant(flat)
-                current = node.transpose(flat).unflatten(0, current.shape[:2])
-            if added_or_none is not None:
-                constant = constant + added_or_none.view(constant.shape)
-        if isinstance(current, Windows) and current.covers > WINDOW_SHARE:
-            current = current.dense()
-        _push(pending, node.inputs[0], current)
-    return pending[0], constant
-
-
-def _dense(rows: Tensor | Windows) -> Tensor:
-    return rows.dense() if isinstance(rows, Windows) else rows
-
-
-def _push(pending: dict[int, Tensor | Windows], node: int, rows: Tensor | Windows) -> None:
-    """Add rows to what has reached a node; several readers of one node are summed before it is passed."""
-    if node not in pending:
-        pending[node] = rows
-        return
-    there = pending[node]
-    if isinstance(there, Windows) and isinstance(rows, Windows):
-        pending[node] = there.plus(rows)
-    else:
-        pending[node] = _dense(there) + _dense(rows)
-
-
-def _windows_through(rows: Windows, node: Affine) -> tuple[Windows, Tensor | None]:
-    rows = rows.masked()  # neurons outside of the map do not exist
-    flat = rows.values.flatten(0, 1)
-    if isinstance(node, Conv):
-        return rows.through(node), flat.flatten(2).sum(2) @ node.bias
-    if isinstance(node, Pad):
-        channels, height, width = node.in_shape
-        return rows.padded_away(node.sides, (channels, height, width)), None
-    assert isinstance(node, Scale)
-    scaled = rows.values * node.factor[:, None, None]
-    return dataclasses.replace(rows, values=scaled), flat.flatten(2).sum(2) @ node.shift
-
-
-def _through_activation(rows: Tensor | Windows, lines: Lines) -> tuple[Tensor | Windows, Tensor]:
-    """A+ lower line + A- upper line: the coefficients before the activation, and what its intercepts add."""
-    if isinstance(rows, Windows) and lines.lower_slope.dim() == lines.upper_slope.dim() and lines.shift is None:
-        values, added = _through_lines(
-            rows.values,
-            rows.gather(lines.lower_slope),
-            rows.gather(lines.upper_slope),
-            None if lines.lower_intercept is None else rows.gather(lines.lower_intercept),
-            rows.gather(lines.upper_intercept),
-        )
-        return dataclasses.replace(rows, values=values), added
-    dense = _dense(rows)
-    rowwise = lines.lower_slope.dim() == dense.dim()
-    values, added = _through_lines(
-        dense,
-        lines.lower_slope if rowwise else lines.lower_slope[:, None],
-        lines.upper_slope[:, None],
-        None if lines.lower_intercept is None else lines.lower_intercept[:, None],
-        lines.upper_intercept[:, None],
-    )
-    return values if lines.shift is None else values - lines.shift[:, None], added
-
-
-def _through_lines(
-    rows: Tensor, lower: Tensor, upper: Tensor, lower_intercept: Tensor | None, upper_intercept: Tensor
-) -> tuple[Tensor, Tensor]:
-    negative = rows.clamp(max=0)
-    if lower_intercept is None:
-        added = _dot(negative, upper_intercept)
-    else:
-        added = _dot(negative, upper_intercept - lower_intercept) + _dot(rows, lower_intercept)
-    return torch.addcmul(rows * lower, negative, upper - lower), added
-
-
-def _dot(rows: Tensor, values: Tensor) -> Tensor:
-    """Sum over all but the first two dimensions; values have one row for all or one each."""
-    if values.shape[1] == 1 and len(values) in (1, len(rows)):
-        return torch.matmul(rows.flatten(2), values.flatten(2).transpose(1, 2))[..., 0]
-    return (rows * values).flatten(2).sum(2)
-
-
-def concretise(rows: Tensor | Windows, box: Box) -> Float[Tensor, "batch rows"]:
-    """The minimum of A x over the box, in the box's arithmetic: A centre - |A| radius."""
-    if isinstance(rows, Windows):
-        centre, radius = rows.gather(box.centre), rows.gather(box.radius)
-        values = rows.values.to(centre)
-        return (values * centre - values.abs() * radius).flatten(2).sum(2)
-    rows = rows.to(box.lower)
-    return _dot(rows, box.centre[:, None]) - _dot(rows.abs(), box.radius[:, None])
 
 
 # -- intermediate bounds --------------------------------------------------------------------------------------------------

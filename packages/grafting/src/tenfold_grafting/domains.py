@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tenfold_grafting.bounds import backward, chunk_elements
+from tenfold_grafting.backward import backward
+from tenfold_grafting.bounds import chunk_elements
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.relaxation import Lines, relax
@@ -141,7 +142,7 @@ def chunk_size(problem: Problem) -> int:
     sizes = [torch.Size(node.shape).numel() for node in problem.graph.nodes]
     if problem.row.device.type == "cuda":
         return max(1, chunk_elements(problem.row) // (2 * sum(sizes)))
-    return max(1, 4 * chunk_elements(problem.row) // max(sizes))
+    return max(1, chunk_elements(problem.row) // (4 * max(sizes)))
 
 
 def chunks(problem: Problem, domains: Domains) -> list[Domains]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold_grafting.bounds import input_coefficients
+from tenfold_grafting.backward import input_coefficients
 from tenfold_grafting.domains import Domains, Problem, domain_lines
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals

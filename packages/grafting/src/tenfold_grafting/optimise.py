@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold_grafting.arithmetic import exact_arithmetic
-from tenfold_grafting.bounds import backward, neuron_bounds
+from tenfold_grafting.backward import backward
+from tenfold_grafting.bounds import neuron_bounds
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.relaxation import Lines, relax

@@ -28,6 +28,11 @@ class Lines(NamedTuple):
         """The lines of some images of the batch."""
         return self._replace(**{name: part[images] for name, part in self._asdict().items() if part is not None})
 
+    def of_rows(self, part: slice) -> "Lines":
+        """The lines of some rows; only lower slopes differ between rows, if any do."""
+        rowwise = self.lower_slope.dim() > self.upper_slope.dim()
+        return self._replace(lower_slope=self.lower_slope[:, part]) if rowwise else self
+
 
 def relax(
     activation: Activation, lower: Tensor, upper: Tensor, alpha: Tensor | None = None, shift: Tensor | None = None

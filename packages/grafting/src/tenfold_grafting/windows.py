@@ -6,6 +6,7 @@ and work of the whole map. What lies outside of the map has coefficient zero.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +35,13 @@ class Windows:
     def covers(self) -> float:
         """Which part of the map a window is."""
         return self.values.shape[3] * self.values.shape[4] / (self.shape[1] * self.shape[2])
+
+    def blocks(self, numbers: int) -> Iterator["Windows"]:
+        """The rows in parts of about as many numbers, on a CPU."""
+        count = -(-self.values.numel() // numbers) if self.values.device.type == "cpu" else 1
+        pairs = (x.tensor_split(min(count, x.shape[1]), 1) for x in (self.values, self.places))
+        for values, places in zip(*pairs, strict=True):
+            yield dataclasses.replace(self, values=values, places=places)
 
     def gather(self, maps: Float[Tensor, "boxes mapped height width"]) -> Float[Tensor, "batch rows mapped kh kw"]:
         """What each row's window shows of maps; zero outside of them."""
