@@ -195,6 +195,21 @@ def test_views_in_one_pass_are_the_views_one_by_one(h, x):
     torch.testing.assert_close(z, expected)
 
 
+@pytest.mark.parametrize("name", ["A2", "A3", "A4", "A5"])
+def test_some_nodes_are_compared_as_if_there_were_no_others(name, h, x):
+    model, only = model_of(DENSE), torch.tensor([11, 0, 4, 7, 2, 9])
+    torch.manual_seed(0)
+    views = augment.fabricate_pair(name, h, x, 0.3)
+    ids = [list(range(13)) if view.nodes is None else view.nodes.tolist() for view in views]
+    z = [model.project(view.x, view.hypergraph) for view in views]
+    kept = [[own.index(node) for node in only.tolist() if node in own] for own in ids]
+    present = [[node for node in only.tolist() if node in own] for own in ids]
+    both = [node for node in present[0] if node in present[1]]
+    common = tuple(torch.tensor([nodes.index(node) for node in both]) for nodes in present)
+    expected = contrast.info_nce(z[0][kept[0]], z[1][kept[1]], 0.3, common)
+    torch.testing.assert_close(steps.contrastive_loss(model, *views, 0.3, only=only), expected)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.05, 0.3, 1.0]), st.integers(1, 20))
 def test_info_nce_against_the_formula_node_by_node(seed, temperature, block):
