@@ -72,6 +72,7 @@ def outcome_of(claim, ours, theirs):
 
 def test_claims_are_read_with_defaults(claim):
     assert claim.seeds == 3
+    assert not claim.deterministic
     assert claim.metric == Metric("accuracy", "%", True)
     assert [arm.name for arm in claim.baselines] == ["theirs"]
     assert claim.arms["ours"].paper == 95.0
@@ -87,6 +88,7 @@ def test_claims_are_read_with_defaults(claim):
         ({"provenance": "none"}, "yet an arm has a paper value"),
         ({"scale": "tiny"}, "scale is 'tiny'"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"deterministic": "no"}, "deterministic is 'no'"),
         ({"id": "../x"}, "the id names a folder"),
         ({"arms": {"ours": {"paper": "1e-5"}}}, "paper is '1e-5'"),
         ({"arms": {"ours": {"option": {}}}}, "arm ours: unknown key 'option' \\(nearest: 'options'\\)"),
@@ -151,6 +153,10 @@ ROWS = [
     ([94.9, 95.2, 95.1], [94.0, 94.1, 94.1], UNPUBLISHED, "direction holds"),
     ([94.9, 95.2, 95.1], [95.0, 95.1, 95.2], {}, "inconclusive"),
     ([94.9], [90.0], {}, "inconclusive"),  # one seed
+    ([95.0], [90.0], {"deterministic": True}, "reproduced"),  # nothing is drawn: one measurement says all
+    ([94.9], [90.0], {"deterministic": True}, "direction holds"),
+    ([90.0], [94.9], {"deterministic": True}, "not reproduced"),
+    ([95.0], [95.0], {"deterministic": True}, "inconclusive"),  # a tie
     ([94.0, 94.1, 94.1], [94.9, 95.2, 95.1], {}, "not reproduced"),
     ([94.0, 94.1, 94.1], [96.9, 96.2, 96.1], {"metric": LOSS, "arms": AHEAD}, "reproduced"),
     ([94.9, 95.2, 95.1], [94.0, 94.1, 94.1], {"metric": LOSS}, "not reproduced"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
-from tenfold_shared.run import Run, RunOptions, derived_seed
+from tenfold_shared.run import Run, RunOptions, derived_seed, environment
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
 
@@ -160,3 +160,15 @@ def test_batch_norm_over_processes_is_that_of_one(tmp_path: Path) -> None:
     for share in shares:
         torch.testing.assert_close(share[2], layer.running_mean)
         torch.testing.assert_close(share[3], layer.running_var)
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/opt/bin/tenfold-toy", "train", "--output", "/some/where", "--seed", "1"], "tenfold-toy train --seed 1"),
+        (["/lib/tenfold_toy/__main__.py", "train", "--output=/some/where"], "python -m tenfold_toy train"),
+    ],
+)
+def test_the_environment_tells_the_command_but_not_the_folder(argv, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert environment(torch.device("cpu"))["command"] == command

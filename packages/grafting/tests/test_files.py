@@ -157,6 +157,9 @@ def test_certify_resumes_and_shards(network: Path, tmp_path: Path, monkeypatch: 
         file = results.parent.parent / "parts" / f"results-{shard}of2.jsonl"
         found |= {line["index"]: line["status"] for line in map(json.loads, file.read_text().splitlines())}
     assert found == {line["index"]: line["status"] for line in lines}
+    assert run(monkeypatch, tmp_path, *whole[:-1], "pool", "--jobs", "2") == 0
+    pooled = (results.parent.parent / "pool" / "results.jsonl").read_text().splitlines()
+    assert {line["index"]: line["status"] for line in map(json.loads, pooled)} == found
     counted, together = (
         json.loads((results.parent.parent / name / "summary.json").read_text()) for name in ("whole", "parts")
     )

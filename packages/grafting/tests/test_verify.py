@@ -157,7 +157,7 @@ def test_limits() -> None:
     verdict = verify(graph, hard, VerifySettings(attack_steps=0, max_domains=2, batch=1, beta=QUICK))
     assert verdict.status in ("timeout", "falsified-bab", "verified-incomplete", "verified-bab")
     assert verdict.domains <= 4
-    for name in ("timeout", "max_domains", "batch"):
+    for name in ("timeout", "max_domains", "candidates"):
         with pytest.raises(UserError, match=name):
             VerifySettings(**{name: 0})
 

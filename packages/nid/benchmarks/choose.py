@@ -23,7 +23,7 @@ FEW = {"data.fraction": [0.1]}
 SLICES: dict[str, list[Any]] = {"data.test_subset": [4], "fit.steps": [100]}
 STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "siren": ("photographs-siren", {"fit.lr": [1e-4, 3e-4, 1e-3, 3e-3]}),
-    "ffm": ("photographs-ffm", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0]}),
+    "ffm": ("photographs-ffm", {"fit.lr": [1e-3, 3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0, 8.0]}),
     "pe-mlp": ("photographs-pe-mlp", {"fit.lr": [1e-3, 3e-3, 1e-2]}),
     "maml": ("photographs-maml", {"meta.inner_lr": [1e-3, 3e-3, 1e-2], "fit.lr": [1e-3, 3e-3, 1e-2]}),
     "maml-points": ("photographs-maml", {"schedule.chunk_size": [64, 128]}),
@@ -34,7 +34,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "nid-cold": ("photographs-nid", {"fit.support": ["all"], "fit.lr": [0.01, 0.03, 0.1, 0.3]}),
     "nid-ridge": ("photographs-nid", {"fit.solver": ["ridge"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
     "nid-omp": ("photographs-nid", {"fit.solver": ["omp"]}),
-    "pca": ("photographs-pca", {"fit.penalty": [1e-5, 1e-6, 1e-7]}),
+    "pca": ("photographs-pca", {"fit.penalty": [1e-5, 1e-6, 1e-7, 1e-8]}),
     "ksvd": ("photographs-ksvd", {"linear.iterations": [3]}),
     "few-nid-map": ("photographs-nid", {**FEW, "fit.solver": ["map"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
     "few-nid-ridge": ("photographs-nid", {**FEW, "fit.solver": ["ridge"], "fit.penalty": [1e-2, 1e-3, 1e-4, 1e-5]}),
@@ -42,7 +42,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "few-siren": ("photographs-siren", {**FEW, "fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [100]}),
     "few-ffm": (
         "photographs-ffm",
-        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [300], "network.ffm_map_scale": [1.0, 2.0]},
+        {**FEW, "fit.lr": [1e-3, 3e-3], "fit.steps": [300], "network.ffm_map_scale": [0.25, 0.5, 1.0]},
     ),
     "few-pe-mlp": (
         "photographs-pe-mlp",
@@ -54,14 +54,14 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     "ct-nid": ("phantoms-nid", {"fit.solver": ["ridge", "map"], "fit.penalty": [1e-4, 1e-5, 1e-6, 1e-7]}),
     "ct-tv": ("phantoms-tv", {"fit.penalty": [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]}),
     "ct-siren": ("phantoms-siren", {**SLICES, "fit.lr": [3e-4, 1e-3]}),
-    "ct-ffm": ("phantoms-ffm", {**SLICES, "fit.lr": [3e-3], "network.ffm_map_scale": [2.0, 4.0]}),
+    "ct-ffm": ("phantoms-ffm", {**SLICES, "fit.lr": [3e-3, 1e-2], "network.ffm_map_scale": [2.0, 4.0, 8.0]}),
     "ct-pe-mlp": ("phantoms-pe-mlp", {**SLICES, "fit.lr": [3e-3], "network.num_freqs": [2, 3]}),
     "ct-maml": ("phantoms-maml", {**SLICES, "fit.steps": [20], "fit.lr": [1e-2, 1e-1, 1.0]}),
     "sdf-nid": ("primitives-nid", {"fit.solver": ["ridge", "map"], "fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
     "sdf-siren": ("primitives-siren", {"fit.lr": [1e-4, 3e-4, 1e-3], "fit.steps": [60]}),
-    "sdf-latent": ("primitives-latent", {"fit.lr": [3e-2, 1e-1], "fit.steps": [100]}),
+    "sdf-latent": ("primitives-latent", {"fit.lr": [3e-3, 1e-2, 3e-2], "fit.steps": [100]}),
     "sdf-maml": ("primitives-maml", {"fit.lr": [3e-3, 1e-2], "fit.steps": [3, 10]}),
-    "sdf-pca": ("primitives-pca", {"fit.penalty": [1e-3, 1e-4, 1e-5, 1e-6]}),
+    "sdf-pca": ("primitives-pca", {"fit.penalty": [1e-6, 1e-7, 1e-8, 1e-9, 1e-10]}),
     "video-nid": ("discs-nid", {"fit.atoms": [1, 2, 4]}),
 }
 SMALLER_IS_BETTER = ("chamfer",)

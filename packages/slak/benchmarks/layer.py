@@ -1,7 +1,7 @@
 """The large-kernel layer at the four stages of SLaK-T: every way to compute it, interleaved in one run, as ratios.
 
     python benchmarks/layer.py                           CPU: float32, batch 4, 2 threads
-    python benchmarks/layer.py --device cuda --dtype bfloat16 --batch 64
+    python benchmarks/layer.py --device cuda --dtype bfloat16 --batch 64 --save results/benchmarks/layer-cuda.json
 
 Two tables: inference, and training (forward and backward with gradients for the map and all kernels). Methods that give
 only the summed map cannot feed the three batch norms of training; they are marked "1 map". The last line of each table
@@ -15,11 +15,13 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tenfold_shared.checkpoint import write_json
 from tenfold_slak.large_kernel import CHANNELS_LAST, large_kernel_dwconv, large_kernel_pair
 
 #: channels, height = width, kernel, blocks
@@ -165,8 +167,8 @@ def peak_memory(stage: int, name: str, args: argparse.Namespace) -> float:
     return value
 
 
-def table(args: argparse.Namespace) -> None:
-    """Measure one table and print it."""
+def table(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Measure one table, print it, and return milliseconds by stage, their sum and its ratio to ours."""
     names = methods(args.device, args.training)
     totals = dict.fromkeys(names, 0.0)
     floor = 0.0
@@ -189,12 +191,16 @@ def table(args: argparse.Namespace) -> None:
         # Backward holds two products of the same size, for the map and for the kernels.
         floor += blocks * useful_macs(size, kernel, args.batch, channels) * (3 if args.training else 1) / rate
     ours = next(iter(totals.values()))
+    rows: dict[str, dict[str, Any]] = {}
     for name, values in cells.items():
         row = "".join(f"{1e3 * value:18.2f}" for value in values)
         print(f"{name:32}{row}{1e3 * totals[name]:16.1f}{totals[name] / ours:11.2f}x")
+        stages, total, ratio = [round(1e3 * value, 2) for value in values], 1e3 * totals[name], totals[name] / ours
+        rows[name] = {"stages_ms": stages, "sum_of_blocks_ms": round(total, 1), "ours_is_faster_by": round(ratio, 2)}
     print(f"{'floor':32}{'':{18 * len(STAGES)}}{1e3 * floor:16.1f}{floor / ours:11.2f}x")
     if args.memory:
         print(f"{'peak memory of stage 1, MiB':32}" + ", ".join(f"{n}: {peak_memory(0, n, args):.0f}" for n in names))
+    return rows
 
 
 def main() -> None:
@@ -209,10 +215,15 @@ def main() -> None:
         "--clock", default="wall", choices=list(CLOCKS), help="cpu: for busy machines, with --threads 1"
     )
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, one process a method")
+    parser.add_argument("--save", type=Path, help="write the tables to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    name = torch.cuda.get_device_name() if args.device != "cpu" else f"CPU, {args.threads} threads"
+    outcome: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": args.dtype, "batch": args.batch}
     for args.training in (False, True):
-        table(args)
+        outcome["training" if args.training else "inference"] = table(args)
+    if args.save is not None:
+        write_json(args.save, outcome)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,12 @@ EXACT = ["direct", "toeplitz", "fft"]
 ALL = [*EXACT, "triton"]
 
 
-def needs(backend: str) -> None:
-    if backend == "triton":
-        pytest.importorskip("triton", reason="Triton is not available on this platform")
+def device_of(backend: str) -> torch.device:
+    """Where the backend runs here: Triton on the GPU if there is one, else in its interpreter; the rest on the CPU."""
+    if backend != "triton":
+        return torch.device("cpu")
+    pytest.importorskip("triton", reason="Triton is not available on this platform")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def by_loops(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,18 +46,19 @@ def by_loops(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["conv2d", *ALL])
 @pytest.mark.parametrize("kernel", [(7, 3), (3, 7), (11, 3)])
 def test_definition(backend: str, kernel: tuple[int, int]) -> None:
-    needs(backend)
     x, weight = torch.randn(2, 2, 5, 4, **DOUBLE), torch.randn(2, 1, *kernel, **DOUBLE)
-    torch.testing.assert_close(large_kernel_dwconv(x, weight, backend), by_loops(x, weight), rtol=1e-12, atol=1e-12)
+    where = device_of(backend)
+    y = large_kernel_dwconv(x.to(where), weight.to(where), backend).cpu()
+    torch.testing.assert_close(y, by_loops(x, weight), rtol=1e-12, atol=1e-12)
 
 
 def compare(backend: str, x: Tensor, weight: Tensor, tolerance: float, grad: Tensor | None = None) -> None:
     """Values and all gradients against three lines of plain convolution."""
     bias = torch.randn(x.shape[1], dtype=x.dtype)
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    leaves = [t.detach().to(device_of(backend)).requires_grad_() for t in (x, weight, bias)]
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     expected = F.conv2d(*leaves, padding=padding, groups=x.shape[1])
-    grad = torch.randn_like(expected) if grad is None else grad
+    grad = torch.randn_like(expected) if grad is None else grad.to(expected.device)
     expected_grads = torch.autograd.grad(expected, leaves, grad)
     ours = large_kernel_dwconv(leaves[0], leaves[1], backend, leaves[2])
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
@@ -82,22 +86,18 @@ def test_equals_conv2d(backend: str, batch: int, size: tuple[int, int], half: tu
 @pytest.mark.parametrize("height", [7, 14, 15, 28, 33, 56])
 @pytest.mark.parametrize("kernel", [(51, 5), (5, 51), (5, 5)])
 def test_triton_at_ragged_sizes(height: int, kernel: tuple[int, int]) -> None:
-    needs("triton")
     compare("triton", torch.randn(2, 1, height, height, **DOUBLE), torch.randn(1, 1, *kernel, **DOUBLE), 1e-11)
 
 
 def test_triton_tiles_larger_maps() -> None:
-    needs("triton")
     compare("triton", torch.randn(1, 1, 130, 9, **DOUBLE), torch.randn(1, 1, 21, 3, **DOUBLE), 1e-11)
 
 
 @pytest.mark.parametrize("backend", ["conv2d", *ALL])
 @pytest.mark.parametrize(("size", "kernel"), [((5, 4), (7, 3)), ((4, 5), (3, 11)), ((3, 3), (3, 3))])
 def test_gradcheck(backend: str, size: tuple[int, int], kernel: tuple[int, int]) -> None:
-    needs(backend)
-    x = torch.randn(2, 2, *size, **DOUBLE, requires_grad=True)
-    weight = torch.randn(2, 1, *kernel, **DOUBLE, requires_grad=True)
-    bias = torch.randn(2, **DOUBLE, requires_grad=True)
+    leaves = [torch.randn(*shape, **DOUBLE) for shape in ((2, 2, *size), (2, 1, *kernel), (2,))]
+    x, weight, bias = (t.to(device_of(backend)).requires_grad_() for t in leaves)
     fast = backend == "triton"  # its interpreter takes too long for the full Jacobian
     function = lambda *t: large_kernel_dwconv(t[0], t[1], backend, t[2])  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, weight, bias), fast_mode=fast)
@@ -139,11 +139,11 @@ def test_taps_that_meet_only_padding_get_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_accumulates_in_single(backend: str, dtype: torch.dtype) -> None:
     """Against float64 on the same rounded inputs; only the result's own rounding may show, not the sum over B*H*W."""
-    needs(backend)
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly; test_on_the_gpu covers it where there is one")
-    x, weight = torch.randn(4, 3, 28, 28).to(dtype), torch.randn(3, 1, 21, 5).to(dtype)
-    grad = torch.randn(4, 3, 28, 28).to(dtype)
+    where = device_of(backend)
+    if backend == "triton" and dtype == torch.bfloat16 and where.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    x, weight = torch.randn(4, 3, 28, 28).to(where, dtype), torch.randn(3, 1, 21, 5).to(where, dtype)
+    grad = torch.randn(4, 3, 28, 28).to(where, dtype)
     results = []
     for kind, name in ((torch.float64, "conv2d"), (dtype, backend)):
         leaves = [t.to(kind).requires_grad_() for t in (x, weight)]
@@ -156,7 +156,6 @@ def test_half_precision_accumulates_in_single(backend: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("backend", ["direct", "toeplitz", "fft", "triton"])
 def test_any_memory_format(backend: str, form: torch.memory_format) -> None:
-    needs(backend)
     x = torch.randn(2, 3, 6, 9, **DOUBLE).contiguous(memory_format=form)
     grad = torch.randn(2, 3, 6, 9, **DOUBLE).contiguous(memory_format=form)
     compare(backend, x, torch.randn(3, 1, 3, 9, **DOUBLE), 1e-11, grad)

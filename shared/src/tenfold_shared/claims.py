@@ -268,7 +268,7 @@ def summarise(
     environment: Mapping[str, Any],
 ) -> Outcome:
     """The outcome of measurements already made: `results[arm][i]` belongs to `seeds[i]`."""
-    arms = {name: _arm_result(claim.arms[name], results[name]) for name in claim.arms}
+    arms = {name: _arm_result(claim, claim.arms[name], results[name]) for name in claim.arms}
     comparisons = tuple(_compare(claim, arms[claim.method], arms[baseline.name], seeds) for baseline in claim.baselines)
     overall, reason = _overall(claim, arms[claim.method], comparisons)
     return Outcome(
@@ -314,10 +314,16 @@ def _kept(file: Path, key: str) -> Measurement | None:
         return None  # not there, or left damaged by a failing disk: it is measured again
 
 
-def _arm_result(arm: Arm, results: Sequence[Measurement]) -> ArmResult:
+def _interval(claim: Claim, values: Sequence[float]) -> Interval:
+    """The interval of the mean; a point where the claim says that nothing is drawn at random and one value is there."""
+    found = mean_interval(values)
+    return Interval(1, found.mean, found.mean, found.mean) if claim.deterministic and found.n == 1 else found
+
+
+def _arm_result(claim: Claim, arm: Arm, results: Sequence[Measurement]) -> ArmResult:
     values = tuple(None if result.failed else result.value for result in results)
     finite = [value for value in values if value is not None]
-    interval = mean_interval(finite)
+    interval = _interval(claim, finite)
     return ArmResult(
         name=arm.name,
         paper=arm.paper,
@@ -338,7 +344,7 @@ def _compare(claim: Claim, method: ArmResult, baseline: ArmResult, seeds: Sequen
     sign = 1 if claim.metric.higher_is_better else -1
     pairs = list(zip(method.values, baseline.values, strict=True))
     differences = tuple(None if a is None or b is None else sign * (a - b) for a, b in pairs)
-    interval = mean_interval([difference for difference in differences if difference is not None])
+    interval = _interval(claim, [difference for difference in differences if difference is not None])
     failed = [
         f"{arm.name} seed {seed}"
         for arm in (method, baseline)
@@ -367,12 +373,14 @@ def _reason(decided: Verdict, claim: Claim, method: ArmResult, baseline: ArmResu
     if interval.low is None:
         return "one seed gives no interval: run two or more"
     if decided == "inconclusive":
-        return f"the interval over {interval.n} seeds includes zero"
+        tie = f"{method.name} and {baseline.name} tie"
+        return tie if claim.deterministic else f"the interval over {interval.n} seeds includes zero"
+    sure = "" if claim.deterministic else " with the interval off zero"
     if decided == "not reproduced":
-        return f"{baseline.name} beats {method.name} with the interval off zero"
+        return f"{baseline.name} beats {method.name}{sure}"
+    ahead = f"{method.name} beats {baseline.name}{sure}"
     if decided == "reproduced":
-        return f"{method.name} beats {baseline.name} with the interval off zero, at the paper's value or better"
-    ahead = f"{method.name} beats {baseline.name} with the interval off zero"
+        return f"{ahead}, at the paper's value or better"
     if claim.scale == "mini":
         return f"{ahead}; the data is the miniature"
     if method.paper is None:

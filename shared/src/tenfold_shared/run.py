@@ -261,13 +261,18 @@ class Run:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, *objects: Any) -> Any:
-        """Models and optimisers placed on the device, wrapped for processes and precision (see Accelerate)."""
-        return self.accelerator.prepare(*(self._place(item) for item in objects))
+    def prepare(self, *objects: Any, channels_last: bool = False) -> Any:
+        """Models and optimisers placed on the device, wrapped for processes and precision (see Accelerate).
 
-    def _place(self, item: Any) -> Any:
+        ``channels_last``: on a GPU the model's kernels lie as its tensor cores take them, and so do the maps they give.
+        """
+        return self.accelerator.prepare(*(self._place(item, channels_last) for item in objects))
+
+    def _place(self, item: Any, channels_last: bool) -> Any:
         if isinstance(item, nn.Module):
             item = self.unwrap(item)  # a model goes through several phases
+            if channels_last and self.device.type == "cuda":
+                item = item.to(memory_format=torch.channels_last)
             item = synchronise_batch_norm(item, self.world, self.device) if self.world > 1 else item
             return torch.compile(item) if self.options.compile else item
         return item
@@ -454,8 +459,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """The command line, but for the folder of this machine that its output went to."""
+    program = Path(sys.argv[0])
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    return re.sub(r" --output[ =]\S+", "", " ".join([name, *sys.argv[1:]]))
 
 
 def commit() -> str | None:

@@ -68,6 +68,8 @@ class Claim:
     arms: Mapping[str, Arm]
     seeds: int = 3
     cost: str = ""
+    deterministic: bool = False
+    """Whether nothing about it is drawn at random: one measurement then says all, without an interval."""
 
     @property
     def baselines(self) -> tuple[Arm, ...]:
@@ -162,7 +164,7 @@ def read_claims(folder: "Traversable") -> ClaimSet:
 
 def _claim(entry: Any, folder: "Traversable", where: str) -> Claim:
     required = {"id", "table", "statement", "data", "model", "scale", "metric", "provenance", "method", "arms"}
-    entry = _checked(entry, required, {"seeds", "cost"}, where)
+    entry = _checked(entry, required, {"seeds", "cost", "deterministic"}, where)
     where = f"{where} ({entry['id']})"
     if not _FILE_NAME.fullmatch(str(entry["id"])):
         raise UserError(f"{where}: the id names a folder too: use letters, digits, '-', '_', '+' and '.' alone")
@@ -183,7 +185,10 @@ def _claim(entry: Any, folder: "Traversable", where: str) -> Claim:
         raise UserError(f"{where}: provenance is none, yet an arm has a paper value: write seen or recalled")
     if entry["provenance"] != "none" and all(arm.paper is None for arm in arms.values()):
         raise UserError(f"{where}: provenance is {entry['provenance']}, yet no arm has a paper value: write none")
-    seeds = entry.get("seeds", 3)
+    deterministic = entry.get("deterministic", False)
+    if type(deterministic) is not bool:
+        raise UserError(f"{where}: deterministic is {deterministic!r}: write true or false")
+    seeds = entry.get("seeds", 1 if deterministic else 3)
     if type(seeds) is not int or seeds < 1:
         raise UserError(f"{where}: seeds is {seeds!r}: write how many seeds each arm is run with, 1 or more")
     return Claim(
@@ -193,6 +198,7 @@ def _claim(entry: Any, folder: "Traversable", where: str) -> Claim:
         metric=Metric(str(metric["name"]), str(metric.get("unit", "")), metric.get("higher_is_better", True)),
         arms=arms,
         seeds=seeds,
+        deterministic=deterministic,
         cost=str(entry.get("cost", "")),
     )
 

@@ -267,7 +267,7 @@ def fit(session: Session, model: nn.Module, name: str, phase: Phase, *, dense: b
     """
     run, batches, snapshot, epochs = session.run, session.data.lower, session.recipe.rewind_epoch, phase.epochs
     optimiser: Any = torch.optim.SGD(model.parameters(), phase.lr, phase.momentum, weight_decay=phase.weight_decay)
-    model, optimiser = run.prepare(model, optimiser)
+    model, optimiser = run.prepare(model, optimiser, channels_last=True)
     if dense and snapshot == 0 and not run.completed(name):
         run.save_weights("rewind", model)
     stream = Stream(batches)
@@ -298,7 +298,7 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
     momentum, decay = settings.momentum, settings.weight_decay
     lower: Any = torch.optim.SGD(weights, settings.alpha, momentum, weight_decay=decay)
     upper: Any = torch.optim.SGD(scores, settings.beta, momentum, weight_decay=decay)
-    model, lower, upper = run.prepare(model, lower, upper)
+    model, lower, upper = run.prepare(model, lower, upper, channels_last=True)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
     per_epoch, n = len(data.upper), settings.lower_steps
     for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):

@@ -413,6 +413,7 @@ def chunk_elements(like: Tensor) -> int:
     """Numbers one chunk of rows may hold at a node: of the memory that is free on a GPU, or what stays near a CPU."""
     if like.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(like.device)
+        free += torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
         return max(1 << 22, free // (10 * like.element_size()))
     return 1 << 22
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from tenfold_grafting.grafting import activation_shapes, grafted_masks
 from tenfold_grafting.graph import Graph, trace
 from tenfold_grafting.networks import architecture, create_network
 from tenfold_grafting.onnx_io import read_onnx, write_onnx
+from tenfold_grafting.records import complete_lines, recorded
 from tenfold_grafting.selection import load_masks, overlap
 from tenfold_grafting.specification import Property, ball, check_eps, check_pixels
 from tenfold_grafting.verify import Verdict, VerifySettings, verify
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
+from tenfold_grafting.workers import over_processes
 from tenfold_shared.checkpoint import write_json
 from tenfold_shared.cli import to_yaml
 from tenfold_shared.errors import RunFailure, UserError
@@ -50,8 +52,10 @@ class CertifyConfig:
     """This process's share of the images, from 0."""
     shards: int = 1
     """Into how many shares the images are cut: every shards-th image is one."""
+    jobs: int = 1
+    """Images decided at the same time, in a process each; 0: one a core, or four on a GPU."""
     memory: float = 0.0
-    """Largest memory of the process in GiB (on Linux); 0: no limit. An image that needs more gets the status "memory"."""
+    """Largest memory of a process in GiB (on Linux); 0: no limit. An image that needs more gets the status "memory"."""
     arch: str = ""
     """Architecture of an authors' checkpoint, where its keys do not tell."""
     verify: VerifySettings = dataclasses.field(default_factory=VerifySettings)
@@ -62,8 +66,8 @@ class CertifyConfig:
         check_eps(self.eps)
         if not 0 <= self.shard < self.shards:
             raise UserError(f"--shard {self.shard} is not one of the {self.shards} shards, counted from 0")
-        if self.start < 0 or self.end < 0 or self.memory < 0:
-            raise UserError("--start, --end and --memory take 0 or more")
+        if self.start < 0 or self.end < 0 or self.memory < 0 or self.jobs < 0:
+            raise UserError("--start, --end, --jobs and --memory take 0 or more")
 
 
 def certify(config: CertifyConfig, options: RunOptions) -> None:
@@ -79,31 +83,17 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
     with Run.evaluation("grafting", options) as run, _locked(path):
         graph = load_graph(config.model, config.data, config.arch).to(torch.float64, run.device)
         _claim(folder / f"config{suffix}.yaml", path, config, options)
-        done = _done(path)
-        if config.memory and sys.platform == "linux":
-            import resource  # noqa: PLC0415 - not on every platform
-
-            limit = int(config.memory * 2**30)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        done = recorded(path)
+        tasks = ((*problem, config.verify, folder, config.memory) for problem in _problems(config, graph, done))
         with path.open("a", encoding="utf-8") as file:
-            for index, label, image, prop in _problems(config, graph):
-                if index not in done:
-                    started = time.monotonic()
-                    try:
-                        line = _line(graph, index, label, image, prop, config.verify, folder)
-                    except (MemoryError, RuntimeError) as error:
-                        if not _out_of_memory(error):
-                            raise
-                        nothing = {"domains": 0, "bounds": [], "attack_margins": []}
-                        line = {"index": index, "label": label, "status": "memory"} | nothing
-                        line["seconds"] = time.monotonic() - started
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                    done[index] = line
-                    if not options.quiet:
-                        print(f"{index}: {line['status']} in {line['seconds']:.2f} s")
-        whole = [line for file in sorted(folder.glob("results*.jsonl")) for line in _complete(file)[0]]
+            for _, line in over_processes(_line, graph, tasks, config.jobs):
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                done[line["index"]] = line
+                if not options.quiet:
+                    print(f"{line['index']}: {line['status']} in {line['seconds']:.2f} s", flush=True)
+        whole = [line for file in sorted(folder.glob("results*.jsonl")) for line in complete_lines(file)[0]]
         about = {"eps": config.eps, "environment": environment(run.device)}
         write_json(folder / "summary.json", summary(whole, config.verify) | about)
     print(json.dumps(summary(list(done.values()), config.verify)))
@@ -131,26 +121,6 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def _complete(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The lines of a file up to the first that is cut short, and whether they are all."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    good: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            good.append(json.loads(line))
-        except ValueError:
-            return good, False
-    return good, True
-
-
-def _done(path: Path) -> dict[int, dict[str, Any]]:
-    """The lines that are complete; a line cut short by a kill is removed."""
-    good, whole = _complete(path)
-    if not whole:
-        path.write_text("".join(json.dumps(line) + "\n" for line in good), encoding="utf-8")
-    return {line["index"]: line for line in good}
-
-
 def load_graph(model: Path, data: DataConfig, arch: str = "") -> Graph:
     """The graph of a checkpoint or an ONNX file, of pixels."""
     path = resolve(model)
@@ -162,13 +132,16 @@ def load_graph(model: Path, data: DataConfig, arch: str = "") -> Graph:
     return trace(network, load_data(data).shape)
 
 
-def _problems(config: CertifyConfig, graph: Graph) -> Iterator[tuple[int, int | None, Tensor | None, Property]]:
-    """(number, label, image, property) of this shard."""
+def _problems(
+    config: CertifyConfig, graph: Graph, done: Container[int]
+) -> Iterator[tuple[int, int | None, Tensor | None, Property]]:
+    """(number, label, image, property) of this shard, without those that are done."""
     if config.property is not None:
         prop = read_vnnlib(config.property, graph.input_shape, graph.classes).checked(graph)
         if config.model.suffix != ".onnx":  # an ONNX network may want its inputs normalised
             check_pixels(torch.stack([prop.lower, prop.upper]), "the property's box reaches")
-        yield 0, None, None, prop
+        if 0 not in done:
+            yield 0, None, None, prop
         return
     data = load_data(config.data)
     if data.shape != graph.input_shape:
@@ -176,9 +149,9 @@ def _problems(config: CertifyConfig, graph: Graph) -> Iterator[tuple[int, int | 
     images, labels = data.test.pixels()
     end = min(config.end or len(images), len(images))
     for index in range(config.start, end):
-        if index % config.shards == config.shard:
-            label = int(labels[index])
-            yield index, label, images[index], ball(images[index], label, config.eps, graph.classes)
+        if index % config.shards == config.shard and index not in done:
+            image, label = images[index].clone(), int(labels[index])
+            yield index, label, image, ball(image, label, config.eps, graph.classes)
 
 
 def _line(
@@ -189,15 +162,26 @@ def _line(
     prop: Property,
     settings: VerifySettings,
     folder: Path,
+    memory: float,
 ) -> dict[str, Any]:
     """One image's line; a counter-example is written, read again and checked."""
-    prop = dataclasses.replace(
-        prop, **{f.name: getattr(prop, f.name).to(graph.device) for f in dataclasses.fields(prop)}
-    )
     line: dict[str, Any] = {"index": index, "label": label}
     if image is not None and int(graph(image[None].to(graph.device)).argmax()) != label:
         return line | {"status": "wrong", "seconds": 0.0, "domains": 0, "bounds": []}
-    verdict = verify(graph, prop, settings)
+    if memory and sys.platform == "linux":
+        import resource  # noqa: PLC0415 - not on every platform
+
+        limit = int(memory * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    prop = prop.to(graph.device)
+    started = time.monotonic()
+    try:
+        verdict = verify(graph, prop, settings)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        nothing = {"domains": 0, "bounds": [], "attack_margins": []}
+        return line | {"status": "memory", "seconds": time.monotonic() - started} | nothing
     line |= verdict.plain()
     if verdict.counterexample is not None:
         line["counterexample"] = _keep(graph, prop, verdict, folder / f"counterexample-{index}.pt")

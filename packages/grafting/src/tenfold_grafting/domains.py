@@ -137,9 +137,11 @@ def base_lines(problem: Problem, signs: Tensor) -> dict[int, Lines]:
 
 
 def chunk_size(problem: Problem) -> int:
-    """How many domains are bounded at once, so that the coefficients of the widest layer fit into memory."""
-    widest = max(torch.Size(node.shape).numel() for node in problem.graph.nodes)
-    return max(1, 4 * chunk_elements(problem.row) // widest)
+    """How many domains are bounded at once, so that the coefficients of all layers, and what their gradients need, fit."""
+    sizes = [torch.Size(node.shape).numel() for node in problem.graph.nodes]
+    if problem.row.device.type == "cuda":
+        return max(1, chunk_elements(problem.row) // (2 * sum(sizes)))
+    return max(1, 4 * chunk_elements(problem.row) // max(sizes))
 
 
 def chunks(problem: Problem, domains: Domains) -> list[Domains]:

@@ -1,5 +1,6 @@
 """What a network is worth (section 9): standard, robust and verified accuracy, unstable neurons, the verifier's time."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -18,9 +19,11 @@ from tenfold_grafting.grafting import graft
 from tenfold_grafting.graph import Graph, Normalise, trace
 from tenfold_grafting.intervals import ibp_margins
 from tenfold_grafting.networks import create_network
+from tenfold_grafting.records import recorded
 from tenfold_grafting.scores import activation_intervals
-from tenfold_grafting.specification import ball, check_eps, pixel_box
+from tenfold_grafting.specification import Property, ball, check_eps, pixel_box
 from tenfold_grafting.verify import VerifySettings, verify
+from tenfold_grafting.workers import over_processes
 from tenfold_grafting.zoo import load_network
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import RunFailure, UserError
@@ -49,12 +52,16 @@ class Evaluation:
     """Bounds of the incomplete verified accuracy and of the unstable neurons."""
     verify: VerifySettings = dataclasses.field(default_factory=VerifySettings)
     """The verifier."""
+    jobs: int = 1
+    """Images that the verifier decides at the same time, in a process each; 0: one a core, or four on a GPU."""
 
     def __post_init__(self) -> None:
         """Refuse a radius or numbers that mean nothing."""
         check_eps(self.eps)
         if self.images < 0 or self.verify_images < -1 or self.attack_restarts < 1 or self.attack_steps < 0:
             raise UserError("--evaluation takes 0 or more images and steps, and at least one restart")
+        if self.jobs < 0:
+            raise UserError(f"--evaluation.jobs takes 0 or more, got {self.jobs}")
 
 
 @dataclasses.dataclass
@@ -159,8 +166,11 @@ def measure_network(
     images: Float[Tensor, "n channels height width"],
     labels: Int[Tensor, " n"],
     evaluation: Evaluation,
+    record: Path | None = None,
 ) -> dict[str, Any]:
     """SA, RA, incomplete and complete VA in per cent of all images considered, UNR, and the verifier's statuses.
+
+    With a record, see `decided`.
 
     Raises:
         RunFailure: an image is verified and attacked at once, or VA <= RA <= SA does not hold on the same images.
@@ -169,12 +179,12 @@ def measure_network(
     training = model.training
     model.eval()
     try:
-        return _measured(model, images, labels, evaluation)
+        return _measured(model, images, labels, evaluation, record)
     finally:
         model.train(training)
 
 
-def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation) -> dict[str, Any]:
+def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation, record: Path | None) -> dict[str, Any]:
     weight = next(model.parameters())
     parts = []
     for x, y in zip(images.split(500), labels.split(500), strict=True):
@@ -206,7 +216,7 @@ def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation) -
         "unstable_per_layer": unstable,
     }
     count = len(images) if e.verify_images < 0 else min(e.verify_images, len(images))
-    return found | decided(graph, images[:count], labels[:count], e)
+    return found | decided(graph, images[:count], labels[:count], e, record)
 
 
 def bounded(
@@ -235,32 +245,45 @@ def bounded(
     return torch.cat(proved), list(unstable.values())
 
 
-def decided(graph: Graph, images: Tensor, labels: Tensor, e: Evaluation) -> dict[str, Any]:
-    """The verifier's statuses, verified accuracy and times on images."""
+def decided(graph: Graph, images: Tensor, labels: Tensor, e: Evaluation, record: Path | None = None) -> dict[str, Any]:
+    """The verifier's statuses, verified accuracy and times on images.
+
+    A record takes one JSON line an image as soon as it is decided; what has a line already is not decided again.
+    """
+    lines = {} if record is None else recorded(record)
+    with torch.no_grad():
+        right = torch.cat([graph(x).argmax(1) == y for x, y in zip(images.split(100), labels.split(100), strict=True)])
+    for i in (~right).nonzero(as_tuple=True)[0].tolist():
+        lines[i] = {"index": i, "status": "wrong", "seconds": 0.0, "domains": 0}
+    tasks = (
+        (i, ball(x, y, e.eps, graph.classes), e.verify)
+        for i, (x, y) in enumerate(zip(images.cpu(), labels.tolist(), strict=True))
+        if i not in lines
+    )
+    with contextlib.ExitStack() as stack:
+        file = None if record is None else stack.enter_context(record.open("a", encoding="utf-8"))
+        for _, line in over_processes(_verified_line, graph, tasks, e.jobs):
+            lines[line["index"]] = line
+            if file is not None:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
     statuses: dict[str, int] = {}
-    seconds, calls = [], []
-    domains = 0
-    for x, y in zip(images, labels.tolist(), strict=True):
-        if int(graph(x[None]).argmax()) != y:
-            status = "wrong"
-        else:
-            verdict = verify(graph, ball(x, y, e.eps, graph.classes), e.verify)
-            status = verdict.status
-            domains += verdict.domains
-            if status != "attacked":
-                calls.append(verdict.seconds)
-            if verdict.verified:
-                seconds.append(verdict.seconds)
-        statuses[status] = statuses.get(status, 0) + 1
-    verified = sum(count for status, count in statuses.items() if status.startswith("verified"))
+    for line in lines.values():
+        statuses[line["status"]] = statuses.get(line["status"], 0) + 1
+    calls = [line["seconds"] for _, line in sorted(lines.items()) if line["status"] not in ("wrong", "attacked")]
+    proved = [line["seconds"] for _, line in sorted(lines.items()) if line["status"].startswith("verified")]
     return {
         "verify_images": len(images),
         "time_limit": e.verify.timeout,
         "domain_limit": e.verify.max_domains,
-        "va": 100 * verified / len(images) if len(images) else None,
+        "va": 100 * len(proved) / len(images) if len(images) else None,
         "statuses": statuses,
-        "domains": domains,
-        "verifier_seconds": seconds,
+        "domains": sum(line["domains"] for line in lines.values()),
+        "verifier_seconds": proved,
         "call_seconds": calls,
         "seconds_per_call": sum(calls) / len(calls) if calls else None,
     }
+
+
+def _verified_line(graph: Graph, index: int, prop: Property, settings: VerifySettings) -> dict[str, Any]:
+    return {"index": index} | verify(graph, prop.to(graph.device), settings).plain()

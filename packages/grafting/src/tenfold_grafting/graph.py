@@ -115,8 +115,10 @@ class Graph:
         return node
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Graph":
-        """The graph in another arithmetic or place."""
+        """The graph in another arithmetic or place; this very one if that is how it is."""
         device = device or self.device
+        if (dtype, device) == (self.dtype, self.device):
+            return self
         prefix = None if self.prefix is None else self.prefix.to(dtype, device)
         assert prefix is None or isinstance(prefix, Scale)
         return dataclasses.replace(self, nodes=[node.to(dtype, device) for node in self.nodes], prefix=prefix)

@@ -46,6 +46,10 @@ class Property:
             raise UserError("the property's box is empty: a lower bound lies above its upper bound")
         return self
 
+    def to(self, device: torch.device) -> "Property":
+        """The property elsewhere."""
+        return Property(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
     def box(self, graph: Graph) -> Box:
         """The box as the first node sees it, [1, *input_shape]."""
         return Box(graph.normalised(self.lower[None]), graph.normalised(self.upper[None]))

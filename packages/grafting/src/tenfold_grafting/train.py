@@ -231,7 +231,11 @@ def _measure(run: Run, recipe: Recipe, data: Data, model: nn.Module) -> dict[str
     if run.is_main and not path.exists():
         images, labels = data.test.pixels(recipe.evaluation.images or None)
         found = measure_network(
-            run.unwrap(model).to(run.device), images.to(run.device), labels.to(run.device), recipe.evaluation
+            run.unwrap(model).to(run.device),
+            images.to(run.device),
+            labels.to(run.device),
+            recipe.evaluation,
+            run.directory / "images.jsonl",
         )
         write_json(path, found)
     run.accelerator.wait_for_everyone()

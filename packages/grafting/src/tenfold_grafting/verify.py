@@ -42,8 +42,8 @@ class VerifySettings:
     """Seconds an image, for all its margins together."""
     max_domains: int = 5_000_000
     """Subdomains an image."""
-    batch: int = 256
-    """Subdomains that are split at a time."""
+    batch: int = 0
+    """Subdomains that are split at a time; 0: 256 on a CPU, 4096 on a GPU."""
     branching: Rule = "kfsb"
     """How the neuron to split is chosen."""
     candidates: int = 3
@@ -63,9 +63,11 @@ class VerifySettings:
 
     def __post_init__(self) -> None:
         """Refuse what decides nothing."""
-        for name in ("timeout", "max_domains", "batch", "candidates"):
+        for name in ("timeout", "max_domains", "candidates"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--verify.{name} takes more than 0, got {getattr(self, name)}")
+        if self.batch < 0:
+            raise UserError(f"--verify.batch takes 0 or more, got {self.batch}")
         if self.attack_steps < 0 or self.attack_restarts < 1:
             raise UserError("--verify.attack_steps takes 0 or more and --verify.attack_restarts 1 or more")
 
@@ -284,13 +286,14 @@ class _Decision:
             self.best[row : row + 1].float(),
         )
         queue = root
+        batch = settings.batch or (4096 if alpha.device.type == "cuda" else 256)
         closed = torch.inf  # the least bound of a domain that has been dropped
         while len(queue):
             if time.monotonic() > self.deadline or self.visited >= settings.max_domains:
                 self._note(row, queue, closed)
                 return "timeout"
             order = queue.lower.argsort()
-            picked, queue = queue[order[: settings.batch]], queue[order[settings.batch :]]
+            picked, queue = queue[order[:batch]], queue[order[batch:]]
             if problem.size == 0:
                 neurons = torch.full((1,), -1)
             else:

@@ -377,7 +377,7 @@ class _Loop:
         """The steps from `first` to before `end` of the `total`, with warm-up steps in front of the first of all."""
         run, recipe, data = self.session.run, self.session.recipe, self.session.data
         optimiser: Any = make_optimiser(model, recipe, self.plan)
-        model, optimiser = run.prepare(model.train(), optimiser)
+        model, optimiser = run.prepare(model.train(), optimiser, channels_last=True)
         plain = run.unwrap(model)
         hook_skips(plain)
         for parameter_name, parameter in plain.named_parameters():
