@@ -14,7 +14,7 @@ from tenfold_hypergcl.hypergraph import Hypergraph, disjoint_union
 from tenfold_hypergcl.mlp import MLP, dropout, normalized_linear
 from tenfold_hypergcl.products import multiply
 from tenfold_hypergcl.propagate import SparseFeatures, sum_members
-from tenfold_hypergcl.rowwise import draw_kept, layer
+from tenfold_hypergcl.rowwise import draw_kept, layer, thinned, threshold
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 
 DENSE, ATTENTION = EncoderConfig(hidden=8, dropout=0.0), EncoderConfig(hidden=8, dropout=0.0, attention=True, heads=2)
@@ -114,6 +114,19 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean():
     assert abs(float((out == 0).float().mean()) - 0.2) < 5 * math.sqrt(0.16 / 400_000)
     assert torch.unique(out).tolist() == [0.0, pytest.approx(1.25, rel=1e-4)]
     assert dropout(out, 0.2, training=False) is out
+
+
+@pytest.mark.parametrize("p", [1e-9, 1e-4, 0.2, 0.5, 0.99])
+def test_a_mask_compares_random_levels_with_the_share_to_drop(p):
+    x = torch.randn(37, 11)
+    torch.manual_seed(3)
+    kept = draw_kept(x, p)
+    torch.manual_seed(3)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    dropped, scale = threshold(p)
+    expected = words.view(torch.int16)[: x.numel()].view(x.shape).long() >= dropped - 2**15
+    assert torch.equal(kept, expected)
+    torch.testing.assert_close(thinned(x, kept, p), torch.where(expected, x * scale, 0.0))
 
 
 def test_sparse_features_give_what_dense_ones_do(h):

@@ -94,12 +94,12 @@ def contrastive_loss(
             ]
         )
     if only is None:
-        z = model.project(x, union, weight, input_dropout)
-        z1, z2 = z.split([view.hypergraph.num_nodes for view in views])
-        return compare(z1, z2, temperature, loss, common_nodes(first, second))
-    a, b, common = shared_rows(first, second, only)
-    z = model.project(x, union, weight, input_dropout, torch.cat([a, b + first.hypergraph.num_nodes]))
-    return compare(*z.split([a.numel(), b.numel()]), temperature, loss, common)
+        rows, sizes, common = None, [view.hypergraph.num_nodes for view in views], common_nodes(first, second)
+    else:
+        a, b, common = shared_rows(first, second, only)
+        rows, sizes = torch.cat([a, b + first.hypergraph.num_nodes]), [a.numel(), b.numel()]
+    z1, z2 = model.project(x, union, weight, input_dropout, rows).split(sizes)
+    return compare(z1, z2, temperature, loss, common)
 
 
 def compare(
