@@ -1,10 +1,11 @@
 """One fabricated (A2) epoch against a straightforward implementation, and the memory of a growing hypergraph.
 
-    python benchmarks/epoch.py [--nodes 12311] [--hidden 512] [--projection 128] [--epochs 2] [--skip-straightforward]
-    python benchmarks/epoch.py --scaling       # up to a million memberships
+    python benchmarks/epoch.py [--nodes 12311] [--hidden 512] [--projection 128] [--epochs 2] [--save]
+    python benchmarks/epoch.py --scaling [--save]       # up to a million memberships, in mini-batches
 
 Each measurement runs in a process of its own and prints CPU seconds an epoch and the peak resident memory; the floor is the time that
-the machine's matrix products alone would take for the multiplications that cannot be avoided.
+the machine's matrix products alone would take for the multiplications that cannot be avoided. ``--save`` writes
+results/benchmarks/{epoch,scaling}.json.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import straightforward
 import torch
@@ -24,6 +27,7 @@ from tenfold_hypergcl.recipe import Recipe
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 from tenfold_hypergcl.steps import receptive_field
 from tenfold_hypergcl.train import Session, fabricated_epoch
+from tenfold_shared.checkpoint import write_json
 
 
 def synthetic(
@@ -105,7 +109,7 @@ def floor_seconds(options: argparse.Namespace) -> float:
     rows = (
         2 * 3 * ((100 + d) * n + 4 * d * (m + n) + 2 * d * n) * d * 2
     )  # both views, forward and two backward products
-    contrast = 2 * 8 * n * n * p  # two products' worth of half matrices forward, recomputed, and four products backward
+    contrast = 3 * 2 * (2 * n) ** 2 / 2 * p  # half of the similarities of both views, and two backward products of them
     return (rows + contrast) / rate
 
 
@@ -130,33 +134,53 @@ SIZES = {
 }
 
 
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """An epoch of ours and of the straightforward implementation."""
+    found: dict[str, Any] = {}
+    for what in ("ours", "straightforward"):
+        found[what] = run(what, options)
+        print(f"{what:<15} {json.dumps(found[what])}", flush=True)
+    floor = floor_seconds(options)
+    print(f"floor           {floor:.2f} CPU seconds of matrix products")
+    ratios = {key: found["straightforward"][key] / found["ours"][key] for key in ("cpu_seconds", "peak_gib")}
+    print(f"CPU time: {ratios['cpu_seconds']:.2f} times less; peak memory: {ratios['peak_gib']:.2f} times less")
+    return {**found, "floor_cpu_seconds": floor, "times_less": ratios}
+
+
+def scale(options: argparse.Namespace) -> dict[str, Any]:
+    """An epoch of mini-batches on hypergraphs of 62,500 to a million memberships."""
+    options.hidden, options.projection, options.epochs = 64, 64, 1
+    rows = []
+    for memberships in (62_500, 125_000, 250_000, 500_000, 1_000_000):
+        options.memberships, options.nodes, options.hyperedges = memberships, memberships // 5, memberships // 5
+        rows.append({"memberships": memberships, "nodes": options.nodes, **run("batches", options)})
+        print(json.dumps(rows[-1]), flush=True)
+    return {"rows": rows}
+
+
 def main() -> None:
     """Compare, or show the scaling."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for key, value in SIZES.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--measure", choices=["ours", "straightforward", "batches"])
+    parser.add_argument("--measure", choices=["ours", "straightforward", "batches"], help=argparse.SUPPRESS)
     parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--skip-straightforward", action="store_true")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks")
     options = parser.parse_args()
     if options.measure:
         measure(options.measure, options)
-    elif options.scaling:
-        options.hidden, options.projection, options.epochs = 64, 64, 1
-        for memberships in (62_500, 125_000, 250_000, 500_000, 1_000_000):
-            options.memberships, options.nodes, options.hyperedges = memberships, memberships // 5, memberships // 5
-            result = run("batches", options)
-            grown = result["peak_gib"] - result["before_training_gib"]
-            print(f"{memberships:>9} memberships: {json.dumps(result)} training adds {grown:.2f} GiB", flush=True)
-    else:
-        ours = run("ours", options)
-        print("ours           ", json.dumps(ours), flush=True)
-        print(f"floor           {floor_seconds(options):.2f} CPU seconds of matrix products")
-        if not options.skip_straightforward:
-            plain = run("straightforward", options)
-            print("straightforward", json.dumps(plain))
-            print(f"CPU time: {plain['cpu_seconds'] / ours['cpu_seconds']:.2f} times less", end="; ")
-            print(f"peak memory: {plain['peak_gib'] / ours['peak_gib']:.2f} times less")
+        return
+    name, work = ("scaling", scale) if options.scaling else ("epoch", compare)
+    found = work(options)
+    about = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        **{key: getattr(options, key) for key in SIZES},
+    }
+    if options.scaling:
+        about = {key: value for key, value in about.items() if key not in {"nodes", "hyperedges", "memberships"}}
+    if options.save:
+        write_json(Path(__file__).parents[1] / "results" / "benchmarks" / f"{name}.json", {**about, **found})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tenfold_hypergcl.hypergraph import Hypergraph, disjoint_union
 from tenfold_hypergcl.mlp import MLP, dropout, normalized_linear
 from tenfold_hypergcl.products import multiply
 from tenfold_hypergcl.propagate import SparseFeatures, sum_members
-from tenfold_hypergcl.rowwise import draw_kept, layer
+from tenfold_hypergcl.rowwise import draw_kept, layer, thinned, threshold
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 
 DENSE, ATTENTION = EncoderConfig(hidden=8, dropout=0.0), EncoderConfig(hidden=8, dropout=0.0, attention=True, heads=2)
@@ -116,6 +116,19 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean():
     assert dropout(out, 0.2, training=False) is out
 
 
+@pytest.mark.parametrize("p", [1e-9, 1e-4, 0.2, 0.5, 0.99])
+def test_a_mask_compares_random_levels_with_the_share_to_drop(p):
+    x = torch.randn(37, 11)
+    torch.manual_seed(3)
+    kept = draw_kept(x, p)
+    torch.manual_seed(3)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    dropped, scale = threshold(p)
+    expected = words.view(torch.int16)[: x.numel()].view(x.shape).long() >= dropped - 2**15
+    assert torch.equal(kept, expected)
+    torch.testing.assert_close(thinned(x, kept, p), torch.where(expected, x * scale, 0.0))
+
+
 def test_sparse_features_give_what_dense_ones_do(h):
     torch.manual_seed(0)
     dense = torch.randn(13, 40, dtype=torch.float64) * (torch.rand(13, 40) < 0.1)
@@ -193,6 +206,21 @@ def test_views_in_one_pass_are_the_views_one_by_one(h, x):
     z = model.project(steps.stack_views([first.x, second.x]), union)
     expected = torch.cat([model.project(view.x, view.hypergraph) for view in (first, second)])
     torch.testing.assert_close(z, expected)
+
+
+@pytest.mark.parametrize("name", ["A2", "A3", "A4", "A5"])
+def test_some_nodes_are_compared_as_if_there_were_no_others(name, h, x):
+    model, only = model_of(DENSE), torch.tensor([11, 0, 4, 7, 2, 9])
+    torch.manual_seed(0)
+    views = augment.fabricate_pair(name, h, x, 0.3)
+    ids = [list(range(13)) if view.nodes is None else view.nodes.tolist() for view in views]
+    z = [model.project(view.x, view.hypergraph) for view in views]
+    kept = [[own.index(node) for node in only.tolist() if node in own] for own in ids]
+    present = [[node for node in only.tolist() if node in own] for own in ids]
+    both = [node for node in present[0] if node in present[1]]
+    common = tuple(torch.tensor([nodes.index(node) for node in both]) for nodes in present)
+    expected = contrast.info_nce(z[0][kept[0]], z[1][kept[1]], 0.3, common)
+    torch.testing.assert_close(steps.contrastive_loss(model, *views, 0.3, only=only), expected)
 
 
 @settings(max_examples=30, deadline=None)

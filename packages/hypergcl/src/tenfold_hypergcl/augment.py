@@ -245,3 +245,21 @@ def common_nodes(first: View, second: View) -> tuple[Int[Tensor, "common"], Int[
     a = torch.arange(first.hypergraph.num_nodes, device=device) if first.nodes is None else first.nodes
     b = torch.arange(second.hypergraph.num_nodes, device=device) if second.nodes is None else second.nodes
     return torch.nonzero(torch.isin(a, b)).squeeze(1), torch.nonzero(torch.isin(b, a)).squeeze(1)
+
+
+def shared_rows(
+    first: View, second: View, nodes: Int[Tensor, "compared"]
+) -> tuple[Int[Tensor, "rows1"], Int[Tensor, "rows2"], tuple[Int[Tensor, "common"], Int[Tensor, "common"]] | None]:
+    """The rows of ``nodes`` in each view, and which of these rows belong to the nodes in both; None where all of them do."""
+    if first.nodes is None and second.nodes is None:
+        return nodes, nodes, None
+    rows, there = [], []
+    for view in (first, second):
+        own = nodes if view.nodes is None else view.nodes
+        row = nodes.new_full((int(max(own.max(), nodes.max())) + 1,), -1)
+        row[own] = own if view.nodes is None else torch.arange(own.numel(), device=own.device)
+        rows.append(row[nodes])
+        there.append(rows[-1] >= 0)
+    both = there[0] & there[1]
+    a, b = ((torch.cumsum(present, 0) - 1)[both] for present in there)
+    return rows[0][there[0]], rows[1][there[1]], (a, b)

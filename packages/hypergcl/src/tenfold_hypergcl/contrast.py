@@ -4,6 +4,7 @@ No similarity matrix is ever whole: the denominators of InfoNCE are summed block
 over the blocks again. A fixed budget of them is kept for it, so memory does not grow with the square of the nodes.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tenfold_hypergcl.products import multiply
+from tenfold_hypergcl.products import multiply, stored
 
 CACHED_BLOCK, DEVICE_BLOCK = 512, 8192
 """Rows and columns of one block of similarities: on a processor it fits a core's cache; a device is kept busy by a large one."""
@@ -30,23 +31,23 @@ def _block_of(z: Tensor, block: int | None) -> int:
 
 def _blocks(rows: int, block: int) -> Iterator[tuple[slice, slice]]:
     """The blocks of the upper half of a symmetric matrix."""
-    for i in range(0, rows, block):
-        for j in range(i, rows, block):
-            yield slice(i, i + block), slice(j, j + block)
+    parts = [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
+    return itertools.combinations_with_replacement(parts, 2)
 
 
 class _LogDenominators(torch.autograd.Function):
-    """``log sum_{j != i} exp(z_i . z_j)`` of every row ``i`` of both views' rows over one another, scaled by ``1 / sqrt(t)``.
+    """``log sum_{j != i} 2 ** (z_i . z_j)`` of every row ``i`` of both views' rows over one another, scaled by ``sqrt(log2(e) / t)``.
 
     A similarity of unit vectors is at most 1, so for the temperatures that come here ``exp(s / t)`` cannot overflow. The matrix is
     symmetric: only its upper half is computed, and serves both its rows and its columns. The first ``constant`` rows have no gradient.
+    Powers of two are what a processor computes fastest.
     """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, constant: int, block: int, kept_values: int) -> Tensor:
         sums, kept = z.new_zeros(z.shape[0]), []
         for rows, columns in _blocks(z.shape[0], block):
-            e = _exp_block(z, rows, columns)
+            e = _power_block(z, rows, columns)
             sums[rows] += e.sum(1)
             if rows != columns:
                 sums[columns] += e.sum(0)
@@ -62,27 +63,26 @@ class _LogDenominators(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         z, sums, *blocks = ctx.saved_tensors
         kept = iter(blocks)
-        # d loss / d similarity(i, j) = (c_i + c_j) exp(s_ij): each pair is a term of both its rows.
-        c = grad_outputs[0] / sums
-        grad = torch.zeros_like(z)
+        # d loss / d z_i . z_j = (c_i + c_j) 2 ** (z_i . z_j): each pair is a term of both its rows.
+        c = grad_outputs[0] * math.log(2) / sums
+        grad, by_column = torch.zeros_like(z), z.new_zeros(z.shape[1], z.shape[0])
+        turned = {start: stored(z[start : start + ctx.block].T) for start in range(0, z.shape[0], ctx.block)}
         with torch.autocast(z.device.type, enabled=False):
             for rows, columns in _blocks(z.shape[0], ctx.block):
                 if columns.stop <= ctx.constant:
                     continue
                 e = next(kept, None)
-                weight = (c[rows, None] + c[None, columns]).mul_(_exp_block(z, rows, columns) if e is None else e)
+                weight = (c[rows, None] + c[None, columns]).mul_(_power_block(z, rows, columns) if e is None else e)
                 if rows.stop > ctx.constant:
-                    grad[rows].addmm_(weight, z[columns])
+                    grad[rows] += multiply(weight, turned[columns.start])
                 if rows != columns:
-                    grad[columns].addmm_(weight.T, z[rows])
-        return grad, None, None, None
+                    by_column[:, columns] += turned[rows.start] @ weight
+        return grad.add_(by_column.T), None, None, None
 
 
-def _exp_block(z: Tensor, rows: slice, columns: slice) -> Tensor:
-    e = multiply(z[rows], z[columns]).exp_()
-    if rows == columns:
-        e.fill_diagonal_(0)
-    return e
+def _power_block(z: Tensor, rows: slice, columns: slice) -> Tensor:
+    e = multiply(z[rows], z[columns]).exp2_()
+    return e.fill_diagonal_(0) if rows == columns else e
 
 
 def info_nce_rows(
@@ -108,7 +108,7 @@ def info_nce_rows(
         # Half precision cannot hold sums over all nodes, nor single precision exp(1 / t) for the smallest temperatures.
         kind = torch.float64 if temperature < 1 / 40 else torch.promote_types(z1.dtype, torch.float32)
         a, b = F.normalize(z1.to(kind)), F.normalize(z2.to(kind))
-        scaled = torch.cat([a, b]) * temperature**-0.5
+        scaled = torch.cat([a, b]) * (math.log2(math.e) / temperature) ** 0.5
         kept_values = KEPT_VALUES if scaled.requires_grad else 0
         constant = 0 if a.requires_grad else a.shape[0]
         log_a, log_b = _LogDenominators.apply(scaled, constant, _block_of(z1, block), kept_values).split(

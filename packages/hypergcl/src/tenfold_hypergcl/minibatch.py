@@ -106,7 +106,10 @@ def train_on_batches(
     weight: float,
     temperature: float,
 ) -> None:
-    """One epoch over all nodes in batches: the contrast among each batch's nodes, and the supervised loss of its training nodes."""
+    """One epoch over all nodes in batches: the contrast among each batch's own nodes, and the supervised loss of those that train.
+
+    The sampled neighbours are only read: of their own neighbourhoods most is missing.
+    """
     model.train()
     is_training = torch.zeros(sampler.h.num_nodes, dtype=torch.bool, device=labels.device)
     is_training[train] = True
@@ -117,5 +120,5 @@ def train_on_batches(
             logits = model(batch.x, batch.hypergraph, rows)
             torch.nn.functional.cross_entropy(logits, labels[batch.nodes[rows]]).backward()
         first, second = fabricate_pair(name, batch.hypergraph, batch.x, ratio)
-        (weight * contrastive_loss(model, first, second, temperature)).backward()
+        (weight * contrastive_loss(model, first, second, temperature, only=batch.seeds)).backward()
         optimizer.step()

@@ -4,8 +4,10 @@ A block fits the processor's cache, so the elementwise steps between two matrix 
 gradient needs is kept: the input, its row statistics, one byte a dropped value, the output. The normalised input is computed again.
 """
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -52,6 +54,14 @@ def _row_blocks(x: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, rows, step)]
 
 
+def _large(like: Tensor, rows: int) -> Tensor:
+    """Memory for ``rows`` rows as those of ``like``. The first touch of a small page of memory costs more than the values in it, and
+    NumPy, unlike PyTorch, asks the system for large pages.
+    """
+    shape = (rows, *like.shape[1:])
+    return torch.from_numpy(np.empty(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
+
+
 class _Rows:
     """A result whose rows come block by block; a block that has all of them is taken as it is."""
 
@@ -61,7 +71,7 @@ class _Rows:
     def put(self, rows: slice, block: Tensor) -> None:
         """The result of ``rows``."""
         if rows.start == 0:
-            self.whole = block if rows.stop >= self.count else block.new_empty(self.count, *block.shape[1:])
+            self.whole = block if rows.stop >= self.count else _large(block, self.count)
         if self.whole is not block:
             self.whole[rows] = block
 

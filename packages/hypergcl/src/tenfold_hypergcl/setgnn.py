@@ -243,6 +243,7 @@ class SetGNN(SetEncoder):
         incidence: Incidence,
         weight: Float[Tensor, "memberships"] | None = None,
         input_dropout: float = INPUT_DROPOUT,
-    ) -> Float[Tensor, "nodes projection"]:
-        """The representations that the contrastive loss compares (section 2.2)."""
-        return self.proj_head(self.embed(x, incidence, weight, input_dropout=input_dropout))
+        rows: Int[Tensor, "targets"] | None = None,
+    ) -> Float[Tensor, "targets projection"]:
+        """The representations that the contrastive loss compares (section 2.2), of all nodes or of ``rows``."""
+        return self.proj_head(self.embed(x, incidence, weight, rows, input_dropout))

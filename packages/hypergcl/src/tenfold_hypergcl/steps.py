@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tenfold_hypergcl.augment import View, common_nodes, take_rows
+from tenfold_hypergcl.augment import View, common_nodes, shared_rows, take_rows
 from tenfold_hypergcl.baselines import Graph
 from tenfold_hypergcl.contrast import info_nce, jsd, triplet_margin
 from tenfold_hypergcl.generative import (
@@ -74,10 +74,12 @@ def contrastive_loss(
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
     loss: str = "info_nce",
     input_dropout: float = INPUT_DROPOUT,
+    only: Int[Tensor, "compared"] | None = None,
 ) -> Float[Tensor, ""]:
     """The contrast of two views (section 2.4); both go through the encoder in one pass.
 
-    ``weights`` scale the views' memberships (A6); None leaves them as they are.
+    ``weights`` scale the views' memberships (A6); None leaves them as they are. ``only`` these nodes of the hypergraph that the views
+    were made of are compared, all by default.
     """
     views = [first, second]
     union = disjoint_union([view.hypergraph for view in views])
@@ -91,9 +93,13 @@ def contrastive_loss(
                 for view, part in zip(views, weights, strict=True)
             ]
         )
-    z = model.project(x, union, weight, input_dropout)
-    z1, z2 = z.split([view.hypergraph.num_nodes for view in views])
-    return compare(z1, z2, temperature, loss, common_nodes(first, second))
+    if only is None:
+        rows, sizes, common = None, [view.hypergraph.num_nodes for view in views], common_nodes(first, second)
+    else:
+        a, b, common = shared_rows(first, second, only)
+        rows, sizes = torch.cat([a, b + first.hypergraph.num_nodes]), [a.numel(), b.numel()]
+    z1, z2 = model.project(x, union, weight, input_dropout, rows).split(sizes)
+    return compare(z1, z2, temperature, loss, common)
 
 
 def compare(
