@@ -48,8 +48,14 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
         "photographs-pe-mlp",
         {**FEW, "fit.lr": [1e-3, 3e-3, 1e-2], "fit.steps": [300], "network.num_freqs": [1, 2]},
     ),
-    "few-maml": ("photographs-maml", {**FEW, "fit.lr": [3e-3, 1e-2, 3e-2, 1e-1], "fit.steps": [30]}),
-    "few-reptile": ("photographs-reptile", {**FEW, "fit.lr": [1e-2, 3e-2, 1e-1, 3e-1], "fit.steps": [30]}),
+    "few-maml": (
+        "photographs-maml",
+        {**FEW, "meta.inner_lr": [1e-2, 3e-2], "fit.lr": [1e-2, 3e-2, 1e-1], "fit.steps": [30]},
+    ),
+    "few-reptile": (
+        "photographs-reptile",
+        {**FEW, "meta.inner_lr": [1e-2, 3e-2, 1e-1], "fit.lr": [3e-3, 1e-2, 3e-2], "fit.steps": [30]},
+    ),
     "few-latent": ("photographs-latent", {**FEW, "fit.lr": [0.03, 0.1, 0.3, 1.0], "fit.steps": [60]}),
     "ct-nid": ("phantoms-nid", {"fit.solver": ["ridge", "map"], "fit.penalty": [1e-4, 1e-5, 1e-6, 1e-7]}),
     "ct-tv": ("phantoms-tv", {"fit.penalty": [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]}),
