@@ -12,6 +12,7 @@ from tenfold_bip import (
     prune_parametrize,
     shrink,
 )
+from tenfold_bip.shrink import ConstantMap
 
 NETS = {
     "digits_cnn": (1, 8, 8),
@@ -110,8 +111,9 @@ def test_padded_constants_survive_at_the_border() -> None:
         model[0].bias[2:] = torch.tensor([1.0, 2.0, -3.0, 0.5])
     x = torch.randn(1, 1, 6, 6)
     small = shrink(model, x)
-    agree(model, small, x)
-    assert small.get_submodule("0").out_channels == 3  # two that vary, and one that carries all constants
+    agree(model, small, x, torch.randn(3, 1, 9, 5))
+    assert small.get_submodule("0").out_channels == 2  # those that vary; the constants are a map that is added
+    assert isinstance(small.get_submodule("2"), ConstantMap)
 
 
 def test_constants_fold_into_the_bias_of_a_linear_layer() -> None:

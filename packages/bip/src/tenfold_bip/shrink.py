@@ -10,8 +10,8 @@ The network is traced with torch.fx and read in evaluation mode, channel by chan
 
 Constants that a removed channel carried are kept exactly. A linear layer, or a convolution without zero padding, takes
 them into its bias. Under zero padding a constant differs between border and interior, which no bias can express; there
-*one* constant channel (the carrier) stays, and takes the kernels of all others, each scaled by the ratio of the
-constants. Where shapes must agree (residual additions), the kept channels are scattered into the wider stream and its
+the map that all constants together give is added to the convolution's (`ConstantMap`). A channel kept for them instead
+would leave one more than a round number, and kernels work in blocks of 8 or 16 channels. Where shapes must agree (residual additions), the kept channels are scattered into the wider stream and its
 constants filled in. Where a layer reads few channels of a wide stream, they are gathered first.
 """
 
@@ -78,6 +78,25 @@ class Gather(nn.Module):
         return x.index_select(1, self.index)
 
 
+class ConstantMap(nn.Module):
+    """A zero-padded convolution, and what the constant channels gave that are no longer among its inputs.
+
+    Their map is the same for every image: the kernels, each times its constant, summed and run over a picture of ones.
+    """
+
+    def __init__(self, convolution: nn.Module, kernel: Float[Tensor, "out 1 *kernel"]) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self.kernel = nn.Parameter(kernel)
+
+    def forward(self, x: Float[Tensor, "batch kept *space"]) -> Float[Tensor, "batch out *space"]:
+        """The convolution, with the map added."""
+        own: Any = self.convolution
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        constant = convolve(x.new_ones(1, 1, *x.shape[2:]), self.kernel, None, own.stride, own.padding, own.dilation)
+        return own(x) + constant
+
+
 class Scatter(nn.Module):
     """A wider tensor with the given channels at their places and constants elsewhere."""
 
@@ -100,7 +119,7 @@ class _Shrinker:
     """One shrinking: annotations of every node of a traced network. See the module's description for the three passes.
 
     const: value of each channel, NaN where it varies. root: node whose channels a node shares. repeat: features a
-    channel has become by flattening. keep: channels kept, by root. carrier: the carrier a consumer reads, if any.
+    channel has become by flattening. keep: channels kept, by root.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -112,7 +131,6 @@ class _Shrinker:
         self.root: dict[fx.Node, fx.Node] = {}
         self.repeat: dict[fx.Node, int] = {}
         self.keep: dict[fx.Node, Tensor] = {}
-        self.carrier: dict[fx.Node, int] = {}
 
     # -- reading the graph -------------------------------------------------------------------------------------------
 
@@ -298,12 +316,7 @@ class _Shrinker:
                 left, _ = self._padding(node)
                 wanted |= kept[left : left + len(const)] & const.isnan()
             else:
-                reads = (self._kernel(node)[kept] != 0).flatten(2).any(2).any(0)
-                wanted |= reads & const.isnan()
-                constants = reads & (const.nan_to_num() != 0)
-                if self._pads_zeros(node) and constants.any():
-                    self.carrier[node] = int((const.nan_to_num().abs() * constants).argmax())
-                    wanted[self.carrier[node]] = True
+                wanted |= (self._kernel(node)[kept] != 0).flatten(2).any(2).any(0) & const.isnan()
 
     # -- 3. the smaller network --------------------------------------------------------------------------------------
 
@@ -347,15 +360,11 @@ class _Shrinker:
         const, kept, held = self.const[source], self.keep[node], self.keep[self.root[source]]
         kernel, bias = self._kernel(node).clone(), self._bias(node).clone()
         constant, value = ~const.isnan(), const.nan_to_num()
-        if not self._pads_zeros(node):
-            bias += kernel.sum(2) @ value
-            kernel[:, constant] = 0
-        elif node in self.carrier:
-            carrier = self.carrier[node]
-            combined = torch.einsum("oip,i->op", kernel, value / const[carrier])
-            kernel[:, constant] = 0
-            kernel[:, carrier] = combined
+        absorbed = torch.einsum("oip,i->op", kernel, value)[kept]
+        kernel[:, constant] = 0
         kernel, bias = kernel[kept], bias[kept]
+        if not self._pads_zeros(node):
+            bias += absorbed.sum(1)
         gets = self._gather(source, node, held & (kernel != 0).any(2).any(0))
         weight = kernel[:, gets].reshape(len(bias), -1, *module.weight.shape[2:])
         small = copy.deepcopy(module)
@@ -364,6 +373,8 @@ class _Shrinker:
         names = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("in_channels", "out_channels")
         setattr(small, names[0], weight.shape[1])
         setattr(small, names[1], weight.shape[0])
+        if self._pads_zeros(node) and absorbed.any():
+            small = ConstantMap(small, absorbed.reshape(len(bias), 1, *module.weight.shape[2:]))
         self._replace(node, small)
 
     def _gather(self, source: fx.Node, node: fx.Node, reads: Bool[Tensor, " channels"]) -> Bool[Tensor, " channels"]:
