@@ -82,19 +82,28 @@ class ConstantMap(nn.Module):
     """A zero-padded convolution, and what the constant channels gave that are no longer among its inputs.
 
     Their map is the same for every image: the kernels, each times its constant, summed and run over a picture of ones.
+    It is kept for pictures of the size that the network was shrunk with.
     """
 
-    def __init__(self, convolution: nn.Module, kernel: Float[Tensor, "out 1 *kernel"]) -> None:
+    kernel: Tensor
+    constant: Tensor
+
+    def __init__(self, convolution: nn.Module, kernel: Float[Tensor, "out 1 *kernel"], size: tuple[int, ...]) -> None:
         super().__init__()
-        self.convolution = convolution
-        self.kernel = nn.Parameter(kernel)
+        self.convolution, self.size = convolution, size
+        self.register_buffer("kernel", kernel)
+        self.register_buffer("constant", self._map(size))
 
     def forward(self, x: Float[Tensor, "batch kept *space"]) -> Float[Tensor, "batch out *space"]:
         """The convolution, with the map added."""
+        size = tuple(x.shape[2:])
+        maps: Tensor = self.convolution(x)
+        return maps.add_(self.constant if size == self.size else self._map(size))
+
+    def _map(self, size: tuple[int, ...]) -> Float[Tensor, "1 out *space"]:
         own: Any = self.convolution
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        constant = convolve(x.new_ones(1, 1, *x.shape[2:]), self.kernel, None, own.stride, own.padding, own.dilation)
-        return own(x) + constant
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+        return convolve(self.kernel.new_ones(1, 1, *size), self.kernel, None, own.stride, own.padding, own.dilation)
 
 
 class Scatter(nn.Module):
@@ -374,7 +383,8 @@ class _Shrinker:
         setattr(small, names[0], weight.shape[1])
         setattr(small, names[1], weight.shape[0])
         if self._pads_zeros(node) and absorbed.any():
-            small = ConstantMap(small, absorbed.reshape(len(bias), 1, *module.weight.shape[2:]))
+            kernel = absorbed.reshape(len(bias), 1, *module.weight.shape[2:])
+            small = ConstantMap(small, kernel, self.shape(source)[2:])
         self._replace(node, small)
 
     def _gather(self, source: fx.Node, node: fx.Node, reads: Bool[Tensor, " channels"]) -> Bool[Tensor, " channels"]:
