@@ -124,6 +124,16 @@ class Scatter(nn.Module):
         return wide.index_copy(1, self.index, x)
 
 
+class ScatterAdd(Scatter):
+    """The sum of a tensor and a scattered one."""
+
+    def forward(  # type: ignore[override]
+        self, wide: Float[Tensor, "batch channels *space"], x: Float[Tensor, "batch kept *space"]
+    ) -> Float[Tensor, "batch channels *space"]:
+        """Add the constants, then the channels at their places: the scattered tensor is never made."""
+        return (wide + self.fill.view(1, -1, *[1] * (x.dim() - 2))).index_add_(1, self.index, x)
+
+
 class _Shrinker:
     """One shrinking: annotations of every node of a traced network. See the module's description for the three passes.
 
@@ -342,6 +352,8 @@ class _Shrinker:
                 node.args, node.kwargs = tuple(aligned), {}
                 if kind == "pad":
                     node.op, node.target = "call_method", "contiguous"
+                else:
+                    self._fuse(node, aligned)
             elif kind == "flatten":  # sizes may be written into a view
                 node.op, node.target = "call_function", torch.flatten
                 node.args, node.kwargs = (node.all_input_nodes[0], 1), {}
@@ -405,6 +417,16 @@ class _Shrinker:
             small.weight = nn.Parameter(module.weight.detach()[kept])
             small.bias = nn.Parameter(module.bias.detach()[kept])
         self._replace(node, small)
+
+    def _fuse(self, node: fx.Node, operands: list[fx.Node]) -> None:
+        """Let an addition scatter its narrow operand, if it has one."""
+        for wide, narrow in (operands, operands[::-1]):
+            scatter = self.graph.get_submodule(str(narrow.target)) if narrow.op == "call_module" else None
+            if type(scatter) is Scatter:
+                name = f"{node.name}_scatteradd"
+                self.graph.add_submodule(name, ScatterAdd(scatter.index, scatter.fill.index_fill(0, scatter.index, 0)))
+                node.op, node.target, node.args = "call_module", name, (wide, *narrow.args)
+                return
 
     def _align(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """Bring an operand of an addition, or the input of a channel padding, to the channels that the node keeps."""
