@@ -94,13 +94,13 @@ class ConstantMap(nn.Module):
         self.register_buffer("kernel", kernel)
         self.register_buffer("constant", self._map(size))
 
-    def forward(self, x: Float[Tensor, "batch kept *space"]) -> Float[Tensor, "batch out *space"]:
+    def forward(self, x: Float[Tensor, "batch kept *space"]) -> Float[Tensor, "batch out *out_space"]:
         """The convolution, with the map added."""
         size = tuple(x.shape[2:])
         maps: Tensor = self.convolution(x)
         return maps.add_(self.constant if size == self.size else self._map(size))
 
-    def _map(self, size: tuple[int, ...]) -> Float[Tensor, "1 out *space"]:
+    def _map(self, size: tuple[int, ...]) -> Float[Tensor, "1 out *out_space"]:
         own: Any = self.convolution
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
         return convolve(self.kernel.new_ones(1, 1, *size), self.kernel, None, own.stride, own.padding, own.dilation)
