@@ -46,7 +46,7 @@ STUDIES: dict[str, tuple[str, dict[str, list[Any]]]] = {
     ),
     "few-pe-mlp": (
         "photographs-pe-mlp",
-        {**FEW, "fit.lr": [3e-3, 1e-2, 3e-2], "fit.steps": [300], "network.num_freqs": [1, 2]},
+        {**FEW, "fit.lr": [1e-2, 3e-2, 1e-1], "fit.steps": [300], "network.num_freqs": [1, 2]},
     ),
     "few-maml": (
         "photographs-maml",
