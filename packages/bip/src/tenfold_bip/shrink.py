@@ -124,13 +124,21 @@ class Scatter(nn.Module):
         return wide.index_copy(1, self.index, x)
 
 
-class ScatterAdd(Scatter):
-    """The sum of a tensor and a scattered one."""
+class ScatterAdd(nn.Module):
+    """The sum of a tensor and a scattered one (`Scatter`), which is never made."""
 
-    def forward(  # type: ignore[override]
+    index: Tensor
+    fill: Tensor
+
+    def __init__(self, scatter: Scatter) -> None:
+        super().__init__()
+        self.register_buffer("index", scatter.index)
+        self.register_buffer("fill", scatter.fill.index_fill(0, scatter.index, 0))
+
+    def forward(
         self, wide: Float[Tensor, "batch channels *space"], x: Float[Tensor, "batch kept *space"]
     ) -> Float[Tensor, "batch channels *space"]:
-        """Add the constants, then the channels at their places: the scattered tensor is never made."""
+        """Add the constants, then the channels at their places."""
         return (wide + self.fill.view(1, -1, *[1] * (x.dim() - 2))).index_add_(1, self.index, x)
 
 
@@ -422,9 +430,9 @@ class _Shrinker:
         """Let an addition scatter its narrow operand, if it has one."""
         for wide, narrow in (operands, operands[::-1]):
             scatter = self.graph.get_submodule(str(narrow.target)) if narrow.op == "call_module" else None
-            if type(scatter) is Scatter:
+            if isinstance(scatter, Scatter):
                 name = f"{node.name}_scatteradd"
-                self.graph.add_submodule(name, ScatterAdd(scatter.index, scatter.fill.index_fill(0, scatter.index, 0)))
+                self.graph.add_submodule(name, ScatterAdd(scatter))
                 node.op, node.target, node.args = "call_module", name, (wide, *narrow.args)
                 return
 
