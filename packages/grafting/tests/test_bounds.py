@@ -20,15 +20,13 @@ from tenfold_grafting.bounds import (
 )
 from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate
 from tenfold_grafting.grafting import activation_shapes, graft
-from tenfold_grafting.graph import Normalise, UnsupportedOperationError, trace
+from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.intervals import Box, ibp
-from tenfold_grafting.networks import architecture, create_network
 from tenfold_grafting.operations import Activation, Add, Affine
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown, alpha_crown_joint
 from tenfold_grafting.relaxation import relax
 from tenfold_grafting.specification import pixel_box
 from tenfold_grafting.windows import Windows
-from tenfold_shared.errors import UserError
 
 KINDS = ["mlp", "conv", "residual"]
 METHODS = ["ibp", "crown-ibp", "crown"]
@@ -364,36 +362,6 @@ def test_batch_norm_is_folded_only_for_a_single_reader() -> None:
     assert "Scale" in [type(node).__name__ for node in graph.nodes]
     x = torch.rand(4, 3).double()
     torch.testing.assert_close(graph(x), shared(x).detach())
-
-
-@pytest.mark.parametrize("name", ["cnn_b", "resnet2b", "resnet4b"])
-def test_the_papers_networks_are_traced(name) -> None:
-    model, shape = create_network(name).double().eval(), architecture(name).input_shape
-    x = torch.rand(2, *shape).double()
-    torch.testing.assert_close(trace(model, shape)(x), model(x).detach())
-
-
-def test_refused_networks() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 3)
-
-        def forward(self, x):
-            return torch.sigmoid(self.linear(x))
-
-    with pytest.raises(UnsupportedOperationError, match=r"sigmoid.*after linear"):
-        trace(Odd(), (3,))
-    with pytest.raises(UnsupportedOperationError, match=r"MaxPool2d.*'1'"):
-        trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2)), (1, 4, 4))
-    broken = nn.Sequential(nn.Linear(2, 2))
-    broken[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"0\.weight are not finite"):
-        trace(broken, (2,))
-    with pytest.raises(UserError, match="positive standard deviations"):
-        Normalise([0.0], [0.0])
-    with pytest.raises(UserError, match="does not take inputs"):
-        trace(nn.Sequential(nn.Linear(2, 2)), (3,))
 
 
 def test_windows_outside_of_the_map_are_zero() -> None:
