@@ -4,7 +4,8 @@ python benchmarks/step.py                                    # 8 layers of 256, 
 python benchmarks/step.py --active 1                         # as at the very start, with density in every sample
 python benchmarks/step.py --width 512 --fine 64 --rays 128   # the released sizes
 
-`--active` is the share of samples that have a density: the biases are set so. What trains has samples without one, and
+`--active` is the share of samples that have a density: the biases are set so. The miniature with a ReLU density is at 0.2
+to 0.45 after 200 steps (fine pass 0.2 to 0.4), a fresh network anywhere between 0 and 1. Samples without one have no gradient, and
 the backward pass leaves them out (`trunk.py`).
 
 Bars: a clean step >= 1.5x faster than the straightforward one; one-step attack (reuse) <= 2.1 clean steps; head-only
@@ -111,7 +112,7 @@ def main() -> None:
         "width": 256,
         "coarse": 64,
         "fine": 128,
-        "active": 0.5,
+        "active": 0.4,
         "threads": 2,
         "repeats": 2,
     }

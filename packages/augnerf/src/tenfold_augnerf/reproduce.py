@@ -110,6 +110,21 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
                 alt=f"{claim.metric.name} of every arm and seed",
             )
         )
+        histories = {
+            name: [extras["history"] for _, extras in pairs if extras.get("history")]
+            for name, pairs in _arms(widest).items()
+        }
+        if any(histories.values()):
+            figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+            _histories(axes, histories)
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Validation views while training",
+                    caption=f"{widest.claim}: PSNR of clean validation views, mean over the seeds. A fall is over-fitting.",
+                    alt="Validation PSNR against the share of the training that is done, by arm",
+                )
+            )
         levels = _sharpness(widest)
         if levels:
             figure, panels = plt.subplots(1, len(levels), figsize=(3.6 * len(levels), 3.2), layout="constrained")
@@ -192,6 +207,19 @@ def _bars(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
     values = [value for pairs in arms.values() for value, _ in pairs]
     axes.set_xlim(min(values) - 0.2 * (max(values) - min(values)) - 0.1, None)
     axes.set_xlabel(f"{claim.metric.name}, {claim.metric.unit}")
+
+
+def _histories(axes: "Axes", histories: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    colours = _colours(histories)
+    for name, seeds in histories.items():
+        if seeds:
+            mean = np.mean(seeds, axis=0)
+            axes.plot(
+                np.arange(1, len(mean) + 1) / len(mean), mean, "o-", markersize=3, color=colours[name], label=name
+            )
+    axes.set_xlabel("share of the training")
+    axes.set_ylabel("validation PSNR, dB")
+    axes.legend(fontsize=7)
 
 
 def _sharpness(outcome: Outcome) -> dict[str, dict[str, list[list[dict[str, float]]]]]:
