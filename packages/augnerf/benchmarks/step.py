@@ -5,7 +5,7 @@ python benchmarks/step.py --active 1                         # as at the very st
 python benchmarks/step.py --width 512 --fine 64 --rays 128   # the released sizes
 
 `--active` is the share of samples that have a density: the biases are set so. The miniature with a ReLU density is at 0.2
-to 0.45 after 200 steps (fine pass 0.2 to 0.4), a fresh network anywhere between 0 and 1. Samples without one have no gradient, and
+to 0.45 after 200 steps, a fresh network anywhere between 0 and 1. Samples without one have no gradient, and
 the backward pass leaves them out (`trunk.py`).
 
 Bars: a clean step >= 1.5x faster than the straightforward one; one-step attack (reuse) <= 2.1 clean steps; head-only

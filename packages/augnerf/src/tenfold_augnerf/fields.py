@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
     def trunk(self, encoded: Float[Tensor, "*batch points"]) -> Float[Tensor, "*batch width"]:
         """h, after the last ReLU."""
-        return trunk(encoded, [parameter for linear in self.pts_linears for parameter in (linear.weight, linear.bias)])
+        return trunk(encoded, list(self.pts_linears.parameters()))
 
     def heads(
         self, h: Float[Tensor, "*batch width"], views: Float[Tensor, "*rays directions"] | None

@@ -58,34 +58,31 @@ class Sparse(torch.autograd.Function):
         encoded, *saved = ctx.saved_tensors
         depth = len(saved) // 3
         weights, hidden = saved[: 2 * depth : 2], saved[2 * depth :]
-        rows = (gradient.abs().amax(-1) != 0).nonzero()[:, 0]  # several times faster than any(-1)
         total, points = encoded.shape
+        rows = (gradient.abs().amax(-1) != 0).nonzero()[:, 0]  # several times faster than any(-1)
         chosen = len(rows) < DENSE * total
-        if chosen:
-            gradient = gradient[rows]
+
+        def taken(x: Tensor) -> Tensor:
+            return x[rows] if chosen else x
+
         found: list[Tensor | None] = [None] * (2 * depth)
         by_points: Tensor | None = None
-        picked = encoded[rows] if chosen else encoded
-        after = hidden[-1][rows] if chosen else hidden[-1]
+        picked, after, gradient = taken(encoded), taken(hidden[-1]), taken(gradient)
         for i in reversed(range(depth)):
             gradient = torch.ops.aten.threshold_backward(gradient, after, 0)
-            before = None
-            if i:
-                before = hidden[i - 1][rows] if chosen else hidden[i - 1]
-            joined = i > 0 and weights[i].shape[1] > hidden[i - 1].shape[1]
+            before = taken(hidden[i - 1]) if i else picked
+            joined = weights[i].shape[1] > before.shape[1]
             if ctx.needs_input_grad[1 + 2 * i]:
-                if joined:
-                    found[2 * i] = torch.cat([gradient.T @ picked, gradient.T @ before], -1)
-                else:
-                    found[2 * i] = gradient.T @ (picked if before is None else before)
+                inputs = (picked, before) if joined else (before,)
+                found[2 * i] = torch.cat([gradient.T @ x for x in inputs], -1)
             if ctx.needs_input_grad[2 + 2 * i]:
                 found[2 * i + 1] = gradient.sum(0)
-            if ctx.needs_input_grad[0] and (joined or before is None):
+            if ctx.needs_input_grad[0] and (joined or i == 0):
                 here = gradient @ weights[i][:, :points]
                 by_points = here if by_points is None else by_points.add_(here)
-            if before is not None:
+            if i:
                 gradient = gradient @ (weights[i][:, points:] if joined else weights[i])
-                after = before
+            after = before
         if by_points is not None and chosen:
             by_points = by_points.new_zeros(total, points).index_copy_(0, rows, by_points)
         return by_points, *found
