@@ -210,6 +210,29 @@ def test_tables_of_the_readmes_are_generated_and_checked(house, capsys):
     assert "not reproduced" in (house / "gallery.html").read_text()
 
 
+def test_costs_in_a_readme_are_filled_in_from_the_benchmarks_files(house, capsys):
+    readme = house / "packages" / "demo" / "README.md"
+    readme.write_text(readme.read_text() + "<!-- cost:begin -->\n<!-- cost:end -->\n")
+    benchmarks = house / "packages" / "demo" / "results" / "benchmarks"
+    benchmarks.mkdir(parents=True)
+    (benchmarks / "step-cpu.json").write_text('{"ratio": 3.0588, "rows": [{"pool": 10000}, {"pool": 50000}]}')
+    template = benchmarks / "cost.md.j2"
+    template.write_text(
+        "a step of <b> costs {{ '%.1f' % step_cpu.ratio }} x less\n\n| pool |\n|---|\n"
+        "{% for row in step_cpu.rows %}\n| {{ '{:,}'.format(row.pool) }} |\n{% endfor %}\n"
+    )
+    assert main(["check", str(house)]) == 1
+    assert main(["write", str(house)]) == 0
+    assert main(["check", str(house)]) == 0
+    filled = "a step of <b> costs 3.1 x less\n\n| pool |\n|---|\n| 10,000 |\n| 50,000 |\n"
+    assert readme.read_text().endswith(f"more\n<!-- cost:begin -->\n{filled}<!-- cost:end -->\n")
+    readme.write_text(readme.read_text().replace("3.1 x", "4.1 x"))
+    assert main(["check", str(house)]) == 1
+    template.write_text("{{ step_gpu.ratio }}")
+    assert main(["check", str(house)]) == 2
+    assert "cost.md.j2: 'step_gpu' is undefined" in capsys.readouterr().err
+
+
 def test_a_table_that_names_papers_first_shows_the_slug_and_the_papers_value(house):
     front = house / "README.md"
     header = "| paper | claim | paper value | measured here |\n|---|---|---|---|\n"

@@ -162,6 +162,16 @@ def test_occupied_voxels_are_enough(dtype: torch.dtype, side: int) -> None:
         assert embed(broken)[0, 0, 0, 0].isnan().all()
 
 
+def test_occupied_voxels_of_more_cells_than_16_bits_count() -> None:
+    """Cells are sorted by 16 bits at a time: 2 x 34^3 of them need a second turn."""
+    generator = torch.Generator().manual_seed(0)
+    embed = InflatedEmbedding(2, 2).requires_grad_(False)
+    voxels = (torch.rand(2, 1, 68, 68, 68, generator=generator) < 0.02).float()
+    found = embed_occupied(voxels, embed.weight.flatten(1), embed.bias, 2)
+    assert found is not None
+    torch.testing.assert_close(found, F.conv3d(voxels, embed.weight, embed.bias, stride=2).permute(0, 2, 3, 4, 1))
+
+
 def test_gradients_reach_empty_voxels() -> None:
     """Where a gradient is asked for, nothing is passed over: weights, bias and voxels get the convolution's."""
     embed, voxels = InflatedEmbedding(16, 4), (occupancy() * (occupancy(side=13).cumsum(2) < 2)).requires_grad_()

@@ -7,6 +7,7 @@ tables.
 import argparse
 import base64
 import io
+import json
 import math
 import re
 import sys
@@ -30,6 +31,8 @@ _BADGES = {
     "inconclusive": ("?", "yellow"),
     "not reproduced": ("✗", "red"),
 }
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 # Okabe and Ito's colours that stay apart for every kind of colour vision, on white; in an order of falling contrast.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -231,7 +234,7 @@ def write_report(
 ) -> None:
     """One HTML file that needs nothing else: figures, verdicts, how to run it again, environment and configuration."""
     content = _render(
-        "report.html.j2",
+        TEMPLATES / "report.html.j2",
         claim_set=claim_set,
         rows=_rows(claim_set, outcomes),
         outcomes=[(claim_set[outcome.claim], outcome) for outcome in outcomes],
@@ -249,18 +252,23 @@ def gallery(path: str | Path, reports: Sequence[GalleryEntry]) -> None:
         headline = [outcome for outcome in entry.outcomes if outcome.claim == entry.claim_set.headline]
         uri = _data_uri(entry.figure) if entry.figure is not None else None
         cards.append((entry, _rows(entry.claim_set, headline), uri))
-    write_text(Path(path), _render("gallery.html.j2", cards=cards))
+    write_text(Path(path), _render(TEMPLATES / "gallery.html.j2", cards=cards))
 
 
-def _render(template: str, **content: Any) -> str:
+def _render(template: Path, **content: Any) -> str:
+    """A page, or the Markdown of a template named ``.md.j2``."""
     import jinja2  # noqa: PLC0415  - needed for pages alone
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=".md." not in template.name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     pages.filters["plain"] = lambda value: (
         "–" if value is None else f"{value:.6g}" if isinstance(value, float) else value
     )
-    return pages.get_template(template).render(**content)
+    return pages.get_template(template.name).render(**content)
 
 
 def _data_uri(figure: ReportFigure) -> str:
@@ -305,10 +313,14 @@ def readme_blocks(root: Path) -> dict[Path, str]:
     packages = committed_results(root)
     for name, (claim_set, outcomes) in packages.items():
         readme = root / "packages" / name / "README.md"
-        expected[readme] = _with_block(readme, "results", _results_block(claim_set, outcomes))
+        text = _with_block(_text(readme), readme, "results", _results_block(claim_set, outcomes))
+        template = readme.parent / "results" / "benchmarks" / "cost.md.j2"
+        if template.is_file():
+            text = _with_block(text, readme, "cost", _cost_block(template))
+        expected[readme] = text
     readme = root / "README.md"
     if packages:
-        expected[readme] = _with_block(readme, "papers", _papers_block(readme, packages))
+        expected[readme] = _with_block(_text(readme), readme, "papers", _papers_block(readme, packages))
     return expected
 
 
@@ -325,9 +337,21 @@ def _results_block(claim_set: ClaimSet, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts)
 
 
+def _cost_block(template: Path) -> str:
+    """The template filled from the benchmarks' files beside it, each by its name with ``_`` for ``-``."""
+    import jinja2  # noqa: PLC0415  - needed for pages alone
+
+    files = sorted(template.parent.glob("*.json"))
+    measured = {file.stem.replace("-", "_"): json.loads(_text(file)) for file in files}
+    try:
+        return _render(template, **measured).strip()
+    except jinja2.TemplateError as error:
+        raise UserError(f"{template}: {error}") from error
+
+
 def _papers_block(readme: Path, packages: Mapping[str, tuple[ClaimSet, Sequence[Outcome]]]) -> str:
     """The table as it stands, with the rows of the packages that are there made anew, by the columns of its header."""
-    lines = _block(readme, "papers").strip().splitlines()
+    lines = _block(_text(readme), readme, "papers").strip().splitlines()
     if len(lines) < 2:
         lines = ["| package | paper | claim | paper value | measured here |", "|---|---|---|---|---|"]
     columns = [cell.strip().lower() for cell in lines[0].strip().strip("|").split("|")]
@@ -372,18 +396,21 @@ def _markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
-def _block(readme: Path, name: str) -> str:
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _block(text: str, readme: Path, name: str) -> str:
     begin, end = _markers(name)
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"{readme} needs one {begin} followed by one {end}: the generated table goes between them")
     return text[text.index(begin) + len(begin) : text.index(end)]
 
 
-def _with_block(readme: Path, name: str, content: str) -> str:
-    earlier = _block(readme, name)
+def _with_block(text: str, readme: Path, name: str, content: str) -> str:
+    earlier = _block(text, readme, name)
     begin, end = _markers(name)
-    return readme.read_text(encoding="utf-8").replace(f"{begin}{earlier}{end}", f"{begin}\n{content}\n{end}")
+    return text.replace(f"{begin}{earlier}{end}", f"{begin}\n{content}\n{end}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,12 +71,23 @@ DENSE = 0.125
 
 
 @functools.lru_cache(maxsize=8)
-def _places(side: int, cell: int) -> Int[Tensor, " p"]:
-    """Where `cells` puts each voxel of a flat grid: cell * T^3 + place in the cell. Border voxels have none (0)."""
+def _places(side: int, cell: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
+    """Each voxel's cell and its place in it, for a flat grid, in the order of `cells`. Border voxels have none (0, 0)."""
     n = cells_per_axis(side, cell)
     whole = n * cell
     order = torch.arange(whole**3, dtype=torch.int32).view(n, n, n, cell, cell, cell).permute(0, 3, 1, 4, 2, 5)
-    return F.pad(order.reshape(whole, whole, whole), (0, side - whole) * 3).flatten()
+    flat = F.pad(order.reshape(whole, whole, whole), (0, side - whole) * 3).flatten()
+    return flat // cell**3, flat % cell**3
+
+
+def _by_cell(found: Int[np.ndarray, " p"], count: int) -> Int[np.ndarray, " p"]:
+    """The order that sorts cell numbers below ``count``: by their lower 16 bits, then by the upper ones, as NumPy sorts
+    16 bits by their digits, several times faster than by comparisons.
+    """
+    order = found.astype(np.uint16).argsort(kind="stable")
+    if count > 2**16:
+        order = order[(found >> 16).astype(np.uint16)[order].argsort(kind="stable")]
+    return order
 
 
 def embed_occupied(
@@ -85,7 +96,7 @@ def embed_occupied(
     """The product over the cells from the occupied voxels alone; None if there are too many for that to be faster."""
     batch, side = voxels.shape[0], voxels.shape[2]
     n = cells_per_axis(side, cell)
-    grid, per_cell, per_sample = side**3, cell**3, (n * cell) ** 3
+    grid, count = side**3, batch * n**3
     if voxels.numel() >= 2**31:
         return None
     occupied = voxels.to(torch.bool)
@@ -96,13 +107,16 @@ def embed_occupied(
         return None
     flat = torch.from_numpy(found.astype(np.int32))  # 32 bits halve the time of all that follows
     sample = flat // grid
-    place = _places(side, cell).index_select(0, flat - sample * grid) + sample * per_sample
-    place, order = place.sort(stable=True)
-    first = torch.arange(0, batch * per_sample, per_cell, dtype=torch.int32)
+    voxel = flat - sample * grid
+    cell_of, place_in = _places(side, cell)
+    of = (cell_of.index_select(0, voxel) + sample * n**3).numpy()
+    order = torch.from_numpy(_by_cell(of, count))
+    sizes = torch.from_numpy(np.bincount(of, minlength=count))
+    places = place_in.index_select(0, voxel.index_select(0, order))
     values = voxels.flatten().index_select(0, flat.index_select(0, order))
-    offsets = torch.searchsorted(place, first, out_int32=True)
+    offsets = (sizes.cumsum(0) - sizes).to(torch.int32)
     table = weight.t().contiguous()
-    summed = F.embedding_bag(place % per_cell, table, offsets, mode="sum", per_sample_weights=values)
+    summed = F.embedding_bag(places, table, offsets, mode="sum", per_sample_weights=values)
     return summed.add_(bias).view(batch, n, n, n, len(bias))
 
 
