@@ -110,21 +110,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
                 alt=f"{claim.metric.name} of every arm and seed",
             )
         )
-        histories = {
-            name: [extras["history"] for _, extras in pairs if extras.get("history")]
-            for name, pairs in _arms(widest).items()
-        }
-        if any(histories.values()):
-            figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-            _histories(axes, histories)
-            drawn.append(
-                ReportFigure(
-                    figure,
-                    title="Validation views while training",
-                    caption=f"{widest.claim}: PSNR of clean validation views, mean over the seeds. A fall is over-fitting.",
-                    alt="Validation PSNR against the share of the training that is done, by arm",
-                )
-            )
+        drawn += _histories(widest)
         levels = _sharpness(widest)
         if levels:
             figure, panels = plt.subplots(1, len(levels), figsize=(3.6 * len(levels), 3.2), layout="constrained")
@@ -209,17 +195,22 @@ def _bars(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
     axes.set_xlabel(f"{claim.metric.name}, {claim.metric.unit}")
 
 
-def _histories(axes: "Axes", histories: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    colours = _colours(histories)
-    for name, seeds in histories.items():
-        if seeds:
-            mean = np.mean(seeds, axis=0)
-            axes.plot(
-                np.arange(1, len(mean) + 1) / len(mean), mean, "o-", markersize=3, color=colours[name], label=name
-            )
-    axes.set_xlabel("share of the training")
-    axes.set_ylabel("validation PSNR, dB")
+def _histories(outcome: Outcome) -> list[ReportFigure]:
+    """PSNR of the validation views while training, where the recipes looked at them."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    seen = {name: [e["history"] for _, e in pairs if e.get("history")] for name, pairs in _arms(outcome).items()}
+    colours = _colours(seen)
+    lines = {name: np.mean(seeds, axis=0) for name, seeds in seen.items() if seeds}
+    if not lines:
+        return []
+    figure, axes = plt.subplots(layout="constrained")
+    for name, line in lines.items():
+        axes.plot(np.linspace(0, 1, len(line) + 1)[1:], line, "o-", markersize=3, color=colours[name], label=name)
+    axes.set(xlabel="share of the training", ylabel="validation PSNR, dB")
     axes.legend(fontsize=7)
+    caption = f"{outcome.claim}: PSNR of clean validation views, mean over the seeds. A fall is over-fitting."
+    return [ReportFigure(figure, "Validation views while training", caption, "Validation PSNR by arm while training")]
 
 
 def _sharpness(outcome: Outcome) -> dict[str, dict[str, list[list[dict[str, float]]]]]:
