@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tenfold_augnerf import Adversary, Batch, Objective, Rays, RaySampling, Renderer, Step, accumulate, create_model
 from tenfold_augnerf.attack import ascend
-from tenfold_augnerf.objective import detached, free_replay, random_starts
+from tenfold_augnerf.objective import detached, free_replay, frozen, random_starts
 from tenfold_augnerf.schedules import RadiusControl, RadiusSchedule, learning_rate
+from tenfold_augnerf.trunk import plain, trunk
 from tenfold_augnerf.weights import WeightPerturbation, sharpness_aware
 from tenfold_shared.errors import UserError
 
@@ -59,6 +60,54 @@ def test_chunks_give_the_gradients_of_the_whole_batch(chunk: int) -> None:
     losses = accumulate(model, batch, chunk=chunk)
     same(gradients(model), expected)
     torch.testing.assert_close(losses.clean, loss.detach())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("skip", [False, True])
+def test_backward_pass_of_the_rows_that_count(share: float, skip: bool) -> None:
+    """The trunk's own backward pass gives autograd's gradients, whatever share of the rows has one."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [7, 6, 6 + 7 * skip, 6]
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    parameters = [drawn(*shape).requires_grad_() for size in sizes for shape in ((6, size), (6,))]
+    encoded = drawn(4, 25, 7).requires_grad_()
+    gradient = drawn(4, 25, 6) * (torch.rand(4, 25, 1, generator=draw) < share)
+    expected, found = plain(encoded, parameters), trunk(encoded, parameters)
+    torch.testing.assert_close(found, expected)
+    inputs = [encoded, *parameters]
+    pairs = zip(*(torch.autograd.grad(h, inputs, gradient) for h in (found, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)
+
+
+def test_samples_without_density_stay_out_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a ReLU density, gradients are those of autograd though the products have fewer rows."""
+    model, batch = setting()
+    for field in (model.nerf, model.nerf_fine):
+        field.density = "relu"
+    loss = Objective()(model(batch.rays, draws=batch.draws), batch.truth).mean()
+    loss.backward()
+    found = gradients(model)
+    features = model(batch.rays, draws=batch.draws, taps=["feat_f"])
+    Objective()(features, batch.truth).mean().backward()
+    counted = features.sites["feat_f"].grad.abs().amax(-1) != 0
+    assert 0 < int(counted.sum()) < counted.numel(), "some samples have a density and some have none"
+    model.zero_grad()
+    monkeypatch.setattr("tenfold_augnerf.fields.trunk", plain)
+    Objective()(model(batch.rays, draws=batch.draws), batch.truth).mean().backward()
+    same(found, gradients(model))
+
+
+def test_attacks_leave_the_weights_out() -> None:
+    model, _ = setting()
+    model.nerf.mlp.alpha_linear.bias.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with frozen(model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
 @pytest.mark.parametrize("chunk", [0, 3])

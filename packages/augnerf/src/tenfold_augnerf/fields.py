@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tenfold_augnerf.cameras import Rays
 from tenfold_augnerf.compositing import Composited, composite, intervals
 from tenfold_augnerf.encoding import encode, encoded_size
+from tenfold_augnerf.trunk import trunk
 
 SKIP = 4  # γ(x) is concatenated after this layer's ReLU
 
@@ -77,17 +78,8 @@ class MLP(nn.Module):
             self.output_linear = nn.Linear(width, 4)
 
     def trunk(self, encoded: Float[Tensor, "*batch points"]) -> Float[Tensor, "*batch width"]:
-        """h, after the last ReLU. The skip's product is split instead of copying [γ(x), h] together."""
-        h = encoded
-        for i, linear in enumerate(self.pts_linears):
-            assert isinstance(linear, nn.Linear)
-            if i and i - 1 in self.skips:
-                near, far = linear.weight[:, : self.points], linear.weight[:, self.points :]
-                h = F.linear(encoded, near, linear.bias).add_(F.linear(h, far))
-            else:
-                h = linear(h)
-            h = F.relu(h, inplace=True)
-        return h
+        """h, after the last ReLU."""
+        return trunk(encoded, list(self.pts_linears.parameters()))
 
     def heads(
         self, h: Float[Tensor, "*batch width"], views: Float[Tensor, "*rays directions"] | None

@@ -5,6 +5,7 @@ cut into chunks of rays, each with its own forward and backward pass, so memory 
 backward pass reads is still in the cache.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -253,7 +254,21 @@ def perturbation_of(
     def loss(delta: Mapping[str, Tensor]) -> Tensor:
         return objective(renderer(batch.rays, delta, fixed=fixed), batch.truth)
 
-    return attack(loss, starts, adversary.steps, restarts=adversary.restarts, helpful=adversary.mode == "helpful")
+    with frozen(renderer):
+        return attack(loss, starts, adversary.steps, restarts=adversary.restarts, helpful=adversary.mode == "helpful")
+
+
+@contextlib.contextmanager
+def frozen(renderer: Renderer) -> Iterator[None]:
+    """Weights that nothing is differentiated by: a graph that is built meanwhile leaves their gradients out."""
+    trained = [parameter for parameter in renderer.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def _plain(

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PROBED_RAYS = 512
+QUICK = ("mini-saltpepper", "mini-saltpepper-depth")
+"""The slice of the miniature that `reproduce` measures when it is told nothing; --seeds or names ask for the rest."""
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments a slice of the miniature on the exact blocks."""
+    """Measure claims of the paper; without arguments a slice of the miniature on the exact blocks, and with --seeds 3 all
+    of the miniature.
+    """
+    if not claims and request.scale == "mini" and not request.seeds:
+        claims = QUICK
+        options = dataclasses.replace(options, name=options.name or "reproduce-mini")
     reproduce_claims("augnerf", claims, request, options, measure, figures)
 
 
@@ -103,6 +110,7 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
                 alt=f"{claim.metric.name} of every arm and seed",
             )
         )
+        drawn += _histories(widest)
         levels = _sharpness(widest)
         if levels:
             figure, panels = plt.subplots(1, len(levels), figsize=(3.6 * len(levels), 3.2), layout="constrained")
@@ -185,6 +193,24 @@ def _bars(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
     values = [value for pairs in arms.values() for value, _ in pairs]
     axes.set_xlim(min(values) - 0.2 * (max(values) - min(values)) - 0.1, None)
     axes.set_xlabel(f"{claim.metric.name}, {claim.metric.unit}")
+
+
+def _histories(outcome: Outcome) -> list[ReportFigure]:
+    """PSNR of the validation views while training, where the recipes looked at them."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    seen = {name: [e["history"] for _, e in pairs if e.get("history")] for name, pairs in _arms(outcome).items()}
+    colours = _colours(seen)
+    lines = {name: np.mean(seeds, axis=0) for name, seeds in seen.items() if seeds}
+    if not lines:
+        return []
+    figure, axes = plt.subplots(layout="constrained")
+    for name, line in lines.items():
+        axes.plot(np.linspace(0, 1, len(line) + 1)[1:], line, "o-", markersize=3, color=colours[name], label=name)
+    axes.set(xlabel="share of the training", ylabel="validation PSNR, dB")
+    axes.legend(fontsize=7)
+    caption = f"{outcome.claim}: PSNR of clean validation views, mean over the seeds. A fall is over-fitting."
+    return [ReportFigure(figure, "Validation views while training", caption, "Validation PSNR by arm while training")]
 
 
 def _sharpness(outcome: Outcome) -> dict[str, dict[str, list[list[dict[str, float]]]]]:
