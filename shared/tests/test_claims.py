@@ -91,6 +91,8 @@ def test_claims_are_read_with_defaults(claim):
         ({"deterministic": "no"}, "deterministic is 'no'"),
         ({"id": "../x"}, "the id names a folder"),
         ({"arms": {"ours": {"paper": "1e-5"}}}, "paper is '1e-5'"),
+        ({"arms": {"ours": {"paper": 1.0}}, "metric": {"name": "n", "tolerance": -1}}, "tolerance is -1"),
+        ({"metric": {"name": "n", "tolerance": 0.5}}, "leave out the other arms"),
         ({"arms": {"ours": {"option": {}}}}, "arm ours: unknown key 'option' \\(nearest: 'options'\\)"),
         ({"metric": {"name": "x", "unti": "%"}}, "metric: unknown key 'unti' \\(nearest: 'unit'\\)"),
     ],
@@ -210,6 +212,27 @@ def test_the_overall_verdict_is_the_worst(tmp_path):
 def test_a_claim_without_a_baseline_is_about_the_value(tmp_path, values, expected):
     claim = claim_set(tmp_path / "demo", arms={"ours": {"paper": 95.0}})["main"]
     outcome = summarise(claim, {"ours": [Measurement(v) for v in values]}, range(len(values)), environment={})
+    assert outcome.verdict == expected
+
+
+COUNTS = [
+    # values, tolerance, changes of the claim, verdict
+    ([95.04, 95.03], 0.05, {}, "reproduced"),
+    ([95.05], 0.05, {"deterministic": True}, "reproduced"),  # the edge of what rounds to it
+    ([94.7, 94.8], 0.05, {}, "inconclusive"),  # two values of which the interval is wide
+    ([96.0, 96.1, 96.0, 96.1], 0.05, {}, "not reproduced"),  # more is not better
+    ([94.0, 94.1, 94.0, 94.1], 0.05, {}, "not reproduced"),
+    ([95], 0, {"deterministic": True}, "reproduced"),
+    ([96], 0, {"deterministic": True}, "not reproduced"),
+    ([95.0], 0.05, {}, "inconclusive"),  # one seed of something drawn at random
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "tolerance", "changes", "expected"), COUNTS)
+def test_a_count_is_to_be_the_papers_within_its_tolerance(tmp_path, values, tolerance, changes, expected):
+    metric = {"name": "parameters", "tolerance": tolerance}
+    counted = claim_set(tmp_path / "demo", arms={"ours": {"paper": 95.0}}, metric=metric, **changes)["main"]
+    outcome = summarise(counted, {"ours": [Measurement(v) for v in values]}, range(len(values)), environment={})
     assert outcome.verdict == expected
 
 

@@ -1,5 +1,6 @@
 """The report page, its tables, and the generated blocks of the READMEs."""
 
+import dataclasses
 import html.parser
 import re
 
@@ -131,6 +132,13 @@ def test_markdown():
     assert "**not reproduced**" in lines[3]
     assert "(3 seeds; 1 of theirs failed)" in lines[4]
     assert "**inconclusive**<br>incomplete pairs: theirs seed 1 failed" in lines[4]
+
+
+def test_whole_numbers_are_shown_in_full():
+    claim = dataclasses.replace(CLAIM, arms={"ours": Arm("ours", paper=50703838.0)}, deterministic=True)
+    counted = summarise(claim, {"ours": [Measurement(50703838)]}, [0], environment={})
+    claims = dataclasses.replace(CLAIMS, claims=(claim,))
+    assert "| ours | 50703838 % | 50703838 % (1 seed) |" in markdown_table(claims, [counted])
 
 
 def test_console_table():

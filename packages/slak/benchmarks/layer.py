@@ -197,6 +197,7 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         print(f"{name:32}{row}{1e3 * totals[name]:16.1f}{totals[name] / ours:11.2f}x")
         stages, total, ratio = [round(1e3 * value, 2) for value in values], 1e3 * totals[name], totals[name] / ours
         rows[name] = {"stages_ms": stages, "sum_of_blocks_ms": round(total, 1), "ours_is_faster_by": round(ratio, 2)}
+    rows["floor"] = {"sum_of_blocks_ms": round(1e3 * floor, 1)}
     print(f"{'floor':32}{'':{18 * len(STAGES)}}{1e3 * floor:16.1f}{floor / ours:11.2f}x")
     if args.memory:
         print(f"{'peak memory of stage 1, MiB':32}" + ", ".join(f"{n}: {peak_memory(0, n, args):.0f}" for n in names))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tenfold_slak
+from tenfold_slak.downstream import SLaKBackbone, UPerNet
 from tenfold_slak.export import export_onnx, export_program
 from tenfold_slak.layer import DilatedKernel, LargeKernel, SmallKernelStack, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters, macs_by_layer
@@ -70,6 +71,14 @@ def test_counts_of_the_paper(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert sum(p.numel() for p in maskable_parameters(model).values()) == maskable
     if macs is not None:
         assert round(count_macs(model).stored / 1e9, 3) == macs
+
+
+def test_the_segmenter_has_the_published_size_on_convnext(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 M parameters, 939 G multiply-adds at 512 x 2048 (README table); norms and activations are not counted here."""
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda weight, **_: weight)
+    segmenter = UPerNet(SLaKBackbone(create("slak_tiny_convnext")))
+    assert round(count_parameters(segmenter).stored / 1e6) == 60
+    assert count_macs(segmenter, (512, 2048)).stored / 1e9 == pytest.approx(939, abs=1)
 
 
 def test_counts_at_uniform_masks() -> None:

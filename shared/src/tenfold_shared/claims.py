@@ -107,6 +107,8 @@ def verdict(
     - direction holds: the method beats the baseline with the interval off zero.
     - inconclusive: the interval includes zero, or there is none.
     - not reproduced: the baseline beats the method with the interval off zero.
+
+    A claim about one value is judged by that value alone, see `_overall`.
     """
     if difference.low is None or difference.high is None or not difference.off_zero:
         return "inconclusive"
@@ -392,19 +394,36 @@ def _reason(decided: Verdict, claim: Claim, method: ArmResult, baseline: ArmResu
 
 
 def _overall(claim: Claim, method: ArmResult, comparisons: Sequence[Comparison]) -> tuple[Verdict, str]:
-    """The worst of the verdicts per baseline; a claim without a baseline is about the value alone."""
+    """The worst of the verdicts per baseline; a claim without a baseline is about the value alone.
+
+    Such a value is to be the paper's or better, or the paper's within `Metric.tolerance` where that is given:
+    reproduced if the mean is, inconclusive if its interval reaches there.
+    """
     if comparisons:
         worst = max(comparisons, key=lambda comparison: VERDICTS.index(comparison.verdict))
         return worst.verdict, worst.reason if len(comparisons) == 1 else f"against {worst.baseline}: {worst.reason}"
     if None in method.values:
         return "inconclusive", f"{method.values.count(None)} of {len(method.values)} seeds failed"
-    if method.low is None or method.high is None:
+    if method.mean is None or method.low is None or method.high is None:
         return "inconclusive", "one seed gives no interval: run two or more"
     if claim.scale == "mini" or method.paper is None:
         return "inconclusive", "no baseline, and no published value at this scale to compare with"
+    if claim.metric.tolerance is not None:
+        return _equal(claim.metric.tolerance, method.paper, method.mean, (method.low, method.high))
     if method.high >= method.paper if claim.metric.higher_is_better else method.low <= method.paper:
         return "reproduced", "at the paper's value or better"
     return "not reproduced", "the paper's value lies on the better side of the interval"
+
+
+def _equal(tolerance: float, paper: float, mean: float, own: tuple[float, float]) -> tuple[Verdict, str]:
+    """The verdict on a mean that is to be the paper's value, neither better nor worse; `own` is its interval."""
+    allowed = tolerance + 1e-9 * abs(paper)  # 0.05 more than 5.0 is not exactly 5.05
+    if abs(mean - paper) <= allowed:
+        return "reproduced", "the paper's value" if tolerance == 0 else f"within {tolerance:g} of the paper's value"
+    missed = f"the mean is {abs(mean - paper):.3g} {'above' if mean > paper else 'below'} the paper's value"
+    if own[0] - allowed <= paper <= own[1] + allowed:
+        return "inconclusive", f"{missed}, which its interval reaches"
+    return "not reproduced", missed
 
 
 def _plain(content: Any) -> Any:

@@ -149,7 +149,14 @@ def _digits(arms: Sequence[ArmResult], comparison: Comparison | None) -> int | N
 def _number(value: float | None, digits: int | None, sign: str = "") -> str:
     if value is None:
         return "–"
+    if digits is None and _is_count(value):
+        return f"{value:{sign}.0f}"
     return f"{value:{sign}.{digits}f}" if digits is not None else f"{value:{sign}.4g}"
+
+
+def _is_count(value: float) -> bool:
+    """Whether it is a whole number that four figures would cut."""
+    return abs(value) >= 1e4 and float(value).is_integer()
 
 
 def _mean_std(arm: ArmResult, digits: int | None) -> str:
@@ -171,7 +178,8 @@ def _seeds(arms: Sequence[ArmResult]) -> str:
 def _paper_values(claim: Claim, values: Sequence[float | None]) -> str:
     if all(value is None for value in values):
         return "none published"
-    text = " vs ".join("–" if value is None else f"{value:g}" for value in values) + _behind(claim.metric.unit)
+    shown = ["–" if value is None else f"{value:.0f}" if _is_count(value) else f"{value:g}" for value in values]
+    text = " vs ".join(shown) + _behind(claim.metric.unit)
     return f"{text} (recalled)" if claim.provenance == "recalled" else text
 
 

@@ -25,11 +25,16 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_+.-]*")
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured. `unit` is what stands behind a value ("%", "dB", "" for none)."""
+    """What is measured. `unit` is what stands behind a value ("%", "dB", "" for none).
+
+    A count is neither better nor worse: `tolerance` says how far from the paper's value a mean may lie and still be the
+    same number, such as half a unit of the last digit that the paper prints. None judges by the direction instead.
+    """
 
     name: str
     unit: str = ""
     higher_is_better: bool = True
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -173,9 +178,15 @@ def _claim(entry: Any, folder: "Traversable", where: str) -> Claim:
             raise UserError(
                 f"{where}: {key} is {entry[key]!r}{_nearest(str(entry[key]), valid)}: it is one of {', '.join(valid)}"
             )
-    metric = _checked(entry["metric"], {"name"}, {"unit", "higher_is_better"}, f"{where}: metric")
+    metric = _checked(entry["metric"], {"name"}, {"unit", "higher_is_better", "tolerance"}, f"{where}: metric")
     if not isinstance(metric.get("higher_is_better", True), bool):
         raise UserError(f"{where}: metric.higher_is_better is {metric['higher_is_better']!r}: write true or false")
+    tolerance = metric.get("tolerance")
+    if tolerance is not None:
+        if type(tolerance) not in (int, float) or not 0 <= tolerance < math.inf:
+            raise UserError(f"{where}: metric.tolerance is {tolerance!r}: write a number, 0 or more")
+        if not isinstance(entry["arms"], dict) or len(entry["arms"]) != 1:
+            raise UserError(f"{where}: metric.tolerance is for one arm and the paper's value: leave out the other arms")
     if not isinstance(entry["arms"], dict) or not entry["arms"]:
         raise UserError(f"{where}: arms is {entry['arms']!r}: write a mapping from each arm's name to its recipe")
     arms = {str(name): _arm(str(name), arm, folder, f"{where}: arm {name}") for name, arm in entry["arms"].items()}
@@ -195,7 +206,9 @@ def _claim(entry: Any, folder: "Traversable", where: str) -> Claim:
         **{key: str(entry[key]) for key in ("id", "table", "statement", "data", "model", "method")},
         scale=entry["scale"],
         provenance=entry["provenance"],
-        metric=Metric(str(metric["name"]), str(metric.get("unit", "")), metric.get("higher_is_better", True)),
+        metric=Metric(
+            str(metric["name"]), str(metric.get("unit", "")), metric.get("higher_is_better", True), tolerance
+        ),
         arms=arms,
         seeds=seeds,
         deterministic=deterministic,

@@ -37,18 +37,15 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] = 224, in_cha
         The dense count, and the count over weights that are not zero.
 
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    positions = _positions(model, (1, in_chans, height, width))
-    parameters = dict(model.named_parameters())
-    stored = sum(parameters[name].numel() * count for name, count in positions.items())
-    nonzero = sum(int(torch.count_nonzero(parameters[name])) * count for name, count in positions.items())
-    return Counts(stored, nonzero)
+    layers = macs_by_layer(model, image_size, in_chans).values()
+    return Counts(sum(layer.stored for layer in layers), sum(layer.nonzero for layer in layers))
 
 
-def macs_by_layer(model: nn.Module, image_size: int = 224, in_chans: int = 3) -> dict[str, Counts]:
+def macs_by_layer(model: nn.Module, image_size: int | tuple[int, int] = 224, in_chans: int = 3) -> dict[str, Counts]:
     """`count_macs` for every weight by its parameter name."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     parameters = dict(model.named_parameters())
-    positions = _positions(model, (1, in_chans, image_size, image_size))
+    positions = _positions(model, (1, in_chans, height, width))
     return {
         name: Counts(parameters[name].numel() * count, int(torch.count_nonzero(parameters[name])) * count)
         for name, count in positions.items()

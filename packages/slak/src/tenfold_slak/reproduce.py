@@ -17,7 +17,7 @@ from tenfold_slak.data import embedded_sets
 from tenfold_slak.downstream import SLaKBackbone, UPerNet
 from tenfold_slak.erf import ReceptiveField, effective_receptive_field
 from tenfold_slak.evaluate import costs, load_model
-from tenfold_slak.macs import count_macs, count_parameters
+from tenfold_slak.macs import count_parameters, macs_by_layer
 from tenfold_slak.masks import initial_masks
 from tenfold_slak.models import create_network
 from tenfold_slak.train import Recipe, run_recipe
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 ERF_IMAGES = 64
 SCORED = 4  # images that SNIP is given when counting
 SEGMENTED = (512, 2048)  # the image for which segmenters are counted, pixels
+
+#: Accuracies on row cues without following the cue, per cent, from the chances of four digits drawn at random: naming
+#: any digit; one of the four in the image, some of which are alike (1/4 + 3/4 x 1/10); the most frequent of the four.
+GUESSES = {"a digit": 10.0, "one of the four digits": 32.5, "the most frequent of the four": 38.35}
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
@@ -48,24 +52,21 @@ VALUES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "mIoU": _entry("miou"),
     "mAP": _entry("map50"),
     **{f"{kind} AP{level}": _entry(f"{kind}_ap{level}") for kind in ("box", "mask") for level in ("", "50", "75")},
-    # As printed in the paper's table: whole millions, and one decimal of 1e9.
-    "non-zero parameters": lambda extras: round(extras["parameters_nonzero"] / 1e6),
+    "non-zero parameters": lambda extras: extras["parameters_nonzero"] / 1e6,
     "stored parameters": _entry("parameters"),
-    "multiply-adds": lambda extras: round(extras["macs_nonzero"] / 1e9, 1),
-    "segmenter parameters": lambda extras: round(extras["segmenter_parameters_nonzero"] / 1e6),
-    "segmenter multiply-adds": lambda extras: round(extras["segmenter_macs_nonzero"] / 1e9),
+    "multiply-adds": lambda extras: extras["macs_nonzero"] / 1e9,
+    "segmenter parameters": lambda extras: extras["segmenter_parameters_nonzero"] / 1e6,
+    "segmenter multiply-adds": lambda extras: extras["segmenter_macs_nonzero"] / 1e9,
 }
 COUNTS = {name for name in VALUES if name.endswith(("parameters", "multiply-adds"))}
 
 
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
-    counting = claim.metric.name in COUNTS
-    segmenter = claim.metric.name.startswith("segmenter")
     name = f"{arm.name}-{arm.key}-seed{seed}"
     recipe = load_recipe("tenfold_slak", str(arm.recipe), Recipe, **arm.options)
-    if counting:
-        kept, run_arm = f"{name}{'-segmenter' * segmenter}-counts", lambda: _counted(recipe, seed, options, segmenter)
+    if claim.metric.name in COUNTS:
+        kept, run_arm = f"{name}-counts", lambda: _counted(recipe, seed, options)
     else:
         kept, run_arm = name, lambda: _trained(recipe, name, options, folder)
     measured = once(kept, folder, run_arm)
@@ -90,8 +91,8 @@ def _trained(recipe: Recipe, name: str, options: RunOptions, folder: Path) -> Me
         return Measurement(None, extras=extras, **run.usage())
 
 
-def _counted(recipe: Recipe, seed: int, options: RunOptions, segmenter: bool) -> Measurement:
-    """Parameters and multiply-adds of a freshly built network under its first masks, or of UPerNet on it; nothing is
+def _counted(recipe: Recipe, seed: int, options: RunOptions) -> Measurement:
+    """Parameters and multiply-adds of a freshly built network under its first masks, and of UPerNet on it; nothing is
     trained.
 
     SNIP scores the weights on Gaussian images, each of a class of its own, of the size of the recipe's data: where it puts the
@@ -116,14 +117,16 @@ def _counted(recipe: Recipe, seed: int, options: RunOptions, segmenter: bool) ->
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_((parameter == 0).to(parameter))
-        if not segmenter:
-            return Measurement(None, extras=costs(model, (3, size, size)))
-        network = UPerNet(SLaKBackbone(cast("SLaK", model)))
-        extras = {
-            "segmenter_macs_nonzero": count_macs(network, SEGMENTED).nonzero,
-            "segmenter_parameters_nonzero": count_parameters(network).nonzero,
-        }
-        return Measurement(None, extras=extras)
+        counts = costs(model, (3, size, size))
+        segmenter = UPerNet(SLaKBackbone(cast("SLaK", model)))
+        layers = macs_by_layer(segmenter, SEGMENTED)
+        counts["segmenter_parameters_nonzero"] = count_parameters(segmenter).nonzero
+        counts["segmenter_macs_nonzero"] = sum(layer.nonzero for layer in layers.values())
+        # A counter that knows plain convolutions alone passes the large kernels over.
+        counts["segmenter_macs_large_kernels"] = sum(
+            layer.nonzero for name, layer in layers.items() if ".large_kernel." in name
+        )
+        return Measurement(None, extras=counts)
 
 
 def receptive_field(model: Any) -> ReceptiveField:
@@ -151,9 +154,18 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
             _accuracy_bars(axes, arms)
             caption = f"{claims[0].data}: mean over the seeds (dots: every seed), non-zero parameters under each arm"
             if all(claim.scale == "mini" for claim in claims):
-                axes.axhline(10, linestyle=":", color="0.4", linewidth=1)
-                axes.axhline(25, linestyle="--", color="0.4", linewidth=1)
-                caption += "; dotted, the chance of naming a digit, dashed, one of the four digits in the image"
+                for (guess, chance), style in zip(GUESSES.items(), (":", "-.", "--"), strict=True):
+                    axes.axhline(chance, linestyle=style, color="0.4", linewidth=1)
+                    axes.annotate(
+                        f"naming {guess}",
+                        (1, chance),
+                        (-2, 2),
+                        ("axes fraction", "data"),
+                        textcoords="offset points",
+                        ha="right",
+                        fontsize=7,
+                    )
+                caption += "; lines, what guessing without the cue is worth"
             drawn.append(
                 ReportFigure(
                     figure,
