@@ -1,11 +1,14 @@
 """What both benchmarks need: a scene, equal weights for both implementations, measurements in own processes."""
 
+import argparse
+import json
 import resource
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from straightforward import FeatureNet, Network
@@ -82,3 +85,19 @@ def in_own_process(script: str, arm: str, arguments: list[str]) -> list[float]:
     command = [sys.executable, script, "--arm", arm, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(x) for x in done.stdout.split("\n")[-2].split()]
+
+
+def measured(options: argparse.Namespace, arms: dict[str, list[float]], ratios: list[float]) -> dict[str, Any]:
+    """What --save writes: sizes, each arm's figures, and how many times less ours takes."""
+    names = ("wall_seconds", "cpu_seconds", "peak_bytes")
+    sizes = {key: value for key, value in vars(options).items() if isinstance(value, int) and key != "save"}
+    found = {name.replace(" ", "_"): dict(zip(names, values, strict=True)) for name, values in arms.items()}
+    less = dict(zip(names, ratios, strict=True))
+    return {"torch": torch.__version__, **sizes, **found, "times_less": less, "largest_difference": {}}
+
+
+def save(name: str, found: dict[str, Any]) -> None:
+    """Write results/benchmarks/NAME.json."""
+    folder = Path(__file__).parents[1] / "results" / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

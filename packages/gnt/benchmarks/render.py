@@ -7,11 +7,12 @@ import argparse
 import sys
 
 import torch
-from common import MemoryPeak, in_own_process, measure, networks, scene
+from common import MemoryPeak, in_own_process, measure, measured, networks, save, scene
 from straightforward import render
 
+from tenfold_gnt.features import FeatureMaps
 from tenfold_gnt.projection import source_views
-from tenfold_gnt.render import Sampling, Views, rays_per_chunk, render_rays
+from tenfold_gnt.render import Sampling, Views, rays_per_chunk, readable_maps, render_rays
 from tenfold_gnt.sampling import depth_samples
 
 NEAR, FAR = 2.0, 5.0
@@ -28,6 +29,7 @@ def arm(name: str, options: argparse.Namespace, dtype: torch.dtype = torch.float
         if check
         else torch.randn(options.views, 32, -(-options.height // 16) * 4, -(-options.width // 16) * 4, dtype=dtype)
     )
+    cached = readable_maps(FeatureMaps(maps, maps))
     sampling = Sampling(NEAR, FAR, options.samples)
 
     def straightforward():
@@ -36,7 +38,7 @@ def arm(name: str, options: argparse.Namespace, dtype: torch.dtype = torch.float
         return [render(network, maps, images, cameras, origins[p], directions[p], depths[p]) for p in parts]
 
     def rewritten():
-        views = Views(source_views(images, cameras), type(ours.features(images.new_zeros(1, 3, 17, 17)))(maps, maps))
+        views = Views(source_views(images, cameras), cached)
         chunk = rays_per_chunk(options.samples, options.views, ours.coarse.width, maps)
         parts = torch.arange(options.rays).split(chunk)
         levels = [render_rays(ours, views, origins[p], directions[p], sampling)[-1] for p in parts]
@@ -58,6 +60,7 @@ def main() -> None:
     }.items():  # fmt: skip
         parser.add_argument(f"--{key}", type=int, default=value)
     parser.add_argument("--arm", choices=["straightforward", "ours"])
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/render.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.arm:
@@ -70,11 +73,15 @@ def main() -> None:
         print(f"{name:16} {rate} {peak / 2**20:8.0f} MiB")
     ratios = [a / b for a, b in zip(*arms.values(), strict=True)]
     print("ratio            wall {:.2f}x, CPU {:.2f}x, memory {:.2f}x less".format(*ratios))
+    found = measured(options, arms, ratios)
     options.rays = min(options.rays, 32)
     for dtype in (torch.float32, torch.float64):
         (rgb, depth), (rgb2, depth2) = (arm(name, options, dtype, check=True) for name in arms)
         differences = (rgb - rgb2).abs().max(), (depth - depth2).abs().max()
         print("largest difference in {}: rgb {:.1e}, depth {:.1e}".format(dtype, *differences))
+        found["largest_difference"][str(dtype).removeprefix("torch.")] = max(map(float, differences))
+    if options.save:
+        save("render", found)
 
 
 if __name__ == "__main__":

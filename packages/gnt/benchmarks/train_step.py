@@ -8,7 +8,7 @@ import argparse
 import sys
 
 import torch
-from common import MemoryPeak, in_own_process, measure, networks, scene
+from common import MemoryPeak, in_own_process, measure, measured, networks, save, scene
 from straightforward import render
 
 from tenfold_gnt.compat import official_feature_key, official_network_key
@@ -70,6 +70,7 @@ def main() -> None:
     }.items():  # fmt: skip
         parser.add_argument(f"--{key}", type=int, default=value)
     parser.add_argument("--arm", choices=["straightforward", "ours"])
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/train-step-RAYSxSAMPLES.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.arm:
@@ -81,12 +82,16 @@ def main() -> None:
         print(f"{name:16} {wall:7.2f} s {cpu:7.2f} CPU-s a step {peak / 2**20:8.0f} MiB")
     ratios = [a / b for a, b in zip(*arms.values(), strict=True)]
     print("ratio            wall {:.2f}x, CPU {:.2f}x, memory {:.2f}x less".format(*ratios))
+    found, name = measured(options, arms, ratios), f"train-step-{options.rays}x{options.samples}"
     options.rays, options.height, options.width = 16, 96, 128
     for dtype in (torch.float32, torch.float64):
         theirs, mine = (arm(name, options, dtype, check=True) for name in arms)
         largest = max(float(g.abs().max()) for g in theirs.values())
         difference = max(float((theirs[key] - mine[key]).abs().max()) for key in theirs)
         print(f"largest difference of gradients in {dtype}: {difference:.1e} (largest gradient {largest:.1e})")
+        found["largest_difference"][str(dtype).removeprefix("torch.")] = difference
+    if options.save:
+        save(name, found)
 
 
 if __name__ == "__main__":

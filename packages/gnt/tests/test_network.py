@@ -25,6 +25,7 @@ from tenfold_gnt.compat import (
     save_official_checkpoint,
 )
 from tenfold_gnt.data import evaluation_views
+from tenfold_gnt.dropout import dropout
 from tenfold_gnt.encoding import encode
 from tenfold_gnt.features import FeatureMaps, ResUNet
 from tenfold_gnt.network import GNT, confidence_of, occlusion_of, parameter_count
@@ -39,6 +40,7 @@ from tenfold_gnt.objective import (
 from tenfold_gnt.projection import ViewSamples, source_views
 from tenfold_gnt.ray_transformer import RayAttention
 from tenfold_gnt.render import Model, prepare_views, rays_per_chunk, render_picture, render_pixels, render_rays
+from tenfold_gnt.seen_views import seen_views
 from tenfold_gnt.view_transformer import SubtractionAttention
 from tenfold_shared.scenes import tabletop_views
 
@@ -172,6 +174,44 @@ def test_masks_hold_under_autocast(dtype):
     assert (rays.rgb.float() - full.rgb).abs().max() < 0.1
 
 
+def test_leaving_out_masked_views_changes_nothing():
+    """Colours, attention over the views and gradients, with a point that no view sees and some that all see."""
+    samples, points, directions = (x.double() if isinstance(x, torch.Tensor) else x for x in inputs())
+    mask = samples.mask.clone()
+    mask[1] = 1
+    found = []
+    for packs in (True, False):
+        network = small().double().eval()
+        network.packs_views = packs
+        features = samples.rgb_feat.double().requires_grad_()
+        pairs = ViewSamples(features, samples.ray_diff.double(), mask.double())
+        rays = network(pairs, points, directions, return_weights=True, return_view_weights=True)
+        (rays.rgb.square().sum() + (rays.view_weights * torch.arange(VIEWS)).sum()).backward()
+        found.append([*rays, features.grad, *(p.grad for p in network.parameters())])
+    for ours, dense in zip(*found, strict=True):
+        torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    assert seen_views(torch.zeros(2, VIEWS, 8), torch.zeros(2, VIEWS, 4), torch.ones(2, VIEWS, 1)) is None
+    seen = seen_views(torch.zeros(RAYS, SAMPLES, VIEWS, 8), torch.zeros(RAYS, SAMPLES, VIEWS, 4), mask)
+    assert seen is not None
+    assert seen.blind
+    assert len(seen.pairs) == int(mask.sum()) + int((mask.sum(2) == 0).sum()) * VIEWS
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(3, 5, 20001, dtype=torch.float64, requires_grad=True)
+    dropped = dropout(x, 0.1, training=True)
+    share = (dropped == 0).double().mean()
+    assert abs(share - 0.1) < 0.003  # five standard deviations
+    assert dropped.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped.detach())
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, 0.1, training=True), dropped)
+    assert dropout(x, 0.1, training=False) is x
+    assert dropout(x, 0.0, training=True) is x
+
+
 def test_gradients_are_finite_where_no_view_sees_a_point():
     network = small()
     samples, points, directions = inputs()
@@ -287,6 +327,16 @@ def in_double(views):
 def model() -> Model:
     torch.manual_seed(0)
     return Model(TinyFeatures(), GNT(16, 2, CHANNELS))
+
+
+def test_maps_to_render_from_lie_pixel_by_pixel(views):
+    model = Model(ResUNet(8), small()).eval()
+    images, cameras = views.images, views.cameras
+    with torch.no_grad():
+        maps = prepare_views(model, images, cameras).maps
+    assert maps.coarse.is_contiguous(memory_format=torch.channels_last)
+    assert maps.fine is maps.coarse
+    torch.testing.assert_close(maps.coarse, prepare_views(model, images, cameras).maps.coarse)
 
 
 @pytest.mark.usefixtures("double")

@@ -49,7 +49,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "views inputs h w"]) -> Float[Tensor, "views outputs h2 w2"]:
         """The block's output."""
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True)))
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
 
 
@@ -62,7 +62,7 @@ class ConvNormELU(nn.Module):
 
     def forward(self, x: Float[Tensor, "views inputs h w"]) -> Float[Tensor, "views outputs h w"]:
         """The layer's output."""
-        return F.elu(self.norm(self.conv(x)), inplace=True)
+        return F.elu(self.norm(self.conv(x)))
 
 
 def layer(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
@@ -103,7 +103,7 @@ class ResUNet(nn.Module):
         """
         if min(images.shape[-2:]) < SMALLEST_SIDE:
             raise ValueError(f"source images need sides of at least {SMALLEST_SIDE}, got {tuple(images.shape[-2:])}")
-        x1 = self.layer1(F.relu(self.stem_norm(self.stem(images)), inplace=True))
+        x1 = self.layer1(F.relu(self.stem_norm(self.stem(images))))
         x2 = self.layer2(x1)
         x3 = self.layer3(x2)
         x = self.merge3(join(self.up3(double(x3)), x2))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tenfold_gnt.encoding import OCTAVES, encode
 from tenfold_gnt.projection import ViewSamples
 from tenfold_gnt.ray_transformer import RayAttention, RayBlock
+from tenfold_gnt.seen_views import seen_views
 from tenfold_gnt.view_transformer import DROPOUT, DotProductAttention, SubtractionAttention, ViewBlock
 
 ENCODED = 3 * (1 + 2 * OCTAVES)  # 63 columns for a position, as many for a direction
@@ -62,6 +63,7 @@ class GNT(nn.Module):
             raise ValueError(f"the width must be a multiple of 8 and the depth at least 1, got {width} and {depth}")
         self.width, self.depth, self.feature_channels = width, depth, feature_channels
         self.position_every = position_every
+        self.packs_views = view_attention == "subtraction"
         self.input_mlp = mlp(3 + feature_channels, width)
 
         def attention() -> nn.Module:
@@ -104,10 +106,11 @@ class GNT(nn.Module):
         tokens = features.amax(2)
         encoded = encode(points), encode(F.normalize(directions, dim=-1))
         weights = view_weights = None
+        seen = seen_views(features, samples.ray_diff, samples.mask) if self.packs_views else None
         for i in range(self.depth):
             last = i == self.depth - 1
             tokens, view_weights = self.view_blocks[i](
-                tokens, features, samples.ray_diff, samples.mask, return_weights=last and return_view_weights
+                tokens, features, samples.ray_diff, samples.mask, return_weights=last and return_view_weights, seen=seen
             )
             if str(i) in self.position_mlps:
                 tokens = self._with_position(self.position_mlps[str(i)], tokens, *encoded)

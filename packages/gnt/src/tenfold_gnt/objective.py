@@ -149,14 +149,13 @@ def accumulate_gradients(
     for network, features, needs_weights in passes:
         points = points_at(batch.origins, batch.directions, depths)
         samples = sample_views(points, batch.origins[0], sources, features)
-        leaf = samples.rgb_feat.detach().requires_grad_()
-        loss, rgb, weights = _backward_by_chunk(
-            network, samples._replace(rgb_feat=leaf), points, batch, memory, return_weights=needs_weights
+        loss, rgb, weights, gradient = _backward_by_chunk(
+            network, samples, points, batch, memory, return_weights=needs_weights
         )
         losses.append(loss)
-        if samples.rgb_feat.requires_grad:
+        if gradient is not None:
             sampled.append(samples.rgb_feat)
-            gradients.append(leaf.grad)
+            gradients.append(gradient)
         if weights is not None:
             uniform = torch.rand(rays, sampling.importance, generator=generator, dtype=like.dtype, device=like.device)
             depths = importance_samples(
@@ -175,15 +174,19 @@ def _backward_by_chunk(
     memory: int | None,
     *,
     return_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Forward and backward of the network for all rays; returns loss, colours and weights, all detached."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Forward and backward of the network for all rays; returns loss, colours and weights, all detached, and the
+    gradient of what was sampled, if it needs one.
+    """
     rays, count, views, _ = samples.rgb_feat.shape
     chunk = rays_per_chunk(count, views, getattr(network, "width", 64), samples.rgb_feat, memory, TRAINING_TENSORS)
-    colours, weights, loss = [], [], torch.zeros((), dtype=batch.rgb.dtype, device=batch.rgb.device)
+    colours, weights, gradients = [], [], []
+    loss = torch.zeros((), dtype=batch.rgb.dtype, device=batch.rgb.device)
     for start in range(0, rays, chunk):
         part = slice(start, start + chunk)
+        leaf = samples.rgb_feat[part].detach().requires_grad_(samples.rgb_feat.requires_grad)
         rendered = network(
-            ViewSamples(*(x[part] for x in samples)),
+            ViewSamples(leaf, samples.ray_diff[part], samples.mask[part]),
             points[part],
             batch.directions[part],
             return_weights=return_weights,
@@ -193,8 +196,10 @@ def _backward_by_chunk(
         loss += share.detach()
         colours.append(rendered.rgb.detach())
         weights.append(rendered.weights)
+        if leaf.grad is not None:
+            gradients.append(leaf.grad)
     joined = torch.cat([w.detach() for w in weights]) if return_weights else None
-    return loss, torch.cat(colours), joined
+    return loss, torch.cat(colours), joined, torch.cat(gradients) if gradients else None
 
 
 def train_step(

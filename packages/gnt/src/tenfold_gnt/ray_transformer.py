@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold_gnt.dropout import dropout
 from tenfold_gnt.view_transformer import BLOCK_NORM_EPS, DROPOUT, FeedForward
 
 HEADS = 4
@@ -79,7 +80,7 @@ class RayAttention(nn.Module):
             if position is None:
                 raise ValueError(f"ray attention of mode {self.mode} needs position codes")
             attended, weights = self._explicit(x, position, return_weights)
-        return Rays(F.dropout(self.out(attended), self.dropout, self.training), weights)
+        return Rays(dropout(self.out(attended), self.dropout, self.training), weights)
 
     def _fused(self, x: Tensor, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         """One projection for queries, keys and values, and the library's attention; one row of weights if wanted."""
@@ -87,10 +88,11 @@ class RayAttention(nn.Module):
         joint = torch.cat([self.query.weight, self.key.weight, self.value.weight])
         packed = F.linear(x, joint).view(rays, samples, 3, self.heads, width // self.heads)
         query, key, value = packed.permute(2, 0, 3, 1, 4)
-        if return_weights and self.weights_after_dropout and self.training and self.dropout > 0:
+        drops = self.training and self.dropout > 0
+        if drops and (x.device.type == "cpu" or (return_weights and self.weights_after_dropout)):
+            # On CPUs the library's attention with dropout is the explicit one as well, with slower random numbers.
             return self._attend(self._dot_weights(query, key), value, return_weights)
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if drops else 0.0)
         weights = self._dot_weights(query[:, :, :1], key)[:, :, 0].mean(1) if return_weights else None
         return attended.transpose(1, 2).reshape(rays, samples, width), weights
 
@@ -107,7 +109,7 @@ class RayAttention(nn.Module):
         return self._attend(mixed / mixed.sum(-1, keepdim=True), value, return_weights)
 
     def _attend(self, weights: Tensor, value: Tensor, return_weights: bool) -> tuple[Tensor, Tensor | None]:
-        dropped = F.dropout(weights, self.dropout, self.training)
+        dropped = dropout(weights, self.dropout, self.training)
         attended = (dropped @ value).transpose(1, 2).flatten(-2)
         shown = dropped if self.weights_after_dropout else weights
         return attended, shown[:, :, 0].mean(1) if return_weights else None
@@ -116,7 +118,7 @@ class RayAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _dot_weights(self, query: Tensor, key: Tensor) -> Tensor:
-        return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+        return (query / query.shape[-1] ** 0.5 @ key.transpose(-1, -2)).softmax(-1)
 
 
 class RayBlock(nn.Module):

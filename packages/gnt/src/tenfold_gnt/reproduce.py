@@ -12,10 +12,11 @@ from tenfold_gnt.baselines import nearest_view
 from tenfold_gnt.evaluate import load_model, render_target
 from tenfold_gnt.experiments import judged_targets
 from tenfold_gnt.train import Recipe, run_recipe
-from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.cli import load_recipe
+from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
-from tenfold_shared.reproduction import Request, once, reproduce_claims
+from tenfold_shared.reproduction import Request, compare_points, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
 
 if TYPE_CHECKING:
@@ -29,10 +30,17 @@ VALUES = {
 }
 """Name of a claim's metric -> the score it is."""
 PICTURES = 3  # rows of the figure
+QUICK = ("mini-unseen", "mini-depth", "mini-one-table")
+"""The claims that `reproduce` measures when it is told nothing, in three minutes; --seeds or names ask for longer ones."""
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the miniature on tables never seen."""
+    """Measure claims of the paper; without arguments the miniature on tables never seen, and with --seeds 3 also the one
+    of 1200 steps.
+    """
+    if not claims and request.scale == "mini" and not request.seeds:
+        claims = QUICK
+        options = dataclasses.replace(options, name=options.name or "reproduce-mini")
     reproduce_claims("gnt", claims, request, options, measure, figures)
 
 
@@ -56,6 +64,18 @@ def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurem
             "run": name,
         }
         return Measurement(result.scores.psnr, extras=about, **run.usage())
+
+
+def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], seeds: int = 1, jobs: int = 0) -> None:
+    """Run a recipe at the points listed ('[{key: value}, ...]'), judged on tables or views held out for it.
+
+    The points, best first, with their paired difference to the first, are printed and written to ``sweep.json`` in the
+    run's folder. What the claims are judged on is never looked at.
+    """
+    if recipe.data.judge != "validation":
+        raise UserError("sweep chooses values, which the judged views must not do: add --data.judge validation")
+    request = Request(seeds=seeds, jobs=jobs)
+    compare_points("gnt", "sweep", recipe, points, Metric("PSNR", "dB"), request, options, measure)
 
 
 # -- figures --------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tenfold_gnt.evaluate import load_model
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.features import FeatureMaps
 from tenfold_gnt.projection import source_views
-from tenfold_gnt.render import Model, Sampling, Views, render_pixels, surface_points
+from tenfold_gnt.render import Model, Sampling, Views, readable_maps, render_pixels, surface_points
 from tenfold_gnt.views import nearest_views
 from tenfold_shared.checkpoint import atomic_write, write_json
 from tenfold_shared.errors import UserError
@@ -113,7 +113,7 @@ class SourceCache:
         for i in map(int, chosen):
             if i not in self.maps:
                 self.images[i] = torch.from_numpy(self.pool.rgb(i)).to(self.device)
-                self.maps[i] = self.model.features(self.images[i].permute(2, 0, 1)[None])
+                self.maps[i] = readable_maps(self.model.features(self.images[i].permute(2, 0, 1)[None]))
         picked = [int(i) for i in chosen]
         sources = source_views(torch.stack([self.images[i] for i in picked]), self.cameras[picked])
         coarse, fine = (torch.cat([self.maps[i][level] for i in picked]) for level in (0, 1))

@@ -16,6 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold_gnt.dropout import dropout
+from tenfold_gnt.seen_views import SeenViews
+
 BLOCK_NORM_EPS = 1e-6
 DROPOUT = 0.1
 MASKED = -1e9
@@ -31,8 +34,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """The transformed tokens."""
-        hidden = F.dropout(F.relu(self.expand(x), inplace=True), self.dropout, self.training)
-        return F.dropout(self.contract(hidden), self.dropout, self.training)
+        hidden = dropout(F.relu(self.expand(x), inplace=True), self.dropout, self.training)
+        return dropout(self.contract(hidden), self.dropout, self.training)
 
 
 class Attended(NamedTuple):
@@ -99,6 +102,7 @@ class SubtractionAttention(nn.Module):
         mask: Float[Tensor, "*points views 1"] | None = None,
         *,
         return_weights: bool = False,
+        seen: SeenViews | None = None,
     ) -> Attended:
         """Attend from every point to its views.
 
@@ -108,20 +112,61 @@ class SubtractionAttention(nn.Module):
             ray_diff: relative directions.
             mask: 0 for views that do not see the point; a point that no view sees weighs all views alike.
             return_weights: also give the weights, averaged over channels.
+            seen: `seen_views` of features, directions and mask, which are not read then.
 
         """
         from_features, from_position, from_query = self.folded()
-        width, logit_units = from_features.shape[1], from_query.shape[0]
+        queries = F.linear(tokens, from_query)
+        if seen is None:
+            values, keys = self._values_and_keys(features, ray_diff, from_features, from_position)
+            logits = self._logits(F.relu(keys - queries[..., None, :], inplace=True), mask)
+            summed, weights = self._weigh(logits, values, return_weights)
+        else:
+            values, keys = self._values_and_keys(seen.features, seen.ray_diff, from_features, from_position)
+            hidden = F.relu(keys - queries.flatten(0, -2).index_select(0, seen.points), inplace=True)
+            logits = cast(nn.Linear, self.weight[2])(hidden)
+            summed, weights = self._weigh_seen(logits, values, seen, features.shape[:-1], return_weights)
+        attended = dropout(self.out(summed.to(tokens.dtype)), self.dropout, self.training)
+        return Attended(attended, weights)
+
+    def _values_and_keys(
+        self, features: Tensor, ray_diff: Tensor, from_features: Tensor, from_position: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Values, and the keys' share of A's hidden units."""
         mixed = features.flatten(0, -2) @ from_features.T
         mixed.addmm_(self.position_units(ray_diff).flatten(0, -2).to(mixed.dtype), from_position.T.to(mixed.dtype))
-        values, hidden = mixed.view(*features.shape[:-1], -1).split([width, logit_units], -1)
-        hidden = F.relu(hidden - F.linear(tokens, from_query)[..., None, :], inplace=True)
-        logits = self._logits(hidden, mask)
+        width = features.shape[-1]
+        return mixed.view(*features.shape[:-1], -1).split([width, mixed.shape[-1] - width], -1)
+
+    def _weigh(
+        self,
+        logits: Float[Tensor, "*points views width"],
+        values: Float[Tensor, "*points views width"],
+        return_weights: bool,
+    ) -> tuple[Float[Tensor, "*points width"], Float[Tensor, "*points views"] | None]:
+        """The values' mean under the softmax over the views, and that softmax averaged over channels."""
         # The softmax needs single precision also under reduced precision.
         attention = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-2)
-        summed = (F.dropout(attention, self.dropout, self.training) * values).sum(-2)
-        attended = F.dropout(self.out(summed.to(tokens.dtype)), self.dropout, self.training)
-        return Attended(attended, attention.mean(-1) if return_weights else None)
+        summed = (dropout(attention, self.dropout, self.training) * values).sum(-2)
+        return summed, attention.mean(-1) if return_weights else None
+
+    def _weigh_seen(
+        self, logits: Tensor, values: Tensor, seen: SeenViews, shape: torch.Size, return_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_weigh` of packed pairs, group after group; the results of all points, of `shape` (*points, views)."""
+        of_groups, values_of_groups = seen.split(logits), seen.split(values)
+        if seen.blind:  # all views alike
+            of_groups[0] = torch.zeros_like(of_groups[0])
+        summed, weights = [], []
+        for group in zip(of_groups, values_of_groups, strict=True):
+            mean, share = self._weigh(*group, return_weights)
+            summed.append(mean)
+            if share is not None:
+                weights.append(share.flatten())
+        means = torch.cat(summed).index_select(0, seen.back).view(*shape[:-1], -1)
+        if not return_weights:
+            return means, None
+        return means, means.new_zeros(shape.numel()).index_copy(0, seen.pairs, torch.cat(weights)).view(shape)
 
     def _logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Last layer of A with the mask as one more input column of weight 1: no pass over [points, views, D]."""
@@ -165,9 +210,9 @@ class DotProductAttention(nn.Module):
         )
         logits = torch.einsum("...hd,...vhd->...vh", query, key) / query.shape[-1] ** 0.5
         attention = masked_softmax(logits, mask)
-        dropped = F.dropout(attention, self.dropout, self.training)
+        dropped = dropout(attention, self.dropout, self.training)
         summed = torch.einsum("...vh,...vhd->...hd", dropped, value.to(dropped.dtype)).flatten(-2)
-        attended = F.dropout(self.out(summed.to(tokens.dtype)), self.dropout, self.training)
+        attended = dropout(self.out(summed.to(tokens.dtype)), self.dropout, self.training)
         return Attended(attended, attention.mean(-1) if return_weights else None)
 
 
@@ -189,10 +234,12 @@ class ViewBlock(nn.Module):
         mask: Float[Tensor, "*points views 1"] | None = None,
         *,
         return_weights: bool = False,
+        seen: SeenViews | None = None,
     ) -> Attended:
-        """The updated tokens, and the view weights where asked for."""
+        """The updated tokens, and the view weights where asked for; `seen` as `SubtractionAttention` takes it."""
+        packed = {} if seen is None else {"seen": seen}
         values, weights = self.attention(
-            self.attention_norm(tokens), features, ray_diff, mask, return_weights=return_weights
+            self.attention_norm(tokens), features, ray_diff, mask, return_weights=return_weights, **packed
         )
         tokens = tokens + values
         return Attended(tokens + self.feed(self.feed_norm(tokens)), weights)
