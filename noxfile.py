@@ -242,9 +242,7 @@ def check_wheel(session: nox.Session, name: str) -> None:
     packed = {entry for entry in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in entry}
     present = {file.relative_to(source).as_posix() for file in source.rglob("*.*") if file.suffix != ".pyc"}
     committed = folder(name) / "results"  # what was measured travels with the package
-    present |= {
-        f"tenfold_{name}/results/{file.relative_to(committed).as_posix()}" for file in committed.rglob("*.json")
-    }
+    present |= {f"tenfold_{name}/results/{file.relative_to(committed).as_posix()}" for file in committed.rglob("*.*")}
     if packed != present:
         session.error(f"{archive.name} and {source.relative_to(ROOT)} differ in: {', '.join(sorted(packed ^ present))}")
     recipes = [entry for entry in packed if entry.startswith(f"tenfold_{name}/recipes/") and entry.endswith(".yaml")]
