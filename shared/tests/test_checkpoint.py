@@ -1,5 +1,6 @@
 """Atomic writes and safe loads."""
 
+import argparse
 import contextlib
 import pickle
 from pathlib import Path
@@ -9,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold_shared.checkpoint import atomic_write, load_state, load_weights, save_state, save_weights, write_json
+from tenfold_shared.checkpoint import (
+    atomic_write,
+    load_pickled,
+    load_state,
+    load_weights,
+    save_state,
+    save_weights,
+    write_json,
+)
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.testing import flip
 
@@ -62,6 +71,31 @@ def test_files_that_are_no_state_are_refused(tmp_path: Path, content: bytes) -> 
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"state\.pt"):
         load_state(file)
+
+
+FAULTS = {
+    b"nothing here": r"is truncated or corrupted \(Unsupported operand 110\): it was not loaded",
+    b"": r"is truncated or corrupted \(EOFError\): it was not loaded",
+    pickle.dumps({"a": Path("x")}, 2): "holds an object of [a-z]+[.]\\w+, not only tensors and plain values",
+}
+
+
+@pytest.mark.parametrize(("content", "said"), FAULTS.items())
+def test_what_is_wrong_is_one_sentence_without_advice_to_load_it_all_the_same(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    (tmp_path / "bad.pth").write_bytes(content)
+    with pytest.raises(UserError, match=said) as refused:
+        load_pickled(tmp_path / "bad.pth")
+    assert len(str(refused.value)) < len(str(tmp_path)) + 150
+    assert "weights_only" not in str(refused.value)
+
+
+def test_objects_that_are_allowed_are_loaded(tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(depth=4)}, tmp_path / "released.pth")
+    with pytest.raises(UserError, match=r"an object of argparse\.Namespace"):
+        load_pickled(tmp_path / "released.pth")
+    assert load_pickled(tmp_path / "released.pth", [argparse.Namespace])["args"].depth == 4
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from tenfold_gnt.ray_transformer import RayAttention
 from tenfold_gnt.render import Model, prepare_views, rays_per_chunk, render_picture, render_pixels, render_rays
 from tenfold_gnt.seen_views import seen_views
 from tenfold_gnt.view_transformer import SubtractionAttention
+from tenfold_shared.errors import UserError
 from tenfold_shared.scenes import tabletop_views
 
 RAYS, SAMPLES, VIEWS, CHANNELS = 3, 6, 5, 8
@@ -459,10 +460,10 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         load_official_state(GNT(16, 3, 8), state)
     with pytest.raises(CheckpointError, match=r"of another shape: .*instead of"):
         load_official_state(GNT(24, 2, 8), state)
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(UserError, match="no checkpoint at"):
         load_official_checkpoint(tmp_path / "none.pth")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"bad\.pth is truncated or corrupted"):
         load_official_checkpoint(tmp_path / "bad.pth")
     torch.save({"net_coarse": state}, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match="lacks feature_net"):

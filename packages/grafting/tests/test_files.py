@@ -61,7 +61,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing 3\.bias"):
         load_official_checkpoint(tmp_path / "partial.pth")
     (tmp_path / "broken.pth").write_bytes(b"x" * 100)
-    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+    with pytest.raises(UserError, match=r"broken\.pth is truncated or corrupted"):
         load_official_checkpoint(tmp_path / "broken.pth")
     torch.save([{"a": 1}], tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="no state dict"):

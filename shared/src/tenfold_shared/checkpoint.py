@@ -5,9 +5,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -141,6 +143,19 @@ def load_pickled_tensors(path: Path) -> dict[str, Any]:
         UserError: the file is missing, truncated, altered, holds other objects, or is no dictionary.
 
     """
+    value = load_pickled(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors")
+    return value
+
+
+def load_pickled(path: Path, allowed: Sequence[Any] = ()) -> Any:
+    """What a ``torch.save`` file holds, on the CPU: tensors, plain values, and objects of the `allowed` types.
+
+    Raises:
+        UserError: the file is missing, truncated, altered, or holds other objects.
+
+    """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: check the path")
     try:
@@ -149,12 +164,18 @@ def load_pickled_tensors(path: Path) -> dict[str, Any]:
                 broken = archive.testzip()
             if broken is not None:
                 raise ValueError(f"{broken} does not have its checksum")
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
+            warnings.simplefilter("ignore")  # of a pickle protocol, before the error says more
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way in which a file can be broken
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
-        what = "holds objects other than tensors and plain values" if unsafe else "is truncated or corrupted"
-        raise UserError(f"{path} {what} and was not loaded ({reason[:160]})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors")
-    return value
+        raise UserError(f"{path} {_fault(error)}: it was not loaded") from error
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a file, out of torch's message, which goes on to advise how to load it in spite of that."""
+    text = str(error)
+    foreign = re.search(r"GLOBAL ([\w.]+)", text)
+    if foreign:
+        return f"holds an object of {foreign[1]}, not only tensors and plain values"
+    detail = text.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    return f"is truncated or corrupted ({detail.splitlines()[0].partition('. ')[0][:100]})"

@@ -143,7 +143,7 @@ def _colours(arms: Iterable[str]) -> dict[str, str]:
 
 def _pictures(claim: Claim, outcome: Outcome, folder: Path) -> ReportFigure | None:
     """Rows are arms; columns the truth, the rendering, its error and its depth, at the first test view, first seed."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
     rows = {}
     for name, pairs in _arms(outcome).items():
@@ -197,7 +197,7 @@ def _bars(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
 
 def _histories(outcome: Outcome) -> list[ReportFigure]:
     """PSNR of the validation views while training, where the recipes looked at them."""
-    import matplotlib.pyplot as plt  # noqa: PLC0415
+    import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
     seen = {name: [e["history"] for _, e in pairs if e.get("history")] for name, pairs in _arms(outcome).items()}
     colours = _colours(seen)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tenfold_gnt.features import ResUNet
 from tenfold_gnt.network import GNT
+from tenfold_shared.checkpoint import load_pickled_tensors
 from tenfold_shared.errors import UserError
 
 ATTENTION = {
@@ -207,19 +208,11 @@ def load_official_checkpoint(path: Path | str) -> OfficialCheckpoint:
     """Networks from a released `model_<step>.pth`; depth and width are read from the weights.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds other keys.
+        UserError: the file is missing, damaged, or holds other keys.
 
     """
     path = Path(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"the checkpoint {path} does not exist") from None
-    except Exception as error:  # the unpickler raises many types on damaged files
-        raise CheckpointError(f"the checkpoint {path} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"the checkpoint {path} holds a {type(content).__name__}, not a dictionary of networks")
-    return OfficialCheckpoint(content, path.name)
+    return OfficialCheckpoint(load_pickled_tensors(path), path.name)
 
 
 def save_official_checkpoint(

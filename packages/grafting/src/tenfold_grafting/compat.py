@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tenfold_grafting.grafting import GraftedReLU, activation_shapes, graft
 from tenfold_grafting.networks import ARCHITECTURES, architecture, create_network
+from tenfold_shared.checkpoint import load_pickled
 from tenfold_shared.errors import UserError
 
 ACTIVATION = "linear_masked_relu"
@@ -78,17 +79,10 @@ def _read(source: Path | Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _load(path: Path) -> Any:
     """What torch.save wrote, tensors, plain values and NumPy numbers only; nothing in it can run."""
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: check the path")
     allowed: list[Any] = [np.dtype, np.ndarray, type(np.dtype(np.float64)), type(np.dtype(np.float32))]
     core = getattr(np, "_core", None) or np.core
     allowed += [core.multiarray.scalar, core.multiarray._reconstruct]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for each way in which a file can be broken
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is no readable checkpoint and was not loaded ({reason})") from error
+    return load_pickled(path, allowed)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str = "the network") -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tenfold_shared.checkpoint import load_pickled
 from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
 from tenfold_slak.layer import MergedOne, merge_large_kernels
@@ -62,16 +65,11 @@ def read_official(file: Path | str, weights: str | None = None) -> State:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # noqa: PLC0415 - only for this kind of file
-
-            content: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): fetch it again") from error
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_pickled(path, [argparse.Namespace])
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or corrupted ({error}): fetch it again") from error
+    except UserError as error:
+        raise CheckpointError(f"{error}; fetch it again") from error
     return bare_state(content, weights)
 
 
