@@ -276,7 +276,10 @@ def _render(template: Path, **content: Any) -> str:
     pages.filters["plain"] = lambda value: (
         "–" if value is None else f"{value:.6g}" if isinstance(value, float) else value
     )
-    return pages.get_template(template.name).render(**content)
+    try:
+        return pages.get_template(template.name).render(**content)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{template}: {error}") from error
 
 
 def _data_uri(figure: ReportFigure) -> str:
@@ -347,14 +350,8 @@ def _results_block(claim_set: ClaimSet, outcomes: Sequence[Outcome]) -> str:
 
 def _cost_block(template: Path) -> str:
     """The template filled from the benchmarks' files beside it, each by its name with ``_`` for ``-``."""
-    import jinja2  # noqa: PLC0415  - needed for pages alone
-
     files = sorted(template.parent.glob("*.json"))
-    measured = {file.stem.replace("-", "_"): json.loads(_text(file)) for file in files}
-    try:
-        return _render(template, **measured).strip()
-    except jinja2.TemplateError as error:
-        raise UserError(f"{template}: {error}") from error
+    return _render(template, **{file.stem.replace("-", "_"): json.loads(_text(file)) for file in files}).strip()
 
 
 def _papers_block(readme: Path, packages: Mapping[str, tuple[ClaimSet, Sequence[Outcome]]]) -> str:
