@@ -81,10 +81,10 @@ def test_claims_are_read_with_defaults(claim):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tabel": 1}, "unknown key 'tabel' \\(nearest: 'table'\\)"),
+        ({"tabel": 1}, "unknown key 'tabel'; did you mean 'table'"),
         ({"table": None}, "the key 'table' is missing"),
-        ({"method": "our"}, "method 'our' is no arm \\(nearest: 'ours'\\)"),
-        ({"provenance": "sean"}, "provenance is 'sean' \\(nearest: 'seen'\\)"),
+        ({"method": "our"}, "method 'our' is no arm; did you mean 'ours'"),
+        ({"provenance": "sean"}, "provenance is 'sean'.*; did you mean 'seen'"),
         ({"provenance": "none"}, "yet an arm has a paper value"),
         ({"scale": "tiny"}, "scale is 'tiny'"),
         ({"seeds": 0}, "seeds is 0"),
@@ -93,8 +93,8 @@ def test_claims_are_read_with_defaults(claim):
         ({"arms": {"ours": {"paper": "1e-5"}}}, "paper is '1e-5'"),
         ({"arms": {"ours": {"paper": 1.0}}, "metric": {"name": "n", "tolerance": -1}}, "tolerance is -1"),
         ({"metric": {"name": "n", "tolerance": 0.5}}, "leave out the other arms"),
-        ({"arms": {"ours": {"option": {}}}}, "arm ours: unknown key 'option' \\(nearest: 'options'\\)"),
-        ({"metric": {"name": "x", "unti": "%"}}, "metric: unknown key 'unti' \\(nearest: 'unit'\\)"),
+        ({"arms": {"ours": {"option": {}}}}, "arm ours: unknown key 'option'; did you mean 'options'"),
+        ({"metric": {"name": "x", "unti": "%"}}, "metric: unknown key 'unti'; did you mean 'unit'"),
     ],
 )
 def test_a_mistake_in_claims_yaml_is_named(tmp_path, changes, message):
@@ -105,7 +105,7 @@ def test_a_mistake_in_claims_yaml_is_named(tmp_path, changes, message):
 def test_unknown_claims_and_scales_are_refused(tmp_path):
     claims = claim_set(tmp_path / "demo")
     assert [c.id for c in claims.select(["main"], "paper")] == ["main"]
-    with pytest.raises(UserError, match="nearest: 'main'"):
+    with pytest.raises(UserError, match="did you mean 'main'"):
         claims.select(["mian"])
     with pytest.raises(UserError, match="at scale 'mini'"):
         claims.select(scale="mini")

@@ -245,7 +245,7 @@ def test_a_set_that_is_not_there_says_where_to_get_it(tmp_path, name):
 
 
 def test_names_and_splits():
-    with pytest.raises(UserError, match=r"no image set 'cifar-10' .nearest: 'cifar10'"):
+    with pytest.raises(UserError, match=r"no image set 'cifar-10'.*did you mean 'cifar10'"):
         load_images("cifar-10")
     with pytest.raises(UserError, match="digits has no split 'validation'"):
         load_images("digits", split="validation")

@@ -125,7 +125,7 @@ def test_damaged_and_malicious_files(tmp_path: Path) -> None:
         load_official_checkpoint(tmp_path / "absent.pt")
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({"state_dict": Malicious(tmp_path / "ran")}, path)
-    with pytest.raises(UserError, match="holds an object of .*mkdir"):
+    with pytest.raises(UserError, match=r"holds an object of .*mkdir"):
         load_official_checkpoint(path)
     assert not (tmp_path / "ran").exists()
     torch.save(create_model("resnet20s").state_dict(), path)

@@ -10,21 +10,20 @@ or plain typed values::
 """
 
 import dataclasses
-import difflib
 import importlib
 import importlib.metadata
 import inspect
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from .errors import Interrupted, RunFailure, UserError
+from .errors import Interrupted, RunFailure, UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _dispatch(slug: str, commands: Mapping[str, Command], arguments: list[str]) 
         print(f"{program} {importlib.metadata.version(program)}")
         return
     if verb not in commands:
-        raise UserError(f"{program} has no verb {verb!r}{_nearest(verb, commands)}; {program} --help lists them")
+        raise UserError(f"{program} has no verb {verb!r}{did_you_mean(verb, commands)}; {program} --help lists them")
     function = commands[verb].function()
     parser, assemble = _parser(program, verb, commands[verb], function)
     arguments = _normalised(parser, _config_first(slug, arguments))
@@ -222,7 +221,7 @@ def recipe_path(package: str, name_or_path: str) -> Path:
         return path
     command = package.replace("_", "-")
     raise UserError(
-        f"--config {name_or_path}: neither a file nor a recipe{_nearest(name_or_path, known)}; {command} recipes lists them"
+        f"--config {name_or_path}: neither a file nor a recipe{did_you_mean(name_or_path, known)}; {command} recipes lists them"
     )
 
 
@@ -254,7 +253,7 @@ def load_recipe(package: str, name_or_path: str, kind: type, **changes: Any) -> 
     known, groups = _destinations(parser)
     for key in [*_flatten(_read_yaml(path), groups.__contains__), *changes]:
         if not _is_known(key, known, groups):
-            raise UserError(f"recipe {name_or_path}: unknown key {key!r}{_nearest(key, known)}")
+            raise UserError(f"recipe {name_or_path}: unknown key {key!r}{did_you_mean(key, known)}")
     namespace = parser.parse_path(path)
     try:
         for key, value in changes.items():
@@ -329,10 +328,10 @@ def _refuse_unknown(parser: Any, verb: str, arguments: list[str], commands: Mapp
         if previous == "--config":
             for key in _flatten(_read_yaml(Path(argument)), groups.__contains__):
                 if not _is_known(key, known, groups):
-                    raise UserError(f"{parser.prog}: unknown key {key!r} in {argument}{_nearest(key, known)}")
+                    raise UserError(f"{parser.prog}: unknown key {key!r} in {argument}{did_you_mean(key, known)}")
         elif flag.startswith("--") and flag not in flags and not _is_known(flag[2:], known, groups):
             owners = [name for name in commands if name != verb and flag in _flags_of(commands[name])]
-            elsewhere = f"; it is an option of {' and '.join(owners)}" if owners else _nearest(flag, flags)
+            elsewhere = f"; it is an option of {' and '.join(owners)}" if owners else did_you_mean(flag, flags)
             raise UserError(f"{parser.prog}: unknown option {flag}{elsewhere}; {parser.prog} --help lists the options")
         previous = argument
 
@@ -340,11 +339,6 @@ def _refuse_unknown(parser: Any, verb: str, arguments: list[str], commands: Mapp
 def _flags_of(command: Command) -> set[str]:
     parser, _ = _parser("", "", command, command.function())
     return {flag for action in parser._actions for flag in action.option_strings}
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def _sentence(message: str) -> str:

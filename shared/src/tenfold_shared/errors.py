@@ -1,4 +1,7 @@
-"""The two expected ways to fail; the command line turns them into one sentence and an exit code."""
+"""The expected ways to fail; the command line turns them into one sentence and an exit code."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -16,3 +19,9 @@ class Interrupted(BaseException):
         super().__init__(signal_number)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses an unknown word: "; did you mean 'x'?", or nothing where no known word is close."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

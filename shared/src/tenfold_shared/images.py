@@ -3,7 +3,6 @@
 Sets that fit into memory are uint8 tensors (`load_images`); ImageNet and large folders are streamed (`stream_images`).
 """
 
-import difflib
 import gzip
 import math
 import zlib
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from tenfold_shared.batches import Batches, Flip, RandomCrop, Shift, StreamedBatches, generator
 from tenfold_shared.download import data_root, fetch, missing, restricted_pickle_load, unpack
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -472,6 +471,6 @@ _SOURCES = {
 
 def _source(name: str) -> _Source:
     if name not in _SOURCES:
-        close = difflib.get_close_matches(name, _SOURCES, n=1, cutoff=0.0)[0]
-        raise UserError(f"there is no image set {name!r} (nearest: {close!r}): the sets are {', '.join(_SOURCES)}")
+        hint = did_you_mean(name, _SOURCES)
+        raise UserError(f"there is no image set {name!r}: the sets are {', '.join(_SOURCES)}{hint}")
     return _SOURCES[name]

@@ -1,6 +1,5 @@
 """The paper's tables as data: a package's `claims.yaml` as frozen dataclasses, read with every mistake named."""
 
-import difflib
 import hashlib
 import importlib.resources
 import json
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # its module moved between the supported Python versions
     from importlib.abc import Traversable
@@ -115,7 +114,7 @@ class ClaimSet:
                 return claim
         known = [claim.id for claim in self.claims]
         raise UserError(
-            f"{self.package} has no claim {claim_id!r}{_nearest(claim_id, known)}: `claims` lists all {len(known)}"
+            f"{self.package} has no claim {claim_id!r}{did_you_mean(claim_id, known)}; `claims` lists all {len(known)}"
         )
 
     def select(self, ids: Iterable[str] = (), scale: str | None = None) -> tuple[Claim, ...]:
@@ -163,7 +162,9 @@ def read_claims(folder: "Traversable") -> ClaimSet:
         if ids.count(claim_id) > 1:
             raise UserError(f"{where}: the id {claim_id!r} is used more than once: give each claim its own")
     if top["headline"] not in ids:
-        raise UserError(f"{where}: headline {top['headline']!r} is no claim's id{_nearest(str(top['headline']), ids)}")
+        raise UserError(
+            f"{where}: headline {top['headline']!r} is no claim's id{did_you_mean(str(top['headline']), ids)}"
+        )
     return ClaimSet(str(top["package"]), paper, top["headline"], str(top["summary"]), claims)
 
 
@@ -175,9 +176,8 @@ def _claim(entry: Any, folder: "Traversable", where: str) -> Claim:
         raise UserError(f"{where}: the id names a folder too: use letters, digits, '-', '_', '+' and '.' alone")
     for key, valid in (("scale", get_args(Scale)), ("provenance", get_args(Provenance))):
         if entry[key] not in valid:
-            raise UserError(
-                f"{where}: {key} is {entry[key]!r}{_nearest(str(entry[key]), valid)}: it is one of {', '.join(valid)}"
-            )
+            hint = did_you_mean(str(entry[key]), valid)
+            raise UserError(f"{where}: {key} is {entry[key]!r}: it is one of {', '.join(valid)}{hint}")
     metric = _checked(entry["metric"], {"name"}, {"unit", "higher_is_better", "tolerance"}, f"{where}: metric")
     if not isinstance(metric.get("higher_is_better", True), bool):
         raise UserError(f"{where}: metric.higher_is_better is {metric['higher_is_better']!r}: write true or false")
@@ -191,7 +191,7 @@ def _claim(entry: Any, folder: "Traversable", where: str) -> Claim:
         raise UserError(f"{where}: arms is {entry['arms']!r}: write a mapping from each arm's name to its recipe")
     arms = {str(name): _arm(str(name), arm, folder, f"{where}: arm {name}") for name, arm in entry["arms"].items()}
     if entry["method"] not in arms:
-        raise UserError(f"{where}: method {entry['method']!r} is no arm{_nearest(str(entry['method']), arms)}")
+        raise UserError(f"{where}: method {entry['method']!r} is no arm{did_you_mean(str(entry['method']), arms)}")
     if entry["provenance"] == "none" and any(arm.paper is not None for arm in arms.values()):
         raise UserError(f"{where}: provenance is none, yet an arm has a paper value: write seen or recalled")
     if entry["provenance"] != "none" and all(arm.paper is None for arm in arms.values()):
@@ -237,16 +237,11 @@ def _checked(entry: Any, required: set[str], optional: set[str], where: str) -> 
         raise UserError(f"{where} is {entry!r}: write a mapping with the keys {', '.join(sorted(required | optional))}")
     for key in entry:
         if key not in required | optional:
-            raise UserError(f"{where}: unknown key {key!r}{_nearest(str(key), required | optional)}")
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), required | optional)}")
     missing = sorted(required - set(entry))
     if missing:
         raise UserError(f"{where}: the key {missing[0]!r} is missing: add it")
     return entry
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
-    return f" (nearest: {close[0]!r})" if close else ""
 
 
 def _digest(content: Any) -> str:

@@ -3,13 +3,12 @@
 Plain networks are `nn.Sequential`, whose keys count every module, as in the released checkpoints.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import UserError, did_you_mean
 
 Value = Tensor | fx.Proxy
 """What flows through a network: tensors, or stand-ins for them while `graph.trace` reads its operations."""
@@ -240,8 +239,7 @@ def architecture(name: str) -> Architecture:
 
     """
     if name not in ARCHITECTURES:
-        nearest = difflib.get_close_matches(name, ARCHITECTURES, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        hint = did_you_mean(name, ARCHITECTURES)
         raise UserError(f"there is no architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}{hint}")
     return ARCHITECTURES[name]
 

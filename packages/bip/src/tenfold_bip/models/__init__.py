@@ -1,6 +1,5 @@
 """The paper's architectures (section 3), by name."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from tenfold_bip.models.digits import DigitsCNN
 from tenfold_bip.models.resnet import CifarResNet, SmallCifarResNet, imagenet_resnet
 from tenfold_bip.models.vgg import VGG
 from tenfold_bip.models.wideresnet import WideResNet
+from tenfold_shared.errors import did_you_mean
 
 __all__ = [
     "VGG",
@@ -66,8 +66,7 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
 
     """
     if name not in _BUILDERS:
-        nearest = difflib.get_close_matches(name, _BUILDERS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        hint = did_you_mean(name, _BUILDERS) or "."
         raise ValueError(f"Unknown architecture {name!r}: choose one of {', '.join(_BUILDERS)}{hint}")
     if num_classes < 2:
         raise ValueError(f"A classifier needs at least 2 classes, but num_classes is {num_classes}.")

@@ -1,12 +1,12 @@
 """The architectures of the paper and of the released code (section 3), by name."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from tenfold_shared.errors import did_you_mean
 from tenfold_tost.models.digits import DigitsNet
 from tenfold_tost.models.mobilenet import MobileNet
 from tenfold_tost.models.resnet import CifarResNet
@@ -72,8 +72,7 @@ def create_model(name: str, num_classes: int = 10, **options: Any) -> nn.Module:
 
     """
     if name not in _BUILDERS:
-        nearest = difflib.get_close_matches(name, _BUILDERS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        hint = did_you_mean(name, _BUILDERS) or "."
         raise ValueError(f"Unknown architecture {name!r}: choose one of {', '.join(_BUILDERS)}{hint}")
     if num_classes < 2:
         raise ValueError(f"A classifier needs at least 2 classes, but num_classes is {num_classes}.")
