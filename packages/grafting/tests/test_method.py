@@ -149,9 +149,10 @@ def test_mask_files(tmp_path) -> None:
     assert all(torch.equal(again[name], masks[name]) for name in shapes)
     with pytest.raises(UserError, match="activations have"):
         load_masks(tmp_path / "m.pt", {"1": (2, 3)})
-    (tmp_path / "bad.pt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no readable mask file"):
-        load_masks(tmp_path / "bad.pt", shapes)
+    for name, message in (("bad.pt", "truncated or corrupted"), ("bad.npz", "no readable mask file")):
+        (tmp_path / name).write_bytes(b"nothing")
+        with pytest.raises(UserError, match=message):
+            load_masks(tmp_path / name, shapes)
 
 
 def test_scores_against_loops() -> None:

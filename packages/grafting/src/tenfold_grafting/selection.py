@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tenfold_shared.checkpoint import load_pickled
 from tenfold_shared.errors import UserError
 
 Rank = Literal["min", "dense", "norank"]
@@ -165,12 +166,7 @@ def load_masks(path: Path, shapes: Mapping[str, Sequence[int]]) -> Masks:
     """
     if not path.is_file():
         raise UserError(f"no mask file at {path}: check the path")
-    try:
-        tensors = _packed_masks(path) if path.suffix == ".npz" else _released_masks(path)
-    except UserError:
-        raise
-    except Exception as error:  # torch and numpy raise a different type for each way in which a file can be broken
-        raise UserError(f"{path} is no readable mask file ({str(error).splitlines()[0][:120]})") from error
+    tensors = _packed_masks(path) if path.suffix == ".npz" else _released_masks(path)
     wanted = [tuple(shape) for shape in shapes.values()]
     found = [tuple(tensor.shape) for tensor in tensors]
     if found != wanted:
@@ -179,19 +175,20 @@ def load_masks(path: Path, shapes: Mapping[str, Sequence[int]]) -> Masks:
 
 
 def _released_masks(path: Path) -> list[Tensor]:
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_pickled(path)
     if not isinstance(content, list | tuple) or not all(isinstance(item, Tensor) for item in content):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a list of masks")
     return [item.detach() for item in content]
 
 
 def _packed_masks(path: Path) -> list[Tensor]:
-    with np.load(path, allow_pickle=False) as file:
-        shapes = json.loads(str(file["shapes"].reshape(-1)[0]))
-        return [
-            torch.from_numpy(np.unpackbits(file[f"mask{i}"])[: int(np.prod(shape))].reshape(shape).astype(np.float32))
-            for i, shape in enumerate(shapes)
-        ]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            shapes = json.loads(str(file["shapes"].reshape(-1)[0]))
+            bits = [np.unpackbits(file[f"mask{i}"])[: int(np.prod(shape))] for i, shape in enumerate(shapes)]
+        return [torch.from_numpy(m.reshape(shape).astype(np.float32)) for m, shape in zip(bits, shapes, strict=True)]
+    except Exception as error:  # numpy raises a different type for each way in which a file can be broken
+        raise UserError(f"{path} is no readable mask file ({str(error).partition(chr(10))[0][:120]})") from error
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:

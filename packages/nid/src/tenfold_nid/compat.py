@@ -5,13 +5,14 @@ the shape of the dictionary, is read off the tensors.
 """
 
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tenfold_shared.checkpoint import load_pickled
 
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .errors import DataError
@@ -127,19 +128,13 @@ def load_official_checkpoint(path: str | Path, **overrides: Any) -> NeuralDictio
         overrides: fields of the configuration that the tensors do not tell, such as ``num_topk`` and ``act_type``.
 
     Raises:
-        DataError: the file cannot be read, or its keys do not fit; the message lists them.
+        DataError: the file is missing, or its keys do not fit; the message lists them.
+        UserError: the file is damaged, or holds other objects than tensors.
 
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: there is no such file; the released checkpoint is at {RELEASED_CHECKPOINT}"
-        ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise DataError(
-            f"{path}: not a checkpoint that holds tensors only, or damaged ({type(error).__name__})"
-        ) from error
+    if not Path(path).is_file():
+        raise DataError(f"{path}: there is no such file; the released checkpoint is at {RELEASED_CHECKPOINT}")
+    checkpoint = load_pickled(Path(path))
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: holds no dictionary of tensors under 'model'")
