@@ -100,13 +100,13 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
         if pictures is not None:
             drawn.append(pictures)
         figure, axes = plt.subplots(figsize=(6.4, 0.5 + 0.42 * max(3, len(_arms(widest)))), layout="constrained")
-        _bars(axes, widest, claim)
+        _points(axes, widest, claim)
         collapsed = sum(bool(extras.get("collapsed")) for arm in widest.arms.values() for extras in arm.extras)
         drawn.append(
             ReportFigure(
                 figure,
                 title=f"{claim.metric.name} by arm",
-                caption=f"{widest.claim}: dots are seeds, bars their mean; crosses are collapsed runs ({collapsed}).",
+                caption=f"{widest.claim}: dots are seeds, upright lines their mean; crosses are collapsed runs ({collapsed}).",
                 alt=f"{claim.metric.name} of every arm and seed",
             )
         )
@@ -180,18 +180,16 @@ def _pictures(claim: Claim, outcome: Outcome, folder: Path) -> ReportFigure | No
     )
 
 
-def _bars(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
+def _points(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
     arms = _arms(outcome)
     colours = _colours(arms)
     for place, (name, pairs) in enumerate(arms.items()):
         values = [value for value, _ in pairs]
-        axes.barh(place, float(np.mean(values)), color=colours[name], alpha=0.35)
+        axes.plot(float(np.mean(values)), place, "|", markersize=22, markeredgewidth=3, color=colours[name])
         for value, extras in pairs:
             axes.plot(value, place, "x" if extras.get("collapsed") else "o", color=colours[name])
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
-    values = [value for pairs in arms.values() for value, _ in pairs]
-    axes.set_xlim(min(values) - 0.2 * (max(values) - min(values)) - 0.1, None)
     axes.set_xlabel(f"{claim.metric.name}, {claim.metric.unit}")
 
 

@@ -138,8 +138,6 @@ def bar_chart(axes: "Axes", values: Mapping[str, Sequence[float]], label: str, *
     axes.set_ylabel(label)
     if log:
         axes.set_yscale("log")
-    elif min(means) > 0.5 * max(means):
-        axes.set_ylim(bottom=0.5 * min(means))
 
 
 def pictures(plt: Any, arms: Arms, folder: Path) -> "Figure":

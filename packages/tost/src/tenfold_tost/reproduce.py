@@ -107,10 +107,10 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
     shown, arms = next(iter(groups.items()))
     pages = (
         (
-            partial(_bars, groups=groups),
+            partial(_points, groups=groups),
             "What each technique brings under each mask",
-            f"{where}: bars are means over the seeds, dots the seeds. All arms of a seed share mask, start and batches.",
-            "Grouped bars of test accuracy by mask and technique with a dot for every seed",
+            f"{where}: lines are means over the seeds, dots the seeds. All arms of a seed share mask, start and batches.",
+            "Mean test accuracy by mask and technique with a dot for every seed",
         ),
         (
             partial(_losses, arms=arms),
@@ -155,19 +155,17 @@ def _colours(names: Iterable[str]) -> dict[str, str]:
     return dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS)))
 
 
-def _bars(axes: "Axes", groups: Mapping[str, Arms]) -> None:
+def _points(axes: "Axes", groups: Mapping[str, Arms]) -> None:
     colours = _colours(name for arms in groups.values() for name in arms)
     width = 0.8 / len(colours)
-    lowest = 100.0
     for j, (name, colour) in enumerate(colours.items()):
         found = [(i, arms[name]) for i, arms in enumerate(groups.values()) if name in arms and arms[name].n]
         places = [i + (j - (len(colours) - 1) / 2) * width for i, _ in found]
-        axes.bar(places, [arm.mean or 0.0 for _, arm in found], 0.9 * width, color=colour, label=name, alpha=0.75)
+        means = [arm.mean or 0.0 for _, arm in found]
+        axes.plot(places, means, "_", markersize=14, markeredgewidth=3, color=colour, label=name)
         for place, (_, arm) in zip(places, found, strict=True):
             values = [value for value in arm.values if value is not None]
-            lowest = min(lowest, *values)
             axes.plot([place] * len(values), values, "o", color="black", markersize=2.5)
-    axes.set_ylim(max(0.0, lowest - 4.0), 100.0)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("test accuracy, %")
     axes.legend(ncols=6, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12))
