@@ -218,9 +218,9 @@ def test_tables_of_the_readmes_are_generated_and_checked(house, capsys):
     assert "not reproduced" in (house / "gallery.html").read_text()
 
 
-def test_costs_in_a_readme_are_filled_in_from_the_benchmarks_files(house, capsys):
+def test_numbers_in_a_readme_are_filled_in_from_the_result_files(house, capsys):
     readme = house / "packages" / "demo" / "README.md"
-    readme.write_text(readme.read_text() + "<!-- cost:begin -->\n<!-- cost:end -->\n")
+    readme.write_text(readme.read_text() + "<!-- found:begin -->\n<!-- found:end -->\n<!-- cost:begin -->\n<!-- cost:end -->\n")
     benchmarks = house / "packages" / "demo" / "results" / "benchmarks"
     benchmarks.mkdir(parents=True)
     (benchmarks / "step-cpu.json").write_text('{"ratio": 3.0588, "rows": [{"pool": 10000}, {"pool": 50000}]}')
@@ -229,11 +229,13 @@ def test_costs_in_a_readme_are_filled_in_from_the_benchmarks_files(house, capsys
         "a step of <b> costs {{ '%.1f' % step_cpu.ratio }} x less\n\n| pool |\n|---|\n"
         "{% for row in step_cpu.rows %}\n| {{ '{:,}'.format(row.pool) }} |\n{% endfor %}\n"
     )
+    (benchmarks.parent / "found.md.j2").write_text("{{ benchmarks.step_cpu.rows | length }} pools")
     assert main(["check", str(house)]) == 1
     assert main(["write", str(house)]) == 0
     assert main(["check", str(house)]) == 0
+    assert "<!-- found:begin -->\n2 pools\n<!-- found:end -->" in readme.read_text()
     filled = "a step of <b> costs 3.1 x less\n\n| pool |\n|---|\n| 10,000 |\n| 50,000 |\n"
-    assert readme.read_text().endswith(f"more\n<!-- cost:begin -->\n{filled}<!-- cost:end -->\n")
+    assert readme.read_text().endswith(f"<!-- found:end -->\n<!-- cost:begin -->\n{filled}<!-- cost:end -->\n")
     readme.write_text(readme.read_text().replace("3.1 x", "4.1 x"))
     assert main(["check", str(house)]) == 1
     template.write_text("{{ step_gpu.ratio }}")

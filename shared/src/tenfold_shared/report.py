@@ -325,9 +325,9 @@ def readme_blocks(root: Path) -> dict[Path, str]:
     for name, (claim_set, outcomes) in packages.items():
         readme = root / "packages" / name / "README.md"
         text = _with_block(_text(readme), readme, "results", _results_block(claim_set, outcomes))
-        template = readme.parent / "results" / "benchmarks" / "cost.md.j2"
-        if template.is_file():
-            text = _with_block(text, readme, "cost", _cost_block(template))
+        for template in sorted((readme.parent / "results").rglob("*.md.j2")):
+            filled = _render(template, **_contents(template.parent)).strip()
+            text = _with_block(text, readme, template.name.removesuffix(".md.j2"), filled)
         expected[readme] = text
     readme = root / "README.md"
     if packages:
@@ -348,10 +348,10 @@ def _results_block(claim_set: ClaimSet, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts)
 
 
-def _cost_block(template: Path) -> str:
-    """The template filled from the benchmarks' files beside it, each by its name with ``_`` for ``-``."""
-    files = sorted(template.parent.glob("*.json"))
-    return _render(template, **{file.stem.replace("-", "_"): json.loads(_text(file)) for file in files}).strip()
+def _contents(folder: Path) -> dict[str, Any]:
+    """What a README's template is filled with: the files beside it and below, by their names with ``_`` for ``-``."""
+    below = {path.name: _contents(path) for path in folder.iterdir() if path.is_dir()}
+    return below | {file.stem.replace("-", "_"): json.loads(_text(file)) for file in folder.glob("*.json")}
 
 
 def _papers_block(readme: Path, packages: Mapping[str, tuple[ClaimSet, Sequence[Outcome]]]) -> str:
