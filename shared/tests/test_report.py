@@ -220,7 +220,9 @@ def test_tables_of_the_readmes_are_generated_and_checked(house, capsys):
 
 def test_numbers_in_a_readme_are_filled_in_from_the_result_files(house, capsys):
     readme = house / "packages" / "demo" / "README.md"
-    readme.write_text(readme.read_text() + "<!-- found:begin -->\n<!-- found:end -->\n<!-- cost:begin -->\n<!-- cost:end -->\n")
+    readme.write_text(
+        readme.read_text() + "<!-- found:begin -->\n<!-- found:end -->\n<!-- cost:begin -->\n<!-- cost:end -->\n"
+    )
     benchmarks = house / "packages" / "demo" / "results" / "benchmarks"
     benchmarks.mkdir(parents=True)
     (benchmarks / "step-cpu.json").write_text('{"ratio": 3.0588, "rows": [{"pool": 10000}, {"pool": 50000}]}')
