@@ -10,6 +10,7 @@ from tenfold_augnerf import (
     RELEASED,
     CheckpointError,
     ModelConfig,
+    Rays,
     RaySampling,
     create_model,
     load_official_checkpoint,
@@ -44,6 +45,30 @@ def test_sizes_are_recognised_and_files_round_trip(name: str, tmp_path: Path) ->
     assert (found.kind, found.depth, found.width, found.viewdirs) == (
         SMALL[name].kind, SMALL[name].depth, 16, SMALL[name].viewdirs
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tiny", "nerf", "mip-nerf"])
+def test_a_reloaded_field_renders_what_it_rendered(name: str, tmp_path: Path) -> None:
+    """Also with a density that the released layout does not know: the file names it, and says nothing else."""
+    torch.manual_seed(0)
+    model = create_model(name, SAMPLING, white=True)
+    checkpoint = to_official(model)
+    assert checkpoint.keys() - {"global_step", "model", "optimizer"} == ({"density"} if name == "tiny" else set())
+    torch.save(checkpoint, tmp_path / "00000000.ckpt")
+    loaded = load_official_checkpoint(tmp_path / "00000000.ckpt", SAMPLING, white=True)
+    directions = torch.tensor([0.0, 0.0, -1.0]) + 0.2 * torch.randn(5, 3)
+    rays = Rays(torch.tensor([[0.0, 0.0, 4.0]]).expand(5, 3), directions, None, torch.full((5, 1), 0.01))
+    with torch.no_grad():
+        before, after = model(rays), loaded(rays)
+    assert torch.equal(before.rgb, after.rgb)
+    assert torch.equal(before.acc, after.acc)
+    assert float(before.acc.max()) > 0.1, "an empty scene would prove nothing"
+
+
+def test_an_unknown_density_is_refused() -> None:
+    checkpoint = to_official(create_model(SMALL["plain"], SAMPLING))
+    with pytest.raises(CheckpointError, match="density is 'exp': the activations are relu, softplus"):
+        load_official_checkpoint({**checkpoint, "density": "exp"}, SAMPLING)
 
 
 def test_names_are_the_released_ones() -> None:

@@ -1,14 +1,15 @@
 """The released checkpoints (section 4): their layout, other NeRF codes' layouts, export.
 
 A released file holds `global_step`, `model` and `optimizer`. Keys of the model are `nerf.mlp.*`, `nerf_fine.mlp.*` and,
-for adversarial models, `nerf_adv.mlp.*`; our state dicts have the same names.
+for adversarial models, `nerf_adv.mlp.*`; our state dicts have the same names. The released networks know one density, a
+ReLU; a file of ours with another names it under `density`, which other readers of the layout pass over.
 """
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tenfold_shared.errors import UserError
 
 logger = logging.getLogger(__name__)
 BRANCHES = ("nerf", "nerf_fine", "nerf_adv")
+Density = Literal["relu", "softplus"]
 
 
 class CheckpointError(UserError):
@@ -50,8 +52,21 @@ def convert(content: Mapping[str, Any], where: str = "the checkpoint") -> dict[s
     return state
 
 
-def recognise(state: Mapping[str, Tensor]) -> ModelConfig:
-    """Depth, width and encodings from the shapes of a state dict with released names.
+def density_of(content: Mapping[str, Any]) -> Density:
+    """The activation of the density that a file names under `density`; the released one where it names none.
+
+    Raises:
+        CheckpointError: an activation that there is not.
+
+    """
+    named = content.get("density", "relu")
+    if named not in get_args(Density):
+        raise CheckpointError(f"the checkpoint's density is {named!r}: the activations are {', '.join(get_args(Density))}")
+    return cast(Density, named)
+
+
+def recognise(state: Mapping[str, Tensor], density: Density = "relu") -> ModelConfig:
+    """Depth, width and encodings from the shapes of a state dict with released names, which say nothing on the density.
 
     Raises:
         CheckpointError: the layers that tell are missing.
@@ -71,7 +86,15 @@ def recognise(state: Mapping[str, Tensor]) -> ModelConfig:
     octaves = (points // 3 - 1) // 2 if embedded else ModelConfig.octaves
     view_octaves = (directions // 3 - 1) // 2 if embedded and directions else ModelConfig.view_octaves
     return ModelConfig(
-        "nerf", depth, width, octaves, view_octaves, viewdirs=views is not None, use_embed=embedded, conv_embed=conv
+        "nerf",
+        depth,
+        width,
+        octaves,
+        view_octaves,
+        viewdirs=views is not None,
+        use_embed=embedded,
+        conv_embed=conv,
+        density=density,
     )
 
 
@@ -133,7 +156,7 @@ def load_official_checkpoint(
         state |= {
             name.replace("nerf.", "nerf_fine.", 1): value for name, value in state.items() if name.startswith("nerf.")
         }
-    model = create_model(recognise(state), sampling, white=white, variant=variant)
+    model = create_model(recognise(state, density_of(content)), sampling, white=white, variant=variant)
     load_state(model, state)
     return model
 
@@ -141,10 +164,13 @@ def load_official_checkpoint(
 def to_official(model: nn.Module, *, step: int = 0, optimizer: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A checkpoint in the released layout, to be written with torch.save as `checkpoints/{step:08d}.ckpt`.
 
-    A renderer whose fine field is its coarse one has both sets of keys, as the release does.
+    A renderer whose fine field is its coarse one has both sets of keys, as the release does. A density other than the
+    released ReLU is named under `density`: `load_official_checkpoint` reads it; other programs would render another scene.
     """
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return {"global_step": step, "model": state, "optimizer": dict(optimizer or {})}
+    checkpoint = {"global_step": step, "model": state, "optimizer": dict(optimizer or {})}
+    density = getattr(getattr(model, "nerf", None), "density", "relu")
+    return checkpoint if density == "relu" else {**checkpoint, "density": density}
 
 
 def from_keras(arrays: Sequence[np.ndarray], prefix: str = "nerf.mlp.") -> dict[str, Tensor]:
