@@ -12,4 +12,3 @@ class TestConformance(Conformance):
     train = ["--config", "blocks-tiny", *SMALL, "--optim.steps", "120", "--optim.lr", "2e-5", "--attack.warmup", "0"]
     reproduce = ["smoke", "--seeds", "2"]
     needs_data = ["--config", "llff-fern"]
-    eval_options = ["--data.name", "blocks-tiny", "--data.near", "2.4", "--data.far", "5.6"]

@@ -1,6 +1,7 @@
 """Every recipe is built and stepped, every method and option runs, and Aug-NeRF learns."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tenfold_augnerf import export, sharpness
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import load_renderer, scores_of
+from tenfold_augnerf.evaluate import EvalConfig, as_trained, data_of, evaluate, load_renderer, scores_of
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
@@ -17,7 +18,7 @@ from tenfold_augnerf.views import Views
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_shared.scenes import blocks_cameras
+from tenfold_shared.scenes import blocks_cameras, blocks_views, write_blender
 
 TINY = ModelConfig(depth=3, width=16, octaves=4, view_octaves=1, density="softplus")
 DATA = DataConfig(name="blocks-tiny", near=2.4, far=5.6, views=2)
@@ -205,8 +206,6 @@ def test_a_collapsed_run_is_noticed(tmp_path: Path) -> None:
 
 def test_sweeps_are_judged_on_validation_views(tmp_path: Path) -> None:
     sweep(recipe("nerf", steps=1), options(tmp_path, "grid"), {"optim.lr": [1e-3, 1e-2]}, seeds=1, jobs=1)
-    import json  # noqa: PLC0415
-
     found = json.loads((tmp_path / "augnerf" / "sweep-grid" / "sweep.json").read_text())
     assert found["metric"] == "validation PSNR, dB"
     assert len(found["points"]) == 2
@@ -217,3 +216,39 @@ def test_prepared_folders(layout: str, tmp_path: Path) -> None:
     export.prepare(PrepareConfig(DataConfig(name="blocks-tiny"), layout, tmp_path / "made"))
     names = {"rays": "meta.json", "blender": "transforms_train.json", "llff": "poses_bounds.npy"}
     assert (tmp_path / "made" / names[layout]).is_file()
+
+
+def test_a_run_is_judged_on_the_data_it_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in the Blender layout is what `eval` of a run on it reads, unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+    for split, count, offset in (("train", 2, 0.0), ("val", 1, 23.0), ("test", 2, 68.0)):
+        write_blender(tmp_path / "sets" / "made", blocks_views(count, 12, offset), split)
+    own = DataConfig(name="blender", root=Path("sets"), scene="made", test_skip=1, near=2.4, far=5.6)
+    with Run("augnerf", recipe("nerf"), options(tmp_path)) as run:
+        _, result = run_recipe(run, dataclasses.replace(recipe("nerf"), data=own))
+    folder = tmp_path / "augnerf" / "x"
+
+    def judged(*, checkpoint: Path = folder, **asked: object) -> dict:
+        capsys.readouterr()
+        evaluate(EvalConfig(checkpoint, **asked), options(tmp_path))
+        return json.loads(capsys.readouterr().out)
+
+    found = judged()
+    assert found["data"] == "blender made"
+    assert found["psnr"] == pytest.approx(result.test["psnr"], abs=1e-5)
+    (tmp_path / "sets").rename(tmp_path / "moved")
+    moved = judged(data=dataclasses.replace(as_trained(), root=tmp_path / "moved"))
+    assert moved == found
+    assert data_of(folder, dataclasses.replace(as_trained(), near=2.0, far=6.0)) == dataclasses.replace(
+        own, near=2.0, far=6.0
+    )
+    other = judged(data=DATA)
+    assert other["data"] == "blocks-tiny"
+    assert other["psnr"] != found["psnr"]
+
+    export.export(ExportConfig(folder, DATA, points=8, threshold=0.1), options(tmp_path, "out"))
+    assert judged(checkpoint=tmp_path / "augnerf" / "out" / "00000000.ckpt", samples=[6, 5])["data"] == "blocks-tiny"
+    with pytest.raises(UserError, match="as-trained needs a checkpoint"):
+        load_data(as_trained())

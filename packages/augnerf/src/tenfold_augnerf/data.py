@@ -29,6 +29,7 @@ DataName = Literal[
     "deepvoxels",
     "linemod",
     "prepared",
+    "as-trained",
 ]
 Kind = Literal[
     "none", "saltpepper", "saltpepper-bernoulli", "gaussian", "poisson", "blur", "exposure", "jpeg", "occlusion"
@@ -53,7 +54,8 @@ class DataConfig:
     """Which pictures, and what is done to the training views."""
 
     name: DataName = "blocks-tiny"
-    """The data set: an exact scene of blocks in several sizes, a published layout, or a folder of prepared rays."""
+    """The data set: an exact scene of blocks in several sizes, a published layout, or a folder of prepared rays.
+    as-trained, for what reads a checkpoint: what the checkpoint was trained on; further options take the place of its own."""
     scene: str = ""
     """Scene of the data set, a folder's name."""
     root: Path | None = None
@@ -150,6 +152,8 @@ def load_data(config: DataConfig) -> Data:
         UserError: the data set is not there or damaged, or the configuration does not fit it.
 
     """
+    if config.name == "as-trained":
+        raise UserError("--data.name as-trained needs a checkpoint that was trained on something: name a data set")
     if config.name == "prepared":
         return _prepared(config)
     splits = READERS[config.name.partition("-")[0]](config)

@@ -159,13 +159,18 @@ def memorised(renderer: Renderer, data: Data) -> dict[str, float]:
 # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
 
+def as_trained() -> DataConfig:
+    """Where a checkpoint is read, its own data is the default."""
+    return DataConfig(name="as-trained")
+
+
 @dataclasses.dataclass
 class EvalConfig:
     """What to evaluate."""
 
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a .ckpt or .tar file of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig = dataclasses.field(default_factory=as_trained)
     """The pictures."""
     split: str = "test"
     """Views to evaluate on: test, validation or train."""
@@ -178,6 +183,29 @@ class EvalConfig:
 def weights_file(checkpoint: Path) -> Path:
     """The weights of a run's folder, or the file itself."""
     return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
+
+
+def data_of(checkpoint: Path, asked: DataConfig) -> DataConfig:
+    """The data asked for; without a name, that of the checkpoint's training, changed in what else is asked for.
+
+    A checkpoint that does not say what it was trained on, as those of other programs, gets the smallest blocks, with a
+    message.
+
+    Raises:
+        UserError: the checkpoint is not there or damaged.
+
+    """
+    if asked.name != "as-trained":
+        return asked
+    path = weights_file(checkpoint)
+    trained = load_weights(path)[1].get("data") if path.suffix == ".safetensors" else None
+    if trained is None:
+        print(f"{path} does not say what it was trained on: blocks-tiny is taken, or name it by --data", file=sys.stderr)
+        return dataclasses.replace(asked, name=DataConfig.name)
+    root = None if trained["root"] is None else Path(trained["root"])
+    own = DataConfig(**{**trained, "root": root})
+    values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked) if field.name != "name"}
+    return dataclasses.replace(own, **{name: v for name, v in values.items() if v != getattr(DataConfig, name)})
 
 
 def load_renderer(checkpoint: Path, data: Data, samples: list[int] | None = None) -> tuple[Renderer, dict[str, Any]]:
@@ -234,7 +262,8 @@ def perceptual_scores_work() -> bool:
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the scores of a checkpoint as one JSON line."""
-    data = load_data(config.data)
+    chosen = data_of(config.checkpoint, config.data)
+    data = load_data(chosen)
     perceptual = config.lpips and perceptual_scores_work()
     views = views_of(data, config.split)
     renderer, about = load_renderer(config.checkpoint, data, config.samples or None)
@@ -242,4 +271,5 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         renderer = renderer.to(run.device)
         scores = scores_of(renderer, views.to(run.device), exact=bool(data.scene), perceptual=perceptual, run=run)
         if run.is_main:
-            print(json.dumps({**about, **{name: value for name, value in scores.items() if name != "mse"}}))
+            seen = {"data": f"{chosen.name} {chosen.scene}".strip(), "split": config.split}
+            print(json.dumps({**about, **seen, **{name: value for name, value in scores.items() if name != "mse"}}))

@@ -10,7 +10,7 @@ import torch
 from tenfold_augnerf.cameras import exhibit_path
 from tenfold_augnerf.compat import to_official
 from tenfold_augnerf.data import BLOCKS, TEST_OFFSET, VALIDATION_OFFSET, Data, DataConfig, load_data, write_prepared
-from tenfold_augnerf.evaluate import Rendered, load_renderer, render_view, views_of
+from tenfold_augnerf.evaluate import Rendered, as_trained, data_of, load_renderer, render_view, views_of
 from tenfold_augnerf.geometry import chamfer, density_grid, extract_mesh, grid_axes, sample_triangles, write_obj
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import atomic_write, write_text
@@ -27,7 +27,7 @@ class RenderConfig:
 
     checkpoint: Path
     """A run's folder or a checkpoint file, ours or of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig = dataclasses.field(default_factory=as_trained)
     """The pictures whose cameras and bounds are used."""
     split: str = "test"
     """Views to render: test, validation, train, or path: a circle around the scene."""
@@ -37,7 +37,7 @@ class RenderConfig:
 
 def render(config: RenderConfig, options: RunOptions) -> None:
     """Write `<i>.png` (clipped to [0, 1], 8 bit), `depth_<i>.png` (16 bit, near to far) and `depth_<i>.npy`."""
-    data = load_data(config.data)
+    data = load_data(data_of(config.checkpoint, config.data))
     views = path_views(data, config.frames) if config.split == "path" else views_of(data, config.split)
     renderer, _ = load_renderer(config.checkpoint, data)
     folder = options.output / "augnerf" / (options.name or f"render-{config.split}")
@@ -91,7 +91,7 @@ class ExportConfig:
 
     checkpoint: Path
     """A run's folder or a checkpoint file, ours or of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig = dataclasses.field(default_factory=as_trained)
     """The pictures, for the bounds."""
     extents: list[float] = dataclasses.field(default_factory=lambda: [2.0, 2.0, 2.0])
     """Size of the grid in world units: along y, x and z, as the released code orders them."""
@@ -109,7 +109,7 @@ def export(config: ExportConfig, options: RunOptions) -> None:
         raise UserError(
             f"--extents takes three positive sizes and --points 2 or more, got {config.extents}, {config.points}"
         )
-    data = load_data(config.data)
+    data = load_data(data_of(config.checkpoint, config.data))
     renderer, _ = load_renderer(config.checkpoint, data)
     folder = options.output / "augnerf" / (options.name or "export")
     voxel = config.extents[0] / config.points

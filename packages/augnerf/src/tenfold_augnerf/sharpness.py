@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold_augnerf.attack import Step, attack
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import load_renderer, rays_at_once, views_of
+from tenfold_augnerf.evaluate import as_trained, data_of, load_renderer, rays_at_once, views_of
 from tenfold_augnerf.objective import Objective, Starts, random_starts
 from tenfold_augnerf.perturbation import KEYS, radius
 from tenfold_augnerf.renderer import Renderer
@@ -116,7 +116,7 @@ class SharpnessConfig:
 
     checkpoint: Path
     """A run's folder or a checkpoint file, ours or of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig = dataclasses.field(default_factory=as_trained)
     """The pictures."""
     split: str = "test"
     """Views whose error is looked at."""
@@ -128,7 +128,7 @@ class SharpnessConfig:
 
 def sharpness(config: SharpnessConfig, options: RunOptions) -> None:
     """Write the curves of a checkpoint as `sharpness.json` and `sharpness.png`, and print them."""
-    data: Data = load_data(config.data)
+    data: Data = load_data(data_of(config.checkpoint, config.data))
     views = views_of(data, config.split)
     renderer, _ = load_renderer(config.checkpoint, data)
     with Run.evaluation("augnerf", options) as run:

@@ -424,6 +424,7 @@ def run_recipe(run: Run, recipe: Recipe, data: Data | None = None) -> tuple[Rend
         "samples": [recipe.coarse, recipe.fine],
         "inverse": recipe.inverse,
         "method": recipe.method,
+        "data": {**dataclasses.asdict(recipe.data), "root": None if recipe.data.root is None else str(recipe.data.root)},
     }
     run.complete("last", renderer, **about)
     test = scores_of(renderer, data.test, exact=exact, run=run)
