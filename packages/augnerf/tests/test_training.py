@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tenfold_augnerf.evaluate import EvalConfig, as_trained, data_of, evaluate, 
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
-from tenfold_augnerf.train import Attack, Optimisation, Recipe, Trainer, run_recipe
+from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, run_recipe
 from tenfold_augnerf.views import Views
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -63,6 +64,28 @@ def test_every_recipe_is_built_and_stepped(name: str, tmp_path: Path) -> None:
     assert losses.clean.isfinite()
     assert (losses.adversarial is None) == (chosen.method == "nerf")
     assert not torch.equal(trainer.renderer.nerf.mlp.pts_linears[0].weight, before)
+
+
+@pytest.mark.parametrize("name", list(recipes("tenfold_augnerf")))
+def test_every_method_goes_with_every_recipe(name: str, tmp_path: Path) -> None:
+    """`--config NAME --method METHOD` and nothing else: an outer step of each, at a small size, with the attack in force."""
+    chosen = load_recipe("tenfold_augnerf", name, Recipe)
+    chosen = dataclasses.replace(
+        chosen,
+        model=dataclasses.replace(chosen.model, depth=2, width=8),
+        coarse=4,
+        fine=min(chosen.fine, 3),
+        attack=dataclasses.replace(chosen.attack, warmup=0.0, ramp=0.0),
+        optim=dataclasses.replace(chosen.optim, batch_rays=3),
+    )
+    data = generated(chosen.data)
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        for method in get_args(Method):
+            trainer = Trainer(run, dataclasses.replace(chosen, method=method), data)
+            losses = trainer.step(0)
+            assert losses.clean.isfinite(), method
+            assert (losses.adversarial is None) == (method in ("nerf", "sam")), method
+            assert (trainer.renderer.variant.branch == "auxiliary") == (method == "auxiliary")
 
 
 VARIANTS = {

@@ -66,7 +66,8 @@ class Attack:
     start: Literal["random", "zero"] = "random"
     """Where the ascent starts."""
     cost: Cost = "plain"
-    """plain; reuse: the clean backward pass gives the gradient (one step from zero); heads: features are shared."""
+    """plain; reuse: the clean backward pass gives the gradient (one step from zero; only aug, others: plain); heads:
+    features are shared."""
     every: int = 1
     """Attack at every n-th step only."""
     replays: int = 1
@@ -158,7 +159,7 @@ class Recipe:
             raise UserError("--optim.steps, lr and batch_rays take positive numbers, --optim.chunk 0 or more")
         if self.coarse < 2 or self.fine < 0:
             raise UserError(f"--coarse {self.coarse} and --fine {self.fine}: take 2 or more and 0 or more")
-        if self.method in ("awp", "auxiliary") and (self.attack.cost != "plain" or self.attack.replays > 1):
+        if self.method in ("awp", "auxiliary") and (self.attack.cost == "heads" or self.attack.replays > 1):
             raise UserError(f"--method {self.method} goes with --attack.cost plain and no replays")
         RadiusSchedule(self.attack.warmup, self.attack.ramp, self.attack.anneal)
 
@@ -208,6 +209,9 @@ def build(recipe: Recipe, data: Data) -> Renderer:
 def adversary_of(recipe: Recipe, renderer: Renderer, data: Data) -> Adversary | None:
     """Who perturbs: None for plain NeRF and SAM; without keys for AWP.
 
+    The clean backward pass gives the worst-case gradient of the shared branch alone: where a recipe has `cost: reuse` and
+    another method is asked for, that one is computed plainly.
+
     Raises:
         UserError: keys that do not exist, that this renderer does not expose, or that the mode of cost excludes.
 
@@ -215,6 +219,7 @@ def adversary_of(recipe: Recipe, renderer: Renderer, data: Data) -> Adversary | 
     attack = recipe.attack
     if recipe.method in ("nerf", "sam"):
         return None
+    cost = "plain" if attack.cost == "reuse" and recipe.method != "aug" else attack.cost
     if recipe.method == "awp":
         return Adversary({}, weight=attack.weight, mix=attack.mix)
     steps = steps_of(
@@ -238,7 +243,7 @@ def adversary_of(recipe: Recipe, renderer: Renderer, data: Data) -> Adversary | 
         weight=attack.weight,
         mix=attack.mix,
         restarts=attack.restarts,
-        cost="plain" if recipe.method == "random" and attack.cost == "reuse" else attack.cost,
+        cost=cost,
         zero_start=attack.start == "zero" and recipe.method != "random",
     )
 
