@@ -1,5 +1,6 @@
 """The outer step, and its modes of cost: each gives the gradients of the plain computation where it is exact."""
 
+import contextlib
 from collections.abc import Mapping
 
 import pytest
@@ -185,15 +186,21 @@ def test_heads_share_the_samples_and_features() -> None:
     torch.testing.assert_close(losses.adversarial, anew(delta).mean().detach())
 
 
-def test_free_replay_is_the_outer_step_and_one_ascent() -> None:
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+def test_free_replay_is_the_outer_step_and_one_ascent(chunk: int, norm: str) -> None:
     model, batch = setting()
-    steps = steps_of_keys(LOW)
+    steps = steps_of_keys(LOW, norm)
     adversary = Adversary(steps, weight=0.4)
     starts = random_starts(
         steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
     )
     delta = dict(starts(0, slice(0, 7)))
-    losses, following = free_replay(model, batch, adversary, delta)
+    alive = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: alive.append(len(inputs[0].origins)))
+    losses, following = free_replay(model, batch, adversary, delta, chunk=chunk)
+    handle.remove()
+    assert max(alive) == (chunk or 7)
     found = gradients(model)
     leaves = {key: value.detach().requires_grad_() for key, value in delta.items()}
     objective = Objective()
@@ -202,8 +209,48 @@ def test_free_replay_is_the_outer_step_and_one_ascent() -> None:
     (0.6 * clean + 0.4 * worst).backward()
     same(found, gradients(model))
     torch.testing.assert_close(losses.adversarial, worst.detach())
+    torch.testing.assert_close(losses.clean, clean.detach())
     for key, leaf in leaves.items():
         torch.testing.assert_close(following[key], ascend(leaf.detach(), leaf.grad, steps[key]))
+
+
+def test_free_replay_keeps_the_cameras_whole() -> None:
+    """A camera's perturbation is moved by all of its rays, so that chunks change nothing."""
+    model, batch = setting()
+    steps = {"cam_r": Step(0.01, 0.004, 1, "l_2"), "cam_t": Step(0.02, 0.01, 1, "l_2")}
+    delta = {key: torch.full((2, 3), 0.001, dtype=torch.float64) for key in steps}
+    _, whole = free_replay(model, batch, Adversary(steps), delta)
+    model.zero_grad()
+    _, cut = free_replay(model, batch, Adversary(steps), delta, chunk=2)
+    same(cut, whole)
+
+
+def test_weights_are_perturbed_under_the_perturbations() -> None:
+    """AWP with keys (section 2.4): the attack first, then the weights for the loss under it, then both outer renderings."""
+    model, batch = setting()
+    steps = steps_of_keys(LOW)
+    starts = random_starts(
+        steps, model.geometry(40, 50), 7, torch.Generator().manual_seed(3), torch.float64, zero=False
+    )
+    objective, awp, whole = Objective(), WeightPerturbation(model, gamma=0.02), slice(0, 7)
+    with frozen(model):
+        leaves = {key: value.clone().requires_grad_() for key, value in starts(0, whole).items()}
+        found = torch.autograd.grad(objective(model(batch.rays, leaves), batch.truth).mean(), list(leaves.values()))
+    delta = {key: ascend(leaves[key].detach(), g, steps[key]) for key, g in zip(leaves, found, strict=True)}
+    direction = awp.direction(model, lambda net: objective(net(batch.rays, delta), batch.truth).mean())
+    with awp.applied(model, direction):
+        worst = objective(model(batch.rays, delta), batch.truth).mean()
+        (0.5 * objective(model(batch.rays, draws=batch.draws), batch.truth).mean() + 0.5 * worst).backward()
+    expected = gradients(model)
+    other = WeightPerturbation(model, gamma=0.02)
+    with contextlib.ExitStack() as stack:
+
+        def perturb(loss) -> None:
+            stack.enter_context(other.applied(model, other.direction(model, loss)))
+
+        losses = accumulate(model, batch, Adversary(steps), starts, perturb_weights=perturb)
+    same(gradients(model), expected)
+    torch.testing.assert_close(losses.adversarial, worst.detach())
 
 
 @pytest.mark.parametrize(
@@ -213,6 +260,7 @@ def test_free_replay_is_the_outer_step_and_one_ascent() -> None:
         ({"cost": "reuse", "steps": steps_of_keys(["raw_c"], iterations=2)}, "one ascent step"),
         ({"cost": "reuse", "mode": "random", "steps": steps_of_keys(["raw_c"])}, "one ascent step"),
         ({"cost": "reuse", "steps": {"cam_r": Step(1, 1), "cam_t": Step(1, 1)}}, "camera keys"),
+        ({"cost": "reuse", "weight": 1.0, "steps": steps_of_keys(["raw_c"])}, "lambda 1 gives no weight"),
         ({"weight": 1.5}, "lambda"),
     ],
 )

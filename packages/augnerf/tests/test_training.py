@@ -14,7 +14,7 @@ from tenfold_augnerf.evaluate import EvalConfig, as_trained, data_of, evaluate, 
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
-from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, run_recipe
+from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, budget_of, run_recipe
 from tenfold_augnerf.views import Views
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -93,6 +93,7 @@ VARIANTS = {
     "random": recipe("random"),
     "unadv": recipe("unadv"),
     "awp": recipe("awp"),
+    "awp-aug": recipe("awp-aug", cost="reuse"),
     "sam": recipe("sam"),
     "auxiliary": recipe("auxiliary"),
     "plain l_2": recipe(norm=["l_2"], iterations=[2], restarts=2),
@@ -122,6 +123,43 @@ def test_every_method_and_option_runs(name: str, tmp_path: Path) -> None:
     assert {n for n in before if n.startswith("nerf.mlp")} <= moved
 
 
+def test_both_kinds_of_perturbations_together(tmp_path: Path) -> None:
+    """`awp-aug` without radii has the gradients of AWP, and without γ those of Aug-NeRF; with both it has neither."""
+    found = {}
+    for name, method, changes in (
+        ("awp", "awp", {}),
+        ("no-radii", "awp-aug", {"eps": [0.0]}),
+        ("warmup", "awp-aug", {"warmup": 1.0}),
+        ("aug", "aug", {}),
+        ("no-gamma", "awp-aug", {"awp_gamma": 0.0}),
+        ("both", "awp-aug", {}),
+    ):
+        chosen = recipe(method, **changes)
+        with Run("augnerf", chosen, options(tmp_path, name)) as run:
+            trainer = Trainer(run, chosen, load_data(DATA))
+            trainer.step(0)
+        found[name] = torch.cat([p.grad.flatten() for p in trainer.renderer.parameters() if p.grad is not None])
+    for one, other in (("awp", "no-radii"), ("awp", "warmup"), ("aug", "no-gamma")):
+        torch.testing.assert_close(found[one], found[other], rtol=1e-3, atol=1e-6)
+    for other in ("awp", "aug"):
+        assert float((found["both"] - found[other]).norm()) > 1e-3 * float(found[other].norm())
+
+
+def test_the_budget_names_what_is_perturbed(tmp_path: Path) -> None:
+    for method, levels, expected in (
+        ("aug", ["features"], ["feat_c", "feat_f"]),
+        ("random", ["samples"], ["raw_c", "raw_f", "rgb"]),
+        ("aug", [], KEYS),
+        ("awp", [], []),
+    ):
+        chosen = recipe(method, levels=levels, eps=[0.1 * (1 + i) for i in range(len(KEYS))])
+        with Run("augnerf", chosen, options(tmp_path, f"{method}{len(levels)}{len(expected)}")) as run:
+            lines = budget_of(Trainer(run, chosen, load_data(DATA)))
+        assert [line.partition(":")[0] for line in lines] == expected
+        if levels == ["features"]:
+            assert lines[1] == "feat_f: 0.5 of a feature"
+
+
 def test_auxiliary_training_of_the_evaluated_networks_is_plain_training(tmp_path: Path) -> None:
     """As released: whatever the radii, the networks that are evaluated never hear of the perturbations."""
     ends = []
@@ -146,6 +184,13 @@ def test_auxiliary_training_of_the_evaluated_networks_is_plain_training(tmp_path
         ({"cost": "heads"}, "moves samples"),
         ({"levels": ["features"], "keys": ["pts_c"]}, "leaves no key"),
         ({"warmup": 0.9, "ramp": 0.9}, "fractions"),
+        ({"cost": "reuse", "weight": 1.0}, "lambda 1 gives no weight"),
+        ({"replays": 2, "method": "random"}, "attack of its own"),
+        ({"replays": 2, "method": "awp"}, "attack of its own"),
+        ({"replays": 2, "restarts": 2}, "attack of its own"),
+        ({"replays": 2, "cost": "reuse"}, "attack of its own"),
+        ({"replays": 2, "iterations": [2]}, "attack of its own"),
+        ({"cost": "heads", "method": "auxiliary"}, "no features to share"),
     ],
 )
 def test_bad_attacks_are_refused(changes: dict, words: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ backward pass reads is still in the cache.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -60,6 +60,8 @@ class Adversary:
                 raise UserError(
                     "cost reuse is one ascent step from zero: use mode worst, one iteration and one restart"
                 )
+            if not self.clean_weight:
+                raise UserError("cost reuse takes the attack's gradient from the clean loss, to which lambda 1 gives no weight")
             moved = [key for key in self.steps if KEYS[key].leading == "cameras"]
             if moved:
                 raise UserError(f"cost reuse takes no camera keys such as {moved[0]}: use cost plain")
@@ -135,6 +137,10 @@ class Batch(NamedTuple):
         """Rays of the whole batch, over all chunks and processes."""
         return self.total or len(self.truth)
 
+    def part(self, rows: slice) -> "Batch":
+        """Some of the rays, as a part of the same whole."""
+        return Batch(self.rays.chosen(rows), self.truth[rows], self.draws.chosen(rows), self.rays_of_all)
+
 
 Starts = Callable[[int, slice], Mapping[str, Tensor]]
 """(number of the restart, rays of the chunk) -> where the attack starts."""
@@ -173,6 +179,12 @@ def chunks(rays: int, size: int) -> Iterator[slice]:
         yield slice(first, min(rays, first + size))
 
 
+def at_once(batch: Batch, adversary: Adversary | None, objective: "Objective", chunk: int) -> int:
+    """Rays whose graph is alive at once: the chunk, or all (0 too) for keys of cameras and the trimmed loss."""
+    cameras = adversary is not None and any(KEYS[key].leading == "cameras" for key in adversary.steps)
+    return chunk if chunk and not cameras and objective.kind != "trimmed" else max(1, len(batch.truth))
+
+
 def accumulate(
     renderer: Renderer,
     batch: Batch,
@@ -203,23 +215,21 @@ def accumulate(
 
     """
     objective = objective or Objective(renderer.coarse_weight)
-    rays = len(batch.truth)
-    steps = adversary.steps if adversary else {}
-    whole = objective.kind == "trimmed" or any(KEYS[key].leading == "cameras" for key in steps)
-    size = rays if whole or not chunk or perturb_weights else chunk
-    total = batch.rays_of_all
-    sums: dict[str, list[Tensor]] = {"clean": [], "adversarial": [], "squares": [], "acc": []}
-    for rows in chunks(rays, size):
-        part = Batch(batch.rays.chosen(rows), batch.truth[rows], batch.draws.chosen(rows), total)
+    noted = []
+    for rows in chunks(len(batch.truth), at_once(batch, adversary, objective, 0 if perturb_weights else chunk)):
+        part = batch.part(rows)
         begin = None if starts is None else lambda number, rows=rows: starts(number, rows)
         if adversary is None:
             values = _clean(renderer, part, objective, backward)
         else:
             assert begin is not None, "an adversary needs a start"
             values = MODES[adversary.cost](renderer, part, adversary, begin, objective, backward, perturb_weights)
-        for name, value in values.items():
-            sums[name].append(value.detach())
-    mean = {name: torch.stack(found).sum() / rays for name, found in sums.items() if found}
+        noted.append(values)
+    return _means(noted, len(batch.truth))
+
+
+def _means(noted: Sequence[Mapping[str, Tensor]], rays: int) -> Losses:
+    mean = {name: torch.stack([values[name].detach() for values in noted]).sum() / rays for name in noted[0]}
     return Losses(mean["clean"], mean.get("adversarial"), -10 * torch.log10(mean["squares"]), mean["acc"])
 
 
@@ -360,13 +370,33 @@ def free_replay(
     delta: Mapping[str, Tensor],
     *,
     objective: Objective | None = None,
+    chunk: int = 0,
     backward: Backward = Tensor.backward,
 ) -> tuple[Losses, dict[str, Tensor]]:
     """One replay of "free" training: the backward pass that trains the weights also moves δ for the next replay.
 
-    Returns the losses and the next δ; the weights' gradients are those of the outer loss at the given δ.
+    Returns the losses and the next δ; the weights' gradients are those of the outer loss at the given δ. Chunks as in
+    `accumulate`.
     """
     objective = objective or Objective(renderer.coarse_weight)
+    noted, moved = [], []
+    for rows in chunks(len(batch.truth), at_once(batch, adversary, objective, chunk)):
+        own = {key: value[rows] if KEYS[key].leading == "rays" else value for key, value in delta.items()}
+        values, following = _replay(renderer, batch.part(rows), adversary, own, objective, backward)
+        noted.append(values)
+        moved.append(following)
+    joined = {key: torch.cat([part[key] for part in moved]) for key in delta}
+    return _means(noted, len(batch.truth)), joined
+
+
+def _replay(
+    renderer: Renderer,
+    batch: Batch,
+    adversary: Adversary,
+    delta: Mapping[str, Tensor],
+    objective: Objective,
+    backward: Backward,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     total = batch.rays_of_all
     leaves = {key: value.detach().requires_grad_() for key, value in delta.items()}
     perturbed = objective(renderer(batch.rays, leaves), batch.truth)
@@ -379,6 +409,4 @@ def free_replay(
     rendering = renderer(batch.rays, draws=batch.draws)
     loss = objective(rendering, batch.truth)
     backward(adversary.clean_weight * loss.sum() / total)
-    noted = _note(rendering, batch, loss, perturbed)
-    mean = {name: value.detach() / len(batch.truth) for name, value in noted.items()}
-    return Losses(mean["clean"], mean["adversarial"], -10 * torch.log10(mean["squares"]), mean["acc"]), following
+    return _note(rendering, batch, loss, perturbed), following

@@ -24,7 +24,7 @@ from tenfold_augnerf.objective import (
     free_replay,
     random_starts,
 )
-from tenfold_augnerf.perturbation import KEYS, describe_budget
+from tenfold_augnerf.perturbation import KEYS, broadcast, describe_budget
 from tenfold_augnerf.renderer import RELEASED, Draws, RaySampling, Renderer, Variant
 from tenfold_augnerf.schedules import RadiusControl, RadiusSchedule, learning_rate
 from tenfold_augnerf.views import RayBatch, RayBatches
@@ -33,7 +33,8 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 
 logger = logging.getLogger(__name__)
-Method = Literal["nerf", "aug", "random", "unadv", "awp", "sam", "auxiliary"]
+Method = Literal["nerf", "aug", "random", "unadv", "awp", "awp-aug", "sam", "auxiliary"]
+PERTURBED_WEIGHTS = ("awp", "awp-aug")
 GUARD_STEP = 200  # from here on an empty scene is a collapse
 
 
@@ -136,8 +137,8 @@ class Recipe:
     """One experiment."""
 
     method: Method = "aug"
-    """nerf: no perturbation; aug: worst-case; random: only drawn; unadv: helpful; awp and sam: of the weights;
-    auxiliary: as released, through a third network."""
+    """nerf: no perturbation; aug: worst-case; random: only drawn; unadv: helpful; awp and sam: of the weights; awp-aug: of
+    the weights and worst-case; auxiliary: as released, through a third network."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The pictures."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -159,8 +160,15 @@ class Recipe:
             raise UserError("--optim.steps, lr and batch_rays take positive numbers, --optim.chunk 0 or more")
         if self.coarse < 2 or self.fine < 0:
             raise UserError(f"--coarse {self.coarse} and --fine {self.fine}: take 2 or more and 0 or more")
-        if self.method in ("awp", "auxiliary") and (self.attack.cost == "heads" or self.attack.replays > 1):
-            raise UserError(f"--method {self.method} goes with --attack.cost plain and no replays")
+        attack = self.attack
+        if self.method in (*PERTURBED_WEIGHTS, "auxiliary") and attack.cost == "heads":
+            raise UserError(f"--method {self.method} has no features to share: --attack.cost heads is for the other methods")
+        alone = attack.cost == "plain" and attack.restarts == 1 and all(count == 1 for count in attack.iterations)
+        if self.method not in ("nerf", "sam") and attack.replays > 1 and not (alone and self.method in ("aug", "unadv")):
+            raise UserError(
+                "--attack.replays is an attack of its own, one ascent step a replay: it goes with the methods aug and unadv, "
+                "--attack.cost plain, one iteration and one restart"
+            )
         RadiusSchedule(self.attack.warmup, self.attack.ramp, self.attack.anneal)
 
 
@@ -248,13 +256,12 @@ def adversary_of(recipe: Recipe, renderer: Renderer, data: Data) -> Adversary | 
     )
 
 
-def budget_of(recipe: Recipe, renderer: Renderer, data: Data) -> list[str]:
-    """The radii in pixels, bins and 8-bit levels."""
-    geometry = renderer.geometry(*data.train.size, len(data.train))
-    eps = recipe.attack.eps * (len(recipe.attack.keys) if len(recipe.attack.eps) == 1 else 1)
-    if recipe.method in ("nerf", "sam", "awp"):
+def budget_of(trainer: "Trainer") -> list[str]:
+    """The radii of the places that are perturbed, in pixels, bins and 8-bit levels."""
+    if not trainer.keys:
         return []
-    return [describe_budget(key, value, geometry) for key, value in zip(recipe.attack.keys, eps, strict=True)]
+    settings = broadcast(trainer.recipe.attack.keys, eps=trainer.recipe.attack.eps)
+    return [describe_budget(key, float(settings[key]["eps"]), trainer.geometry) for key in trainer.keys]
 
 
 class Trainer:
@@ -267,7 +274,7 @@ class Trainer:
         self.run, self.recipe, self.data = run, recipe, data
         self.renderer = build(recipe, data).to(run.device)
         self.adversary = adversary_of(recipe, self.renderer, data)
-        if run.world > 1 and (recipe.method == "awp" or any(k.startswith("cam") for k in self.keys)):
+        if run.world > 1 and (recipe.method in PERTURBED_WEIGHTS or any(k.startswith("cam") for k in self.keys)):
             raise UserError("AWP and camera keys need all rays in one process: start it without torchrun")
         self.optimiser = torch.optim.Adam(self.renderer.parameters(), optim.lr)
         self.batches = RayBatches(
@@ -284,7 +291,9 @@ class Trainer:
         self.schedule = RadiusSchedule(attack.warmup, attack.ramp, attack.anneal)
         self.control = RadiusControl(attack.target_ratio or 1.0)
         self.awp = (
-            WeightPerturbation(self.renderer, attack.awp_gamma, attack.awp_lr) if recipe.method == "awp" else None
+            WeightPerturbation(self.renderer, attack.awp_gamma, attack.awp_lr)
+            if recipe.method in PERTURBED_WEIGHTS
+            else None
         )
         self.chunk = optim.chunk or rays_at_once(self.renderer, run.device, training=True)
         if run.options.compile:
@@ -314,10 +323,10 @@ class Trainer:
         batch = Batch(share.rays, share.truth, drawn, share.total)
         scale = self.schedule.share(number, optim.steps) * self.control.scale
         adversary = self.adversary
-        if adversary is not None and (number % attack.every or (scale == 0 and self.keys)):
+        if number % attack.every or (scale == 0 and self.keys and self.awp is None):
             adversary = None
-        if adversary is not None and self.keys:
-            adversary = adversary.scaled(scale)
+        elif adversary is not None:  # without radii, AWP still has the weights to perturb
+            adversary = adversary.scaled(scale) if scale else dataclasses.replace(adversary, steps={})
         with self.run.accelerator.autocast():
             if recipe.method == "sam":
                 losses = self._sharpness_aware(batch)
@@ -380,7 +389,13 @@ class Trainer:
         for _ in range(self.recipe.attack.replays):
             self.optimiser.zero_grad()
             losses, delta = free_replay(
-                self.renderer, batch, adversary, delta, objective=self.objective, backward=self.run.backward
+                self.renderer,
+                batch,
+                adversary,
+                delta,
+                objective=self.objective,
+                chunk=self.chunk,
+                backward=self.run.backward,
             )
             self._synchronise()
             self.optimiser.step()
@@ -438,7 +453,7 @@ def run_recipe(run: Run, recipe: Recipe, data: Data | None = None) -> tuple[Rend
         validation=scores_of(renderer, data.validation, exact=exact, run=run),
         collapsed=bool(test["collapsed"]),
         history=run.logged("train", "validation_psnr") if optim.validate_every else [],
-        budget=budget_of(recipe, renderer, data),
+        budget=budget_of(trainer),
         **memorised(renderer, data),
     )
     return renderer, result
