@@ -14,7 +14,7 @@ from tenfold_augnerf.evaluate import EvalConfig, as_trained, data_of, evaluate, 
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
-from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, budget_of, run_recipe
+from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, budget_of, build, run_recipe
 from tenfold_augnerf.views import Views
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -270,6 +270,33 @@ def test_a_collapsed_run_is_noticed(tmp_path: Path) -> None:
     for field in (trainer.renderer.nerf, trainer.renderer.nerf_fine):
         torch.nn.init.constant_(field.mlp.alpha_linear.bias, -100.0)
     assert scores_of(trainer.renderer, data.test, exact=True)["collapsed"]
+
+
+def test_more_processes_than_views(tmp_path: Path) -> None:
+    """Every process adds a table of the same shape to the sum; one without a view adds zeros."""
+    torch.manual_seed(0)
+    data = load_data(dataclasses.replace(DATA, views=1))
+    renderer, train = build(recipe("nerf"), data), data.train
+    tables = []
+
+    class Process:
+        world, device = 3, torch.device("cpu")
+
+        def __init__(self, rank: int, total: torch.Tensor | None = None) -> None:
+            self.rank, self.total = rank, total
+
+        def reduce(self, table: torch.Tensor) -> torch.Tensor:
+            tables.append(table)
+            return table if self.total is None else self.total
+
+    for rank in range(3):
+        scores_of(renderer, train, exact=True, run=Process(rank))
+    assert tables[0].shape == tables[1].shape == tables[2].shape
+    assert not tables[1].any()
+    assert not tables[2].any()
+    alone = scores_of(renderer, train, exact=True)
+    for rank in range(3):
+        assert scores_of(renderer, train, exact=True, run=Process(rank, sum(tables[:3]))) == alone
 
 
 def test_sweeps_are_judged_on_validation_views(tmp_path: Path) -> None:

@@ -117,18 +117,20 @@ def view_scores(
 def scores_of(
     renderer: Renderer, views: Views, *, exact: bool = False, perceptual: bool = False, run: Run | None = None
 ) -> dict[str, Any]:
-    """Scores over views: totals, both kinds of mean PSNR, and every view's error; processes share the views."""
+    """Scores over views: totals, both kinds of mean PSNR, and every view's error; processes share the views.
+
+    A process without a view of its own scores one that counts elsewhere, to know the scores that it adds zeros to.
+    """
     was_training = renderer.training
     renderer.eval()
     rank, world = (run.rank, run.world) if run else (0, 1)
-    rows = {
-        v: view_scores(renderer, views, v, exact=exact, perceptual=perceptual) for v in range(rank, len(views), world)
-    }
+    seen = range(rank, len(views), world) or [rank % len(views)]
+    rows = {v: view_scores(renderer, views, v, exact=exact, perceptual=perceptual) for v in seen}
     if run and world > 1:
-        names = sorted(next(iter(rows.values()))) if rows else []
-        table = torch.zeros(len(views), len(names) or 1, dtype=torch.float64, device=run.device)
-        for view, row in rows.items():
-            table[view] = torch.tensor([row[name] for name in names], dtype=torch.float64)
+        names = sorted(rows[seen[0]])
+        table = torch.zeros(len(views), len(names), dtype=torch.float64, device=run.device)
+        for view in range(rank, len(views), world):
+            table[view] = torch.tensor([rows[view][name] for name in names], dtype=torch.float64)
         table = run.reduce(table)
         rows = {v: dict(zip(names, table[v].tolist(), strict=True)) for v in range(len(views))}
     renderer.train(was_training)
