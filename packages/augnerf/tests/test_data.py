@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from tenfold_augnerf.corruptions import CORRUPTIONS, corrupt_view, denoise, pose_noise, salt_and_pepper, view_generator
 from tenfold_augnerf.data import BLOCKS, DataConfig, load_data, write_prepared
+from tenfold_augnerf.export import path_views
 from tenfold_augnerf.views import RayBatches, Views
 from tenfold_shared.errors import UserError
-from tenfold_shared.scenes import blocks_views, write_blender, write_image, write_llff
+from tenfold_shared.scenes import (
+    blocks_views,
+    normalise_llff,
+    spherical_path,
+    spiral_path,
+    write_blender,
+    write_image,
+    write_llff,
+)
 
 SIZE = 12
 
@@ -100,6 +109,83 @@ def test_prepared_rays_round_trip(tmp_path: Path) -> None:
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"near": 7.0}))
     with pytest.raises(UserError, match="near < far"):
         load_data(DataConfig(name="prepared", root=tmp_path / "cache"))
+
+
+def test_prepared_rays_take_the_options_of_the_pictures(tmp_path: Path) -> None:
+    """Views, bounds, corruption and the median do what they do to the data set that was prepared."""
+    write_prepared(tmp_path, load_data(DataConfig(name="blocks-tiny")))
+    noisy = {"views": 3, "corruption": "saltpepper", "near": 2.5, "far": 5.5}
+    pixels = torch.tensor([0, 700, 3071])
+    for changes in (noisy, {**noisy, "denoise": True}, {"denoise": True}):
+        found = load_data(DataConfig(name="prepared", root=tmp_path, **changes))
+        expected = load_data(DataConfig(name="blocks-tiny", **changes))
+        assert torch.equal(found.train.colours, expected.train.colours)
+        assert torch.equal(found.clean.colours, expected.clean.colours)
+        for one, other in zip(found.train.rays(pixels)[:3], expected.train.rays(pixels)[:3], strict=True):
+            torch.testing.assert_close(one, other)
+        for split in ("train", "clean", "validation", "test"):
+            views, others = getattr(found, split), getattr(expected, split)
+            assert (views.near, views.far) == (others.near, others.far)
+    for changes, words in (
+        ({"ndc": True}, "data with cameras"),
+        ({"pose_degrees": 1.0}, "data with cameras"),
+        ({"pose_offset": 0.1}, "data with cameras"),
+        ({"views": 11}, "10 training views"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_data(DataConfig(name="prepared", root=tmp_path, **changes))
+
+
+def test_the_video_of_a_layout(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spiral for LLFF, a circle for spherified captures and for other layouts; a cache keeps its rays."""
+    monkeypatch.setenv("TENFOLD_DATA", str(folders))
+    llff = load_data(DataConfig(name="llff", scene="blocks", factor=1, white=False))
+    spiral = llff.path(0)
+    raw = np.load(folders / "nerf_llff_data" / "blocks" / "poses_bounds.npy")
+    capture = normalise_llff(raw, 1.0)
+    expected = spiral_path(capture)
+    assert len(spiral) == 120
+    torch.testing.assert_close(spiral.centres, torch.from_numpy(expected[:, :3, 3]).float(), atol=1e-5, rtol=1e-5)
+    middle = SIZE * SIZE // 2 + SIZE // 2  # looks along the optical axis, -z of the OpenGL pose
+    ahead = spiral.rays(torch.arange(120) * SIZE * SIZE + middle).directions
+    torch.testing.assert_close(ahead, torch.from_numpy(-expected[:, :3, 2]).float(), atol=1e-4, rtol=1e-4)
+    corner = spiral.rays(torch.tensor([0])).directions[0] @ torch.from_numpy(expected[0, :3, :3]).float()
+    off = SIZE / 2 / float(raw[0, 14])
+    torch.testing.assert_close(corner, torch.tensor([-off, off, -1.0]), atol=1e-4, rtol=1e-4)
+    warped = load_data(DataConfig(name="llff", scene="blocks", factor=1, white=False, ndc=True)).path(5)
+    assert (warped.near, warped.far, len(warped)) == (0.0, 1.0, 5)
+
+    around = load_data(DataConfig(name="llff", scene="blocks", factor=1, white=False, spherify=True)).path(7)
+    circle = spherical_path(normalise_llff(raw, 1.0, spherify=True), 7)
+    torch.testing.assert_close(around.centres, torch.from_numpy(circle[:, :3, 3]).float(), atol=1e-4, rtol=1e-4)
+
+    blender = load_data(DataConfig(name="blender", scene="blocks"))
+    ring = blender.path(0)
+    assert len(ring) == 40
+    torch.testing.assert_close(ring.centres.norm(dim=-1), torch.full((40,), 4.0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ring.centres[:, 2], torch.full((40,), 2.0), atol=1e-4, rtol=1e-4)
+
+    write_prepared(tmp_path / "cache", llff)
+    assert np.load(tmp_path / "cache" / "rays_exhibit.npy").shape == (120, SIZE, SIZE, 2, 3)
+    assert np.load(tmp_path / "cache" / "rgbs_exhibit.npy").shape == (120, SIZE, SIZE, 3)
+    cached = load_data(DataConfig(name="prepared", root=tmp_path / "cache"))
+    pixels = torch.tensor([0, middle, 119 * SIZE * SIZE])
+    for one, other in zip(cached.path(0).rays(pixels)[:2], spiral.rays(pixels)[:2], strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(UserError, match="has 120 frames"):
+        cached.path(7)
+    write_prepared(tmp_path / "again", cached)
+    for name in ("meta.json", "rays_exhibit.npy", "rgbs_test.npy"):
+        assert (tmp_path / "again" / name).stat().st_size == (tmp_path / "cache" / name).stat().st_size
+    (tmp_path / "cache" / "rays_exhibit.npy").unlink()
+    with pytest.raises(UserError, match=r"rays_exhibit.npy"):
+        path_views(load_data(DataConfig(name="prepared", root=tmp_path / "cache")), 0)
+    with pytest.raises(UserError, match="0 or more"):
+        blender.path(-1)
+    with pytest.raises(UserError, match=r"leave --data\.ndc out"):
+        write_prepared(
+            tmp_path / "ndc", load_data(DataConfig(name="llff", scene="blocks", factor=1, white=False, ndc=True))
+        )
 
 
 def test_broken_layouts_are_named(folders: Path, tmp_path: Path) -> None:

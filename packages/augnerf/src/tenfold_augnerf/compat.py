@@ -61,7 +61,9 @@ def density_of(content: Mapping[str, Any]) -> Density:
     """
     named = content.get("density", "relu")
     if named not in get_args(Density):
-        raise CheckpointError(f"the checkpoint's density is {named!r}: the activations are {', '.join(get_args(Density))}")
+        raise CheckpointError(
+            f"the checkpoint's density is {named!r}: the activations are {', '.join(get_args(Density))}"
+        )
     return cast(Density, named)
 
 

@@ -1,9 +1,10 @@
 """The paper's data sets (section 5) as training, validation and test views."""
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,10 +13,12 @@ import torch
 
 from tenfold_augnerf.cameras import corrupt_poses
 from tenfold_augnerf.corruptions import corrupt_view, denoise, pose_noise, view_generator
+from tenfold_augnerf.paths import llff_poses, video_views
 from tenfold_augnerf.views import Views
+from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.download import data_root, missing
 from tenfold_shared.errors import UserError
-from tenfold_shared.scenes import Scene, blocks_views, read_blender, read_deepvoxels, read_llff
+from tenfold_shared.scenes import LLFFPoses, Scene, blocks_views, read_blender, read_deepvoxels, read_llff
 from tenfold_shared.scenes.blender import read_json
 
 DataName = Literal[
@@ -114,6 +117,7 @@ class Data(NamedTuple):
         white: background.
         ndc: (height, width, focal) where rays are to be warped.
         scene: the exact scene behind the pictures ("blocks"), or "".
+        path: number of frames (0: as many as are usual) -> the cameras of the video; None where there is none.
 
     """
 
@@ -124,6 +128,7 @@ class Data(NamedTuple):
     white: bool
     ndc: tuple[int, int, float] | None = None
     scene: str = ""
+    path: Callable[[int], Views] | None = None
 
     def to(self, device: torch.device) -> "Data":
         """The same on a device."""
@@ -136,13 +141,14 @@ class Data(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Scenes as read, and the range of ray parameters."""
+    """Scenes as read, the range of ray parameters, and all cameras where the layout has a video of its own."""
 
     train: Scene
     validation: Scene
     test: Scene
     near: float
     far: float
+    capture: LLFFPoses | None = None
 
 
 def load_data(config: DataConfig) -> Data:
@@ -160,9 +166,7 @@ def load_data(config: DataConfig) -> Data:
     near, far = (splits.near, splits.far) if config.near is None or config.far is None else (config.near, config.far)
     train = splits.train
     if config.views:
-        if config.views > len(train):
-            raise UserError(f"--data.views {config.views}: {train.name} has {len(train)} training views")
-        train = train.subset(np.linspace(0, len(train) - 1, config.views).round().astype(int))
+        train = train.subset(spread(config.views, len(train), train.name))
     ndc = None
     if config.ndc:
         if config.name != "llff":
@@ -176,12 +180,25 @@ def load_data(config: DataConfig) -> Data:
     clean = views(train)
     exact = "blocks" if config.name.startswith("blocks") else ""
     parts = corrupted(clean, train, config), clean, views(splits.validation), views(splits.test)
-    return Data(*parts, config.white, ndc, exact)
+    path = functools.partial(video_views, clean, capture=splits.capture, spherified=config.spherify)
+    return Data(*parts, config.white, ndc, exact, path)
 
 
-def corrupted(clean: Views, scene: Scene, config: DataConfig) -> Views:
-    """The training views with wrong pictures and wrong cameras, as configured."""
-    views = Views(clean.colours.clone(), clean.turns, clean.centres, clean.near, clean.far, clean.depth)
+def spread(count: int, available: int, name: str) -> np.ndarray:
+    """Numbers of `count` training views, spread over all.
+
+    Raises:
+        UserError: there are fewer.
+
+    """
+    if count > available:
+        raise UserError(f"--data.views {count}: {name} has {available} training views")
+    return np.linspace(0, available - 1, count).round().astype(int)
+
+
+def corrupted(clean: Views, scene: Scene | None, config: DataConfig) -> Views:
+    """The training views with wrong pictures and, where the scene gives cameras, with wrong ones, as configured."""
+    views = Views(clean.colours.clone(), clean.turns, clean.centres, clean.near, clean.far, clean.depth, clean.stored)
     for index in range(len(views)):
         image = views.colours[index].numpy().astype(np.float32) / 255
         if config.corruption != "none":
@@ -189,7 +206,7 @@ def corrupted(clean: Views, scene: Scene, config: DataConfig) -> Views:
         if config.denoise:
             image = denoise(image)
         views.colours[index] = torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
-    if config.pose_offset or config.pose_degrees:
+    if scene is not None and (config.pose_offset or config.pose_degrees):
         generator = view_generator(config.corruption_seed, len(views))
         shift, angles = pose_noise(len(views), config.pose_offset, config.pose_degrees, generator)
         poses = torch.from_numpy(scene.cameras.camera_to_world[:, :3])
@@ -260,7 +277,7 @@ def _llff(config: DataConfig) -> Splits:
     train, test = scene.split(config.test_skip)
     bounds = scene.cameras.bounds
     assert bounds is not None, "the layout has bounds"
-    return Splits(train, test, test, 0.9 * bounds[0], bounds[1])
+    return Splits(train, test, test, 0.9 * bounds[0], bounds[1], llff_poses(scene.cameras))
 
 
 def _deepvoxels(config: DataConfig) -> Splits:
@@ -293,15 +310,27 @@ READERS: dict[str, Callable[[DataConfig], Splits]] = {
 
 
 def write_prepared(folder: Path, data: Data) -> None:
-    """The released cache: rays_<split>.npy [n, H, W, 2, 3], rgbs_<split>.npy [n, H, W, 3] (float32), meta.json."""
+    """The released cache: rays_<split>.npy [n, H, W, 2, 3], rgbs_<split>.npy [n, H, W, 3] (float32), meta.json.
+
+    The split `exhibit` is the video's path, whose pictures are black: there are none.
+
+    Raises:
+        UserError: rays in normalised device coordinates, which the cache does not have.
+
+    """
+    if data.ndc:
+        raise UserError("prepared rays are in world space: leave --data.ndc out")
     folder.mkdir(parents=True, exist_ok=True)
-    for split, views in (("train", data.train), ("val", data.validation), ("test", data.test)):
-        height, width = views.size
-        pixels = torch.arange(len(views) * height * width)
-        rays = views.rays(pixels)
-        stacked = torch.stack([rays.origins, rays.directions], 1).view(len(views), height, width, 2, 3)
-        np.save(folder / f"rays_{split}.npy", stacked.numpy())
-        np.save(folder / f"rgbs_{split}.npy", views.colours.numpy().astype(np.float32) / 255)
+    parts = {"train": data.train, "val": data.validation, "test": data.test}
+    if data.path is not None:
+        parts["exhibit"] = data.path(0)
+    for split, views in parts.items():
+        shape = len(views), *views.size
+        found = (views.rays(views.pixels_of(view)) for view in range(len(views)))
+        stacked = (torch.stack([rays.origins, rays.directions], 1).numpy() for rays in found)
+        _write_parts(folder / f"rays_{split}.npy", (*shape, 2, 3), stacked)
+        pictures = (colours.numpy().astype(np.float32) / 255 for colours in views.colours)
+        _write_parts(folder / f"rgbs_{split}.npy", (*shape, 3), pictures)
     views = data.train
     counts = [len(part) for part in (data.train, data.validation, data.test)]
     first = np.cumsum([0, *counts])
@@ -309,16 +338,33 @@ def write_prepared(folder: Path, data: Data) -> None:
         f"i_{name}": list(range(int(a), int(b)))
         for name, a, b in zip(("train", "val", "test"), first[:-1], first[1:], strict=True)
     }
-    focal = float(1 / views.turns[0, :, 0].norm())
+    across = views.size[1] - 1
+    focal = float(across / views.rays(torch.tensor([0, across])).directions.diff(dim=0).norm())
     meta = {"near": views.near, "far": views.far, "H": views.size[0], "W": views.size[1], "focal": focal, **splits}
     (folder / "meta.json").write_text(json.dumps({**meta, "white_bkgd": data.white}, indent=1), encoding="utf-8")
 
 
+def _write_parts(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """An array in single precision as .npy, a view at a time: all at once would take many times the pictures' memory."""
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for part in parts:
+            file.write(part.astype("<f4").tobytes())
+
+
 def _prepared(config: DataConfig) -> Data:
+    if config.ndc or config.pose_offset or config.pose_degrees:
+        raise UserError(
+            "--data.ndc, pose_offset and pose_degrees are for data with cameras: prepared rays stay as they are"
+        )
     folder = dataset_folder(config, "prepared", "{meta.json,rays_train.npy,rgbs_train.npy,...}")
     meta = read_json(folder / "meta.json")
     try:
-        near, far = float(meta["near"]), float(meta["far"])
+        near, far = (
+            (float(meta["near"]), float(meta["far"]))
+            if config.near is None or config.far is None
+            else (config.near, config.far)
+        )
     except KeyError as error:
         raise UserError(f"{folder}/meta.json has no {error}: near and far are needed") from None
     if not near < far:
@@ -337,19 +383,27 @@ def _prepared(config: DataConfig) -> Data:
             )
         return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
 
+    def stored(colours: torch.Tensor, rays: torch.Tensor) -> Views:
+        empty = torch.zeros(len(rays), 3, 3)
+        return Views(colours, empty, rays[:, 0, 0, 0].contiguous(), near, far, None, rays)
+
     def split(name: str) -> Views:
         rays, colours = array(f"rays_{name}.npy", (2, 3)), array(f"rgbs_{name}.npy", (3,))
         if rays.shape[:3] != colours.shape[:3]:
             raise UserError(f"{folder}: rays_{name}.npy and rgbs_{name}.npy are of different views")
-        stored = (colours * 255 + 0.5).clamp(0, 255).to(torch.uint8)
-        empty = torch.zeros(len(rays), 3, 3)
-        return Views(stored, empty, rays[:, 0, 0, 0].contiguous(), near, far, None, rays)
+        return stored((colours * 255 + 0.5).clamp(0, 255).to(torch.uint8), rays)
 
-    train, validation, test = (split(name) for name in ("train", "val", "test"))
-    clean, noisy = train, Views(train.colours.clone(), train.turns, train.centres, near, far, None, train.stored)
-    for index in range(len(noisy)):
-        if config.corruption != "none":
-            image = noisy.colours[index].numpy().astype(np.float32) / 255
-            image = corrupt_view(image, config.corruption, config.amount, config.corruption_seed, index)
-            noisy.colours[index] = torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
-    return Data(noisy, clean, validation, test, bool(meta.get("white_bkgd", config.white)))
+    def exhibit(frames: int) -> Views:
+        rays = array("rays_exhibit.npy", (2, 3))
+        if frames not in (0, len(rays)):
+            raise UserError(f"--frames {frames}: the path of {folder} has {len(rays)} frames, leave it out")
+        return stored(torch.zeros(*rays.shape[:3], 3, dtype=torch.uint8), rays)
+
+    clean, validation, test = (split(name) for name in ("train", "val", "test"))
+    if config.views:
+        index = spread(config.views, len(clean), str(folder))
+        assert clean.stored is not None
+        clean = stored(clean.colours[index], clean.stored[index])
+    path = exhibit if (folder / "rays_exhibit.npy").exists() else None
+    white = bool(meta.get("white_bkgd", config.white))
+    return Data(corrupted(clean, None, config), clean, validation, test, white, path=path)

@@ -202,7 +202,9 @@ def data_of(checkpoint: Path, asked: DataConfig) -> DataConfig:
     path = weights_file(checkpoint)
     trained = load_weights(path)[1].get("data") if path.suffix == ".safetensors" else None
     if trained is None:
-        print(f"{path} does not say what it was trained on: blocks-tiny is taken, or name it by --data", file=sys.stderr)
+        print(
+            f"{path} does not say what it was trained on: blocks-tiny is taken, or name it by --data", file=sys.stderr
+        )
         return dataclasses.replace(asked, name=DataConfig.name)
     root = None if trained["root"] is None else Path(trained["root"])
     own = DataConfig(**{**trained, "root": root})

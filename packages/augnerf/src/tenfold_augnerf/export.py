@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from tenfold_augnerf.cameras import exhibit_path
 from tenfold_augnerf.compat import to_official
 from tenfold_augnerf.data import BLOCKS, TEST_OFFSET, VALIDATION_OFFSET, Data, DataConfig, load_data, write_prepared
 from tenfold_augnerf.evaluate import Rendered, as_trained, data_of, load_renderer, render_view, views_of
@@ -16,7 +15,7 @@ from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import atomic_write, write_text
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_shared.scenes import blocks, blocks_views, opencv_from_opengl, write_blender, write_image, write_llff
+from tenfold_shared.scenes import blocks, blocks_views, write_blender, write_image, write_llff
 
 SURFACE_POINTS = 20000
 
@@ -30,9 +29,10 @@ class RenderConfig:
     data: DataConfig = dataclasses.field(default_factory=as_trained)
     """The pictures whose cameras and bounds are used."""
     split: str = "test"
-    """Views to render: test, validation, train, or path: a circle around the scene."""
-    frames: int = 40
-    """Frames of the path."""
+    """Views to render: test, validation, train, or path: the video's cameras. LLFF captures have a spiral (spherified: a
+    circle), prepared rays their own path, other data a circle around the origin."""
+    frames: int = 0
+    """Frames of the path; 0: 120 for LLFF, 40 for others, and all of a prepared path."""
 
 
 def render(config: RenderConfig, options: RunOptions) -> None:
@@ -61,28 +61,15 @@ def write_picture(folder: Path, view: int, found: Rendered, near: float, far: fl
 
 
 def path_views(data: Data, frames: int) -> Views:
-    """Cameras on the Blender video's circle, at the training cameras' mean distance from the origin.
+    """The cameras of the data's video.
 
     Raises:
-        UserError: no frames, or prepared rays, which have no cameras.
+        UserError: prepared rays without a path, or another number of frames than the path has.
 
     """
-    train = data.train
-    if frames < 1 or train.stored is not None:
-        raise UserError("--split path takes 1 or more --frames, and cameras, which prepared rays do not have")
-    distance = float(train.centres.norm(dim=-1).mean())
-    poses = opencv_from_opengl(exhibit_path(frames, radius=distance))
-    height, width = train.size
-    turns = torch.from_numpy(poses[:, :3, :3]).float() @ pixel_matrix(train)
-    centres = torch.from_numpy(poses[:, :3, 3]).float()
-    return Views(torch.zeros(frames, height, width, 3, dtype=torch.uint8), turns, centres, train.near, train.far)
-
-
-def pixel_matrix(views: Views) -> torch.Tensor:
-    """K⁻¹ [3, 3] of the first view from its R K⁻¹: the columns' lengths are 1 / fx and 1 / fy, the centre is the middle."""
-    height, width = views.size
-    across, down = (float(views.turns[0, :, i].norm()) for i in (0, 1))
-    return torch.tensor([[across, 0, -across * width / 2], [0, down, -down * height / 2], [0, 0, 1]])
+    if data.path is None:
+        raise UserError("--split path needs cameras, or prepared rays with rays_exhibit.npy")
+    return data.path(frames)
 
 
 @dataclasses.dataclass

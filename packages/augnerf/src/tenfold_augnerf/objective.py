@@ -61,7 +61,9 @@ class Adversary:
                     "cost reuse is one ascent step from zero: use mode worst, one iteration and one restart"
                 )
             if not self.clean_weight:
-                raise UserError("cost reuse takes the attack's gradient from the clean loss, to which lambda 1 gives no weight")
+                raise UserError(
+                    "cost reuse takes the attack's gradient from the clean loss, to which lambda 1 gives no weight"
+                )
             moved = [key for key in self.steps if KEYS[key].leading == "cameras"]
             if moved:
                 raise UserError(f"cost reuse takes no camera keys such as {moved[0]}: use cost plain")

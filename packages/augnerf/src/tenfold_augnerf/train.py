@@ -162,9 +162,15 @@ class Recipe:
             raise UserError(f"--coarse {self.coarse} and --fine {self.fine}: take 2 or more and 0 or more")
         attack = self.attack
         if self.method in (*PERTURBED_WEIGHTS, "auxiliary") and attack.cost == "heads":
-            raise UserError(f"--method {self.method} has no features to share: --attack.cost heads is for the other methods")
+            raise UserError(
+                f"--method {self.method} has no features to share: --attack.cost heads is for the other methods"
+            )
         alone = attack.cost == "plain" and attack.restarts == 1 and all(count == 1 for count in attack.iterations)
-        if self.method not in ("nerf", "sam") and attack.replays > 1 and not (alone and self.method in ("aug", "unadv")):
+        if (
+            self.method not in ("nerf", "sam")
+            and attack.replays > 1
+            and not (alone and self.method in ("aug", "unadv"))
+        ):
             raise UserError(
                 "--attack.replays is an attack of its own, one ascent step a replay: it goes with the methods aug and unadv, "
                 "--attack.cost plain, one iteration and one restart"
@@ -444,7 +450,10 @@ def run_recipe(run: Run, recipe: Recipe, data: Data | None = None) -> tuple[Rend
         "samples": [recipe.coarse, recipe.fine],
         "inverse": recipe.inverse,
         "method": recipe.method,
-        "data": {**dataclasses.asdict(recipe.data), "root": None if recipe.data.root is None else str(recipe.data.root)},
+        "data": {
+            **dataclasses.asdict(recipe.data),
+            "root": None if recipe.data.root is None else str(recipe.data.root),
+        },
     }
     run.complete("last", renderer, **about)
     test = scores_of(renderer, data.test, exact=exact, run=run)
