@@ -72,7 +72,7 @@ class Attack:
     every: int = 1
     """Attack at every n-th step only."""
     replays: int = 1
-    """Updates a batch, whose backward passes move the perturbation too ("free" training); 1: off."""
+    """Updates a batch, whose backward passes move the perturbation too ("free" training of aug and unadv); 1: off."""
     warmup: float = 0.0
     """Fraction of the training before the first perturbation."""
     ramp: float = 0.0
