@@ -348,5 +348,7 @@ def _sentence(message: str) -> str:
         key, _, rest = text[len('Parser key "') :].partition('":')
         expected, _, got = rest.strip().removeprefix("Expected a ").partition(". Got value: ")
         expected = expected.replace("typing.", "").replace("<class '", "").replace("'>", "")
+        if expected.startswith("Literal["):
+            expected = f"one of {expected[len('Literal[') : -1].replace(chr(39), '')}"
         return f"--{key} takes {expected}, got {got!r}" if got else f"--{key}: {rest.strip()}"
     return text
