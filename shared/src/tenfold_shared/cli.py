@@ -10,6 +10,7 @@ or plain typed values::
 """
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -283,6 +284,11 @@ def to_yaml(*configurations: Any) -> str:
     for configuration in configurations:
         merged |= plain(configuration)
     return yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+
+
+def config_digest(*configurations: Any) -> str:
+    """What tells folders of different configurations apart: the first digits of a hash of `to_yaml`."""
+    return hashlib.sha256(to_yaml(*configurations).encode()).hexdigest()[:16]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
