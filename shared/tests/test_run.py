@@ -160,6 +160,10 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Run("demo", Recipe(), options(tmp_path, tracker="wandb")) as run:
         fit(run, 3)
     assert list((tmp_path / "demo" / "x" / "wandb").glob("offline-run-*/*.wandb"))
+    identity = (tmp_path / "demo" / "x" / "wandb-id").read_text()
+    with Run("demo", Recipe(), options(tmp_path, tracker="wandb", resume=True)) as run:
+        fit(run, 4)
+    assert len(list((tmp_path / "demo" / "x" / "wandb").glob(f"offline-run-*-{identity}"))) == 2
 
 
 def test_precision_bf16_runs(tmp_path: Path) -> None:
