@@ -288,8 +288,11 @@ def compare_points(
     the paired difference to the first of the points, and what ``also`` says of its measurements.
     """
     folder = options.output / slug / f"{verb}-{options.name or 'recipe'}"
-    start = {"recipe": str(folder / "recipe.yaml"), "recipe_sha256": config_digest(recipe)}
-    arms = {f"point-{i}": Arm(f"point-{i}", **start, options=point) for i, point in enumerate(points)}
+    path, digest = str(folder / "recipe.yaml"), config_digest(recipe)
+    arms = {
+        f"point-{i}": Arm(f"point-{i}", recipe=path, options=point, recipe_sha256=digest)
+        for i, point in enumerate(points)
+    }
     claim = Claim(
         id=verb, table="", statement="", data="", model="", scale="mini", provenance="none",
         metric=metric, method="point-0", arms=arms, seeds=request.seeds,
