@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -78,11 +79,9 @@ def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tu
     if not path.is_file():
         what = "it keeps no moving average" if weights == "ema" else "the run has not ended"
         raise UserError(f"there is no checkpoint {path}: {what}")
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or _from_elsewhere(path):
         return load_official_checkpoint(path, weights="model_ema" if weights == "ema" else None), {"arch": "released"}
     state, about = load_weights(path)
-    if "arch" not in about:
-        return load_official_checkpoint(state), {"arch": "released"}
     if about.get("task", "classify") != "classify":
         raise UserError(f"{path} holds a network for {about['task']}; this takes a classifier")
     model = create_network(about["arch"], **about["arguments"])
@@ -92,6 +91,15 @@ def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tu
         raise UserError(f"{path}: {error}") from error
     model.load_state_dict(state)
     return model, about
+
+
+def _from_elsewhere(path: Path) -> bool:
+    """Whether a safetensors file is sound but none of ours, which say their architecture."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "arch" not in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # `load_weights` says what is wrong
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
