@@ -15,8 +15,8 @@ the multiply-adds that do not meet padding, at the rate of the matrix product me
 
 import argparse
 import concurrent.futures
-import ctypes
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -143,9 +143,8 @@ def matmul_rate(args: argparse.Namespace) -> float:
 
 
 def peak_mib(call: Callable[[], Any], device: str) -> float:
-    """MiB that a call needs at its peak beyond what is held before it: of the process (Linux, glibc), or of the GPU."""
+    """MiB that a call needs at its peak beyond what is held before it: of the process (Linux), or of the GPU."""
     if device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed and not given back would be used again, unseen
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         held = _resident("VmRSS")
         call()
@@ -163,6 +162,8 @@ def _resident(field: str) -> float:
 
 def alone(function: Callable[..., float], *args: Any) -> float:
     """What a function of a module returns in a fresh process."""
+    # glibc gives the memory of a tensor back as soon as it is freed, so that the peak is what is in use.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 

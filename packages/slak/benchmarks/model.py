@@ -61,7 +61,7 @@ class Case:
     def __init__(self, title: str, args: argparse.Namespace, training: bool) -> None:
         build = {**NETWORKS, **INFERENCE}[title.removesuffix(CHANNELS_LAST)]
         form = torch.channels_last if title.endswith(CHANNELS_LAST) else torch.contiguous_format
-        self.model = build().to(args.device, memory_format=form).train(training)
+        self.model = build().to(args.device).to(memory_format=form).train(training)
         self.images = torch.randn(args.batch, 3, args.size, args.size, device=args.device).to(memory_format=form)
         self.args, self.training = args, training
 
