@@ -93,7 +93,7 @@ def test_dashes_and_required_options() -> None:
         (["work", "--inner.lrr", "3"], ["unknown option --inner.lrr", "--inner.lr"]),
         (["work", "--path", "x"], ["unknown option --path", "option of other"]),
         (["work", "--epochs", "many"], ["--epochs takes int", "'many'"]),
-        (["work", "--kind", "c"], ["--kind takes", "'c'"]),
+        (["work", "--kind", "c"], ["--kind takes one of a, b, got 'c'"]),
         (["work", "--epochs", "0"], ["--epochs takes 1 or more, got 0"]),
         (["work", "--config", "nowhere"], ["nowhere", "neither a file nor a recipe"]),
     ],

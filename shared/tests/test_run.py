@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
+from tenfold_shared.reproduction import Request, compare_points
 from tenfold_shared.run import Run, RunOptions, derived_seed, environment
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
@@ -97,6 +100,31 @@ def test_the_folder_is_refused_when_it_is_another_runs(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="differs"), Run("demo", Recipe(width=4), options(tmp_path, resume=True)):
         pass
+    for name, value in (("seed", 7), ("precision", "bf16")):
+        changed = options(tmp_path, resume=True, **{name: value})
+        with pytest.raises(UserError, match=f"begun with --{name}"), Run("demo", Recipe(), changed):
+            pass
+
+
+def width_of(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+    """Stands in for a training: the recipe's width, times ten at the point that says so."""
+    width = yaml.safe_load(Path(str(arm.recipe)).read_text())["width"]
+    return Measurement(width * (10.0 if arm.options else 1.0))
+
+
+def test_a_sweep_measures_the_recipe_it_is_given(tmp_path: Path) -> None:
+    request = Request(seeds=1, jobs=1)
+
+    def sweep(width: int, **changes: object) -> list[float]:
+        metric = Metric("width")
+        points = [{}, {"wide": True}]
+        compare_points("demo", "sweep", Recipe(width), points, metric, request, options(tmp_path, **changes), width_of)
+        return [point["mean"] for point in json.loads((tmp_path / "demo/sweep-x/sweep.json").read_text())["points"]]
+
+    assert sweep(3) == [30, 3]
+    with pytest.raises(UserError, match="--resume"):
+        sweep(4)
+    assert sweep(4, resume=True) == [40, 4]
 
 
 def test_a_recipe_that_is_refused_leaves_its_name_free(tmp_path: Path) -> None:
@@ -132,6 +160,10 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Run("demo", Recipe(), options(tmp_path, tracker="wandb")) as run:
         fit(run, 3)
     assert list((tmp_path / "demo" / "x" / "wandb").glob("offline-run-*/*.wandb"))
+    identity = (tmp_path / "demo" / "x" / "wandb-id").read_text()
+    with Run("demo", Recipe(), options(tmp_path, tracker="wandb", resume=True)) as run:
+        fit(run, 4)
+    assert len(list((tmp_path / "demo" / "x" / "wandb").glob(f"offline-run-*-{identity}"))) == 2
 
 
 def test_precision_bf16_runs(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_negatives_are_no_members(h):
     assert np.unique(negatives[0]).size == h.num_nodes
 
 
-@pytest.mark.parametrize("name", ["A0", "A1", "A2", "A3", "A4", "A5", "mask_col", "mask_zero", "adapt"])
+@pytest.mark.parametrize("name", ["A0", "A1", "A2", "A2_add", "A3", "A4", "A5", "mask_col", "mask_zero", "adapt"])
 def test_views_keep_every_singleton_and_change_no_input(name, h, x):
     torch.manual_seed(0)
     before = h.incidence.clone(), x.clone()
@@ -308,6 +308,8 @@ def test_views_keep_every_singleton_and_change_no_input(name, h, x):
     out = view.hypergraph
     if name != "A5":
         assert out.num_memberships - out.num_real == out.num_nodes
+    if name == "A2_add":
+        assert out.num_real == h.num_real
     for side, ends in ((out.by_node, out.incidence), (out.by_hyperedge, out.incidence.flip(0))):
         rebuilt = torch.stack([side.rows, side.index])
         assert sorted(map(tuple, rebuilt.T.tolist())) == sorted(map(tuple, ends.T.tolist()))
@@ -322,6 +324,17 @@ def test_the_same_views_of_sparse_and_dense_features(h):
         torch.manual_seed(5)
         sparse = augment.fabricate(name, h, SparseFeatures.from_dense(x), 0.3).x
         torch.testing.assert_close(sparse.to_dense() if isinstance(sparse, SparseFeatures) else sparse, dense)
+
+
+def test_rows_of_sparse_features_are_those_of_the_dense_ones():
+    x = torch.randn(13, 30) * (torch.rand(13, 30) < 0.2)
+    index = torch.tensor([12, 3, 3, 0])
+    rows = SparseFeatures.from_dense(x).rows(index)
+    assert rows.shape == (4, 30)
+    assert torch.equal(rows.to_dense(), x[index])
+    assert torch.equal(rows.to(torch.float64).to("cpu").to_dense(), x[index].double())
+    right = torch.randn(30, 2)
+    torch.testing.assert_close(rows.matmul(right), x[index] @ right)
 
 
 def test_walks_move_along_memberships(h):

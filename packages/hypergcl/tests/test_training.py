@@ -14,11 +14,11 @@ from tenfold_hypergcl.data import DataConfig, Dataset
 from tenfold_hypergcl.evaluate import EvalConfig, evaluate
 from tenfold_hypergcl.hypergraph import Hypergraph
 from tenfold_hypergcl.models import MODELS
-from tenfold_hypergcl.recipe import Generator, Recipe
+from tenfold_hypergcl.recipe import Generator, Recipe, create
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 from tenfold_hypergcl.train import run_recipe
 from tenfold_shared.cli import load_recipe, recipes
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.run import Run, RunOptions
 
 SHAPES = {
@@ -96,7 +96,7 @@ def test_every_recipe_builds_and_steps(name, tmp_path, generated, monkeypatch):
         assert {"f1", "auc", "statistical_parity", "equal_opportunity", "counterfactual"} <= result.test.keys()
 
 
-@pytest.mark.parametrize("method", ["supervised", "A0", "A1", "A2", "A3", "A4", "A6", "clique", "adapt"])
+@pytest.mark.parametrize("method", ["supervised", "A0", "A1", "A2", "A3", "A4", "A5", "A6", "clique", "adapt"])
 def test_learning_beats_chance(method, tmp_path, generated):
     _, result = run(dataclasses.replace(SMALL, method=method), tmp_path)
     assert result.test["accuracy"] > 50  # chance is 33
@@ -123,18 +123,80 @@ def test_a_seed_fixes_the_run_whatever_ran_before(method, tmp_path, generated):
 @pytest.mark.parametrize("hard", [True, False])
 def test_the_generators_options(views, hard, tmp_path, generated):
     options = Generator(views=views, hard=hard, steps=2, objective="drop" if hard else "vhgae", drop_weight=0.5)
-    _, result = run(dataclasses.replace(SMALL, method="A6", generator=options, epochs=3, loss="jsd"), tmp_path)
-    assert len(result.drop_ratio) == 3
+    _, result = run(dataclasses.replace(SMALL, method="A6", generator=options, loss="jsd"), tmp_path)
+    assert len(result.drop_ratio) == SMALL.epochs
+    assert all(0 < ratio < 1 for ratio in result.drop_ratio)
+    assert result.test["accuracy"] > 50  # chance is 33
+
+
+def test_the_objective_of_the_drop_ratio_reaches_it(tmp_path, generated):
+    ends = {}
+    for objective in ("drop", "vhgae"):
+        options = Generator(objective=objective, contrast_weight=10.0 * (objective == "vhgae"), steps=5, lr=1e-2)
+        _, result = run(dataclasses.replace(SMALL, method="A6", generator=options), tmp_path / objective)
+        ends[objective] = result.drop_ratio[-1]
+    assert abs(ends["drop"] - 0.3) < 0.1 < abs(ends["vhgae"] - 0.3)
 
 
 def test_large_hypergraphs_are_contrasted_in_part(tmp_path, generated):
-    recipe = dataclasses.replace(SMALL, method="A6", sub_size=40, epochs=3)
-    assert run(recipe, tmp_path)[1].test["accuracy"] >= 0
+    recipe = dataclasses.replace(SMALL, method="A6", sub_size=40)
+    model, result = run(recipe, tmp_path)
+    assert result.test["accuracy"] > 50  # chance is 33
+    whole, _ = run(dataclasses.replace(recipe, sub_size=150), tmp_path / "whole")  # as many as there are
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
 def test_batches_of_sampled_neighbourhoods_learn(tmp_path, generated):
-    _, result = run(dataclasses.replace(SMALL, batch_size=64, epochs=12), tmp_path)
+    recipe = dataclasses.replace(SMALL, batch_size=64, epochs=12)
+    model, result = run(recipe, tmp_path)
     assert result.test["accuracy"] > 50  # chance is 33
+    logged = [json.loads(line) for line in (tmp_path / "hypergcl/r0/metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["supervised"] < logged[0]["supervised"]
+    assert logged[-1]["contrastive"] < logged[0]["contrastive"]
+    other, _ = run(dataclasses.replace(recipe, loss="jsd"), tmp_path / "jsd")
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(RunFailure, match="became"):
+        run(dataclasses.replace(recipe, lr=1e38), tmp_path / "nan")
+
+
+def test_epochs_of_contrast_alone_come_first_and_stay_on_resuming(tmp_path, generated):
+    recipe = dataclasses.replace(SMALL, pretrain_epochs=20)
+    _, result = run(recipe, tmp_path)
+    assert result.test["accuracy"] > 50  # chance is 33
+    logged = [json.loads(line) for line in (tmp_path / "hypergcl/r0/metrics.jsonl").read_text().splitlines()]
+    contrast = [line["contrastive"] for line in logged if line["phase"] == "pretrain"]
+    assert len(contrast) == 20
+    assert contrast[-1] < contrast[0]
+    _, again = run(recipe, tmp_path, resume=True)
+    assert again.test == result.test
+
+
+def test_heads_of_an_earlier_run_are_carried_over(tmp_path, generated):
+    first, _ = run(dataclasses.replace(SMALL, epochs=2), tmp_path / "first")
+    recipe = dataclasses.replace(SMALL, epochs=1, lr=0.0, carry_heads=tmp_path / "first" / "hypergcl" / "r0")
+    second, _ = run(recipe, tmp_path / "second")
+    same = {key for key, value in first.state_dict().items() if torch.equal(value, second.state_dict()[key])}
+    assert {"proj_head.lins.0.weight", "linear.weight", "decoder.0.weight"} <= same
+    assert "V2EConvs.0.f_enc.lins.0.weight" not in same
+    with pytest.raises(UserError, match="heads do not fit"):
+        run(dataclasses.replace(recipe, projection=8), tmp_path / "third")
+
+
+def test_the_split_is_the_seeds_or_the_one_that_is_named():
+    data = clustered()
+    by_seed = loaders.split_of(DataConfig("clusters"), data, 1)
+    named = loaders.split_of(DataConfig("clusters", split=1), data, 7)
+    assert torch.equal(by_seed.train, named.train)
+    with pytest.raises(UserError, match="counts from 0"):
+        loaders.split_of(DataConfig("clusters"), data, -1)
+
+
+def test_hypergcn_is_wider_on_citeseer():
+    widths = {
+        name: create(Recipe("supervised", model="hypergcn", data=DataConfig(name)), clustered()).layers[0].bias.numel()
+        for name in ("cocitation/cora", "cocitation/citeseer")
+    }
+    assert widths == {"cocitation/cora": 16, "cocitation/citeseer": 64}
 
 
 def test_half_precision_follows_single(tmp_path, generated):
@@ -164,7 +226,7 @@ def test_checkpoints_evaluate_to_what_training_said(tmp_path, generated, capsys)
     "config",
     [
         EncoderConfig(hidden=8, layers=2),
-        EncoderConfig(hidden=8, mlp_layers=1, norm=None),
+        EncoderConfig(hidden=8, mlp_layers=1, norm="none"),
         EncoderConfig(hidden=8, norm="bn", mlp_layers=3),
         EncoderConfig(hidden=8, attention=True, heads=4),
         EncoderConfig(hidden=8, gpr=True, input_norm=False),
@@ -202,6 +264,9 @@ def test_poisoned_structure_from_a_pair_list(tmp_path, generated):
     [
         ({"epochs": 0}, "--epochs"),
         ({"ratio": 1.0}, "--ratio"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"lr": -1.0}, "--lr"),
+        ({"pretrain_epochs": 5, "method": "A6"}, "--pretrain_epochs 5"),
         ({"model": "hgnn", "method": "A2"}, "--model hgnn"),
         ({"batch_size": 64, "method": "A6"}, "--batch_size 64"),
         ({"task": "memberships", "method": "A6"}, "--task memberships"),
@@ -210,6 +275,12 @@ def test_poisoned_structure_from_a_pair_list(tmp_path, generated):
 def test_recipes_that_cannot_be_run_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         Recipe(**changes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers", 0), ("hidden", 0), ("dropout", 1.0), ("dropout", -0.1)])
+def test_encoders_that_are_none_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--encoder.{name}"):
+        EncoderConfig(**{name: value})
 
 
 def test_data_that_does_not_fit_is_refused(tmp_path, generated):

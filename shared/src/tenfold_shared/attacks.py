@@ -1,4 +1,4 @@
-"""Worst cases in the l-infinity ball around images: the projection, projected gradient ascent, single steps, Auto-PGD.
+"""Worst cases in the l-infinity ball around images: the projection, projected gradient ascent, Auto-PGD.
 
 Everything is a function of tensors. The loss is a closure over whatever it needs (model, head, targets) that takes the
 attacked images; `held` puts its models into the state in which they are attacked::
@@ -85,32 +85,6 @@ def pgd(
     for _ in range(steps):
         delta = project(x, delta + step_size * input_gradient(loss, x + delta).sign(), eps, clip)
     return delta
-
-
-def fgsm(
-    loss: Loss,
-    x: Float[Tensor, "b ..."],
-    *,
-    eps: float,
-    step_size: float | None = None,
-    start: Float[Tensor, "b ..."] | None = None,
-    random_start: bool = False,
-    clip: Clip = (0.0, 1.0),
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One step of `pgd`, of length `eps` unless given; from 0 unless a start is given or drawn."""
-    length = eps if step_size is None else step_size
-    return pgd(
-        loss,
-        x,
-        eps=eps,
-        step_size=length,
-        steps=1,
-        start=start,
-        random_start=random_start,
-        clip=clip,
-        generator=generator,
-    )
 
 
 def apgd(

@@ -10,6 +10,7 @@ or plain typed values::
 """
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -285,6 +286,11 @@ def to_yaml(*configurations: Any) -> str:
     return yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
 
 
+def config_digest(*configurations: Any) -> str:
+    """What tells folders of different configurations apart: the first digits of a hash of `to_yaml`."""
+    return hashlib.sha256(to_yaml(*configurations).encode()).hexdigest()[:16]
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -348,5 +354,7 @@ def _sentence(message: str) -> str:
         key, _, rest = text[len('Parser key "') :].partition('":')
         expected, _, got = rest.strip().removeprefix("Expected a ").partition(". Got value: ")
         expected = expected.replace("typing.", "").replace("<class '", "").replace("'>", "")
+        if expected.startswith("Literal["):
+            expected = f"one of {expected[len('Literal[') : -1].replace(chr(39), '')}"
         return f"--{key} takes {expected}, got {got!r}" if got else f"--{key}: {rest.strip()}"
     return text

@@ -37,7 +37,7 @@ from .claims import (
     paired_interval,
     summarise,
 )
-from .cli import to_yaml
+from .cli import config_digest, to_yaml
 from .errors import Interrupted, RunFailure, UserError
 from .progress import Progress
 from .report import ReportFigure, console_table, markdown_table, write_report
@@ -136,7 +136,10 @@ def _on_gpu(options: RunOptions) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path, resume: bool) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}; choose another --output") from error
     if (folder / "arms").exists() and not resume:
         raise UserError(
             f"{folder} holds results already; add --resume to keep what is measured or choose another --name"
@@ -285,15 +288,15 @@ def compare_points(
     the paired difference to the first of the points, and what ``also`` says of its measurements.
     """
     folder = options.output / slug / f"{verb}-{options.name or 'recipe'}"
-    write_text(folder / "recipe.yaml", to_yaml(recipe))
-    arms = {
-        f"point-{i}": Arm(f"point-{i}", recipe=str(folder / "recipe.yaml"), options=p) for i, p in enumerate(points)
-    }
+    start = {"recipe": str(folder / "recipe.yaml"), "recipe_sha256": config_digest(recipe)}
+    arms = {f"point-{i}": Arm(f"point-{i}", **start, options=point) for i, point in enumerate(points)}
     claim = Claim(
         id=verb, table="", statement="", data="", model="", scale="mini", provenance="none",
         metric=metric, method="point-0", arms=arms, seeds=request.seeds,
     )  # fmt: skip
-    results = measure_all([claim], request, options, measure, folder)
+    with _locked(folder, options.resume):
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
+        results = measure_all([claim], request, options, measure, folder)
     seeds = _seeds(claim, request, options)
     first = [results[verb, "point-0", seed].value for seed in seeds]
     rows = []

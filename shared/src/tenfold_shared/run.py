@@ -40,6 +40,7 @@ import filelock
 import numpy as np
 import psutil
 import torch
+import yaml
 from torch import Tensor, nn
 
 from .batch_norm import synchronise_batch_norm
@@ -50,6 +51,7 @@ from .progress import Progress
 from .tracking import Tracker
 
 logger = logging.getLogger(__name__)
+SAME_ON_RESUME = ("seed", "precision", "deterministic")  # what an exact resume needs; the rest may change
 FLUSH_SECONDS = 2.0  # how long logged values may stay on the device before they are read, checked and written
 SAME_WISH_SECONDS = 1.0  # Ctrl-C reaches a whole terminal, and whoever launched this process passes it on once more
 
@@ -243,11 +245,16 @@ class Run:
                 f"{self.directory} holds a run already; add --resume to go on with it or choose another --name"
             )
         if saved.exists():
-            here, there = to_yaml(self.config), saved.read_text(encoding="utf-8")
-            if not there.startswith(here):
+            there = saved.read_text(encoding="utf-8")
+            if not there.startswith(to_yaml(self.config)):
                 raise UserError(
                     f"{saved} differs from the configuration given; resume with --config {saved} or choose another --name"
                 )
+            for name, value in (yaml.safe_load(there) or {}).items():
+                if name in SAME_ON_RESUME and value != getattr(self.options, name):
+                    raise UserError(
+                        f"{self.directory} was begun with --{name} {value}: resume it so, or choose another --name"
+                    )
         with atomic_write(saved) as file:
             file.write(text.encode())
         write_json(self.directory / "environment.json", environment(self.device))

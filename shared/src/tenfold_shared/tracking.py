@@ -1,10 +1,12 @@
 """The optional experiment tracker: Weights & Biases (its ``WANDB_MODE=offline`` is honoured)."""
 
 import dataclasses
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from .checkpoint import write_text
 from .errors import UserError
 
 
@@ -26,7 +28,11 @@ class Tracker:
             raise UserError(
                 "--tracker wandb needs the package wandb: pip install 'tenfold-shared[wandb]', or use --tracker none"
             ) from error
+        identity = directory / "wandb-id"  # by it a resumed run goes on with its curves
+        if not identity.exists():
+            write_text(identity, uuid.uuid4().hex)
         self._run = wandb.init(
+            id=identity.read_text(encoding="utf-8"),
             project=f"tenfold-{slug}",
             name=directory.name,
             dir=str(directory),

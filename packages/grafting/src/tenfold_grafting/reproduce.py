@@ -12,7 +12,7 @@ import torch
 from tenfold_grafting.train import Recipe, run_recipe
 from tenfold_shared.checkpoint import write_json
 from tenfold_shared.claims import Arm, Claim, Measurement, Outcome
-from tenfold_shared.cli import load_recipe
+from tenfold_shared.cli import config_digest, load_recipe
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
 from tenfold_shared.reproduction import Request, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
@@ -67,7 +67,7 @@ def base_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> Pa
         finetune=default.finetune,
         evaluation=dataclasses.replace(recipe.evaluation, images=1, verify_images=0),
     )
-    name = f"base-{recipe.arch}-{recipe.data.name}-seed{seed}"
+    name = f"base-{recipe.arch}-{recipe.data.name}-{config_digest(base)}-seed{seed}"
     directory = folder / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / f".{name}.lock"):

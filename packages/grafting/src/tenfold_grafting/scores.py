@@ -17,7 +17,7 @@ from tenfold_grafting.graph import Graph, trace
 from tenfold_grafting.intervals import ibp
 from tenfold_grafting.optimise import alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
-from tenfold_shared.attacks import fgsm, held
+from tenfold_shared.attacks import held, pgd
 
 Significance = Literal["gradient", "magnitude", "variance"]
 BoundName = Literal["ibp", "crown-ibp", "crown", "alpha"]
@@ -64,7 +64,8 @@ def significance(
         for images, labels in batches:
             x = images
             if fgsm_eps:
-                x = x + fgsm(partial(_attack_loss, model, labels), x, eps=fgsm_eps, step_size=fgsm_step)
+                attack = {"eps": fgsm_eps, "step_size": fgsm_step, "steps": 1, "random_start": False}
+                x = x + pgd(partial(_attack_loss, model, labels), x, **attack)
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 values = _activation_outputs(model, x) if post_activation else _with_logits(model, x)

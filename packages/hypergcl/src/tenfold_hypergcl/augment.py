@@ -192,7 +192,7 @@ def draw_adaptive(weights: Float[Tensor, "items"], ratio: float) -> Int[Tensor, 
 
 
 def fabricate(name: str, h: Hypergraph, x: Features, ratio: float, starts: Tensor | None = None) -> View:
-    """A random view of ``(h, x)`` by the augmentation ``name``: A0-A5, ``mask_col``, ``mask_zero``, ``adapt_edge``, ``adapt_feat``, ``adapt``.
+    """A random view of ``(h, x)`` by the augmentation ``name``: A0-A5, ``A2_add``, ``mask_col``, ``mask_zero``, ``adapt_edge``, ``adapt_feat``, ``adapt``.
 
     ``starts`` are A5's start nodes, which both views share.
     """
@@ -203,6 +203,9 @@ def fabricate(name: str, h: Hypergraph, x: Features, ratio: float, starts: Tenso
         return View(drop_hyperedges(h, draw_hyperedges(h, ratio)), x)
     if name == "A2":
         return View(keep_memberships(h, draw_memberships(h, ratio)), x)
+    if name == "A2_add":
+        fewer = keep_memberships(h, draw_memberships(h, ratio))
+        return View(add_memberships(fewer, h.num_real - fewer.num_real), x)
     if name == "A3":
         nodes = draw_nodes(h, int(h.num_nodes * (1 - ratio)))
         return View(induce(h, nodes), take_rows(x, nodes), nodes)
@@ -222,7 +225,7 @@ def fabricate(name: str, h: Hypergraph, x: Features, ratio: float, starts: Tenso
         if name != "adapt_edge":
             masked = zero_columns(x, draw_adaptive(column_drop_weights(x, h), ratio))
         return View(edited, masked)
-    known = [*NAMES, "mask_col", "mask_zero", "adapt_edge", "adapt_feat", "adapt"]
+    known = [*NAMES, "A2_add", "mask_col", "mask_zero", "adapt_edge", "adapt_feat", "adapt"]
     raise ValueError(f"There is no augmentation {name!r}; there are {', '.join(known)}.")
 
 

@@ -328,7 +328,7 @@ class CliqueNet(nn.Module):
         num_classes: int,
         layers: int = 2,
         p: float = 0.2,
-        norm: str | None = "ln",
+        norm: str = "ln",
         attention: bool = False,
         heads: int = 1,
     ) -> None:

@@ -90,7 +90,7 @@ def recognise(state: Mapping[str, Tensor]) -> SetGNN:
         mlp_layers=sum(name.startswith(f"{mlp}lins.") and name.endswith("weight") for name in state),
         attention=heads_of is not None,
         heads=1 if heads_of is None else heads_of.shape[1],
-        norm="bn" if batch else "ln" if norms or heads_of is not None else None,
+        norm="bn" if batch else "ln" if norms or heads_of is not None else "none",
         input_norm=f"{mlp}normalizations.0.weight" in state,
         gpr="GPRweights.weight" in state,
     )

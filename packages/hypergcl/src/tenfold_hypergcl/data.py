@@ -5,9 +5,12 @@ Under the data root they lie as published: ``cocitation/cora/{features,hypergrap
 ``yelp/yelp_restaurant_{...}.csv``.
 """
 
+import contextlib
 import csv
 import dataclasses
 import warnings
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +107,18 @@ def make_dataset(
     Raises:
         HypergraphError: for features or labels of another length or with values that are not finite, and for no label at all.
     """
-    x = torch.as_tensor(np.asarray(features), dtype=torch.float32)
-    y = torch.as_tensor(np.asarray(labels)).long()
+    table, classes_of = np.asarray(features), np.asarray(labels)
+    if table.ndim != 2 or classes_of.ndim != 1:
+        raise HypergraphError(
+            f"Features of shape {table.shape} and labels of shape {classes_of.shape}: they are [nodes, features] and [nodes]."
+        )
+    if table.dtype.kind not in "iufb":
+        raise HypergraphError(f"Features are numbers, not {table.dtype}.")
+    if classes_of.dtype.kind not in "iufb" or not np.array_equal(classes_of, np.trunc(classes_of)):
+        raise HypergraphError(
+            "Labels are whole numbers, the classes from 0, and -1 for none: number the classes first."
+        )
+    x, y = torch.as_tensor(table, dtype=torch.float32), torch.as_tensor(classes_of).long()
     check_features(x, hypergraph.num_nodes)
     classes = check_labels(y, hypergraph.num_nodes)
     sparse = x.numel() > 0 and float((x != 0).float().mean()) < SPARSE_DENSITY
@@ -132,6 +145,20 @@ def _require(path: Path, name: str, source: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Whatever a damaged or foreign file makes its reader raise, as one sentence that names the file."""
+    try:
+        yield path
+    except UserError:
+        raise
+    except (OSError, EOFError, LookupError, TypeError, ValueError, csv.Error, zipfile.BadZipFile, MemoryError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise HypergraphError(
+            f"{path} is damaged or not what it should be ({said}): write or fetch it again."
+        ) from error
+
+
 def load_pickled(root: Path, name: str) -> Dataset:
     """A co-citation or co-authorship set: ``features.pickle`` (scipy CSR), ``hypergraph.pickle`` (name -> node ids, in order),
     ``labels.pickle`` (list).
@@ -142,21 +169,23 @@ def load_pickled(root: Path, name: str) -> Dataset:
     for part in ("features", "hypergraph", "labels"):
         path = _require(root / name / f"{part}.pickle", name, HYPERGCN_URL)
         parts[part] = restricted_pickle_load(path, PICKLE_GLOBALS, "latin1")
-    features, labels = parts["features"], np.asarray(parts["labels"])
-    h = Hypergraph.from_hyperedges((sorted(members) for members in parts["hypergraph"].values()), features.shape[0])
-    return make_dataset(name, h, features.toarray(), labels)
+    with _reading(root / name / "features.pickle"):
+        features = parts["features"].toarray()
+    with _reading(root / name / "hypergraph.pickle"):
+        h = Hypergraph.from_hyperedges(map(sorted, parts["hypergraph"].values()), len(features))
+    return make_dataset(name, h, features, np.asarray(parts["labels"]))
 
 
 def load_content(root: Path, name: str) -> Dataset:
     """A set of ``NAME.content`` (rows ``id f1..fF label``, hyperedges' dummy rows after the nodes') and ``NAME.edges`` (node, hyperedge)."""
     content = _require(root / name / f"{name}.content", name, BUNDLE_URL)
     edges = _require(root / name / f"{name}.edges", name, BUNDLE_URL)
-    try:
-        rows = np.genfromtxt(content, dtype=np.dtype(str))
-        pairs = np.genfromtxt(edges, dtype=np.int64).reshape(-1, 2)
-    except ValueError as error:
-        raise HypergraphError(f"{content.parent} holds a damaged table: {error}") from error
-    ids = {int(float(key)): i for i, key in enumerate(rows[:, 0])}
+    with _reading(content):
+        cells = [line.split() for line in content.read_text(encoding="utf-8").splitlines() if line.strip()]
+        ids = {int(float(row[0])): i for i, row in enumerate(cells)}
+        rows = np.asarray([row[1:] for row in cells], dtype=np.float64).reshape(len(cells), -1)
+    with _reading(edges):
+        pairs = np.loadtxt(edges, dtype=np.int64, ndmin=2).reshape(-1, 2)
     unknown = [int(key) for key in np.unique(pairs) if int(key) not in ids]
     if unknown:
         raise HypergraphError(f"{edges} names {unknown[0]}, which {content} does not list.")
@@ -165,9 +194,8 @@ def load_content(root: Path, name: str) -> Dataset:
     if int(mapped[:, 0].max()) >= nodes:
         raise HypergraphError(f"{edges}: hyperedges must come after all nodes in {content}.")
     incidence = torch.from_numpy(np.stack([mapped[:, 0], mapped[:, 1] - nodes]))
-    labels = rows[:nodes, -1].astype(float).astype(np.int64)
-    features = rows[:nodes, 1:-1].astype(np.float32)
-    return make_dataset(name, Hypergraph.from_incidence(incidence, nodes), features, labels - labels.min())
+    labels = rows[:nodes, -1]
+    return make_dataset(name, Hypergraph.from_incidence(incidence, nodes), rows[:nodes, :-1], labels - labels.min())
 
 
 def load_cornell(root: Path, name: str, feature_noise: float = 1.0, seed: int = 0, columns: int = 100) -> Dataset:
@@ -177,13 +205,12 @@ def load_cornell(root: Path, name: str, feature_noise: float = 1.0, seed: int = 
     """
     labels_file = _require(root / name / f"node-labels-{name}.txt", name, CORNELL_URL)
     edges_file = _require(root / name / f"hyperedges-{name}.txt", name, CORNELL_URL)
-    try:
-        labels = np.loadtxt(labels_file, dtype=np.int64)
+    with _reading(labels_file):
+        labels = np.loadtxt(labels_file, dtype=np.int64, ndmin=1)
+        labels = labels - labels.min()
+    with _reading(edges_file):
         lines = edges_file.read_text(encoding="utf-8").splitlines()
         hyperedges = [[int(node) - 1 for node in line.replace(",", " ").split()] for line in lines if line.strip()]
-    except ValueError as error:
-        raise HypergraphError(f"{labels_file.parent} holds a damaged table: {error}") from error
-    labels = labels - labels.min()
     features = np.zeros((labels.size, max(columns, int(labels.max()) + 1)), dtype=np.float32)
     features[np.arange(labels.size), labels] = 1
     features += np.random.default_rng(seed).standard_normal(features.shape, dtype=np.float32) * np.float32(
@@ -201,23 +228,25 @@ def load_yelp(root: Path, words: int = 1000) -> Dataset:
 
     folder, prefix = root / "yelp", "yelp_restaurant_"
 
-    def table(part: str) -> list[list[str]]:
-        with _require(folder / f"{prefix}{part}.csv", "yelp", BUNDLE_URL).open(newline="", encoding="utf-8") as file:
-            return list(csv.reader(file))[1:]
+    def columns(part: str, count: int, kind: type) -> np.ndarray:
+        """The last ``count`` columns of a part, below its header."""
+        with _reading(_require(folder / f"{prefix}{part}.csv", "yelp", BUNDLE_URL)) as path:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row[-count:] for row in list(csv.reader(file))[1:]]
+            return np.asarray(rows, dtype=kind).reshape(len(rows), count)
 
-    latlong = np.asarray(table("latlong"), dtype=np.float32)[:, -2:]
-    places = table("locations")
+    latlong = columns("latlong", 2, np.float32)
+    places = columns("locations", 2, str)
     one_hot = []
-    for column in (-1, -2):  # state, then city
-        _, ids = np.unique([row[column] for row in places], return_inverse=True)
+    for column in (1, 0):  # state, then city
+        _, ids = np.unique(places[:, column], return_inverse=True)
         one_hot.append(np.eye(ids.max() + 1, dtype=np.float32)[ids])
-    names = [row[-1] for row in table("name")]
+    names = columns("name", 1, str)[:, 0]
     counts = (
         CountVectorizer(max_features=words, stop_words="english", strip_accents="ascii").fit_transform(names).toarray()
     )
-    labels = np.asarray([float(row[-1]) for row in table("business_stars")])
-    _, labels = np.unique(labels, return_inverse=True)
-    pairs = np.asarray(table("incidence_H"), dtype=np.float64)[:, -2:].astype(np.int64) - 1
+    _, labels = np.unique(columns("business_stars", 1, np.float64)[:, 0], return_inverse=True)
+    pairs = columns("incidence_H", 2, np.float64).astype(np.int64) - 1
     features = np.concatenate([latlong, *one_hot, counts.astype(np.float32)], axis=1)
     return make_dataset(
         "yelp", Hypergraph.from_incidence(torch.from_numpy(pairs.T.copy()), len(names)), features, labels
@@ -229,15 +258,16 @@ def load_fair(root: Path, name: str) -> Dataset:
     hypergraph of the five nearest others (section 5).
     """
     rule = FAIR[name]
-    path = _require(root / name / f"{name}.csv", name, "https://github.com/weitianxin/HyperGCL (data/fair_data)")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = [key for key in rows[0] if key not in (rule.label, *rule.drop)]
-    if rule.label not in rows[0] or not any(key.startswith(rule.sensitive) for key in columns):
-        raise HypergraphError(f"{path} lacks the column {rule.label!r} or {rule.sensitive!r}.")
-    sensitive = next(i for i, key in enumerate(columns) if key.startswith(rule.sensitive))
-    raw = np.asarray([[_number(row[key], key == columns[sensitive]) for key in columns] for row in rows])
-    labels = np.asarray([int(float(row[rule.label])) for row in rows]).clip(0)
+    source = "https://github.com/weitianxin/HyperGCL (data/fair_data)"
+    with _reading(_require(root / name / f"{name}.csv", name, source)) as path:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        columns = [key for key in rows[0] if key not in (rule.label, *rule.drop)]
+        if rule.label not in rows[0] or not any(key.startswith(rule.sensitive) for key in columns):
+            raise HypergraphError(f"{path} lacks the column {rule.label!r} or {rule.sensitive!r}.")
+        sensitive = next(i for i, key in enumerate(columns) if key.startswith(rule.sensitive))
+        raw = np.asarray([[_number(row[key], key == columns[sensitive]) for key in columns] for row in rows])
+        labels = np.asarray([int(float(row[rule.label])) for row in rows]).clip(0)
     return make_fair(name, rescale(raw, sensitive), labels, sensitive)
 
 
@@ -260,23 +290,27 @@ def load_npz(path: Path) -> Dataset:
     """Any hypergraph from an ``.npz``: ``node`` and ``hyperedge`` (memberships), ``label`` and ``features`` - dense, or as
     ``feat_{indptr,indices,data,shape}`` of a CSR matrix. Without memberships, but with ``sensitive_column``, the fairness rule makes them.
     """
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-    try:
+    with _reading(path):
+        if not zipfile.is_zipfile(path):
+            raise HypergraphError(f"{path} is no .npz archive of arrays: write it with numpy.savez.")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+
+        def array(name: str) -> np.ndarray:
+            if name not in arrays:
+                raise HypergraphError(f"{path} lacks the array {name!r}.")
+            return arrays[name]
+
         if "feat_shape" in arrays:
-            csr = [arrays["feat_" + part] for part in ("data", "indices", "indptr")]
-            features = scipy.sparse.csr_matrix(tuple(csr), shape=tuple(arrays["feat_shape"])).toarray()
+            csr = (array("feat_data"), array("feat_indices"), array("feat_indptr"))
+            features = scipy.sparse.csr_matrix(csr, shape=tuple(arrays["feat_shape"])).toarray()
         else:
-            features = arrays["features"]
-        labels = arrays["label"]
-    except KeyError as error:
-        raise HypergraphError(f"{path} lacks the array {error}.") from None
-    sensitive = int(arrays["sensitive_column"]) if "sensitive_column" in arrays else None
-    if "node" not in arrays:
-        if sensitive is None:
-            raise HypergraphError(f"{path} has no memberships: it needs the arrays 'node' and 'hyperedge'.")
-        return make_fair(path.stem, features.astype(np.float64), labels, sensitive)
-    incidence = torch.from_numpy(np.stack([arrays["node"], arrays["hyperedge"]]).astype(np.int64))
+            features = array("features")
+        labels = array("label")
+        sensitive = int(arrays["sensitive_column"]) if "sensitive_column" in arrays else None
+        if "node" not in arrays and sensitive is not None:
+            return make_fair(path.stem, features.astype(np.float64), labels, sensitive)
+        incidence = torch.from_numpy(np.stack([array("node"), array("hyperedge")]).astype(np.int64))
     h = Hypergraph.from_incidence(incidence, len(labels))
     return make_dataset(path.stem, h, features, labels, sensitive_column=sensitive)
 
@@ -321,7 +355,9 @@ class DataConfig:
     label_rate: float = 0.1
     """Share of the labelled nodes that training sees (of each class, for the fairness sets)."""
     split_seed: int = 123
-    """Seed of the list of splits; the run's seed says which of them is used."""
+    """Seed of the list of splits."""
+    split: int | None = None
+    """Number of the split in the list; default: the run's seed. (The released fairness runs all use split 1, only their seeds differ.)"""
     singletons: Literal["all", "missing"] = "all"
     """Singleton hyperedges for all nodes (HyperGCL), or for those without a hyperedge of size 1 (AllSet)."""
     feature_noise: float = 1.0
@@ -337,6 +373,8 @@ class DataConfig:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise UserError(f"--data.{name} is a share between 0 and 1, got {value}")
+        if self.split is not None and self.split < 0:
+            raise UserError(f"--data.split counts from 0, got {self.split}")
 
 
 def load_data(config: DataConfig) -> Dataset:
@@ -362,25 +400,32 @@ def read_pairs(root: Path, name: str, attack: str) -> Int[Tensor, "a b"]:
     """
     source = "https://github.com/weitianxin/HyperGCL (data/attack_data), as the array 'pairs' of an .npz"
     path = _require(root / "attack" / f"{Path(name).stem}_{attack}_pairs.npz", f"{name} under {attack}", source)
-    with np.load(path, allow_pickle=False) as file:
+    with _reading(path), np.load(path, allow_pickle=False) as file:
         if "pairs" not in file.files:
             raise HypergraphError(f"{path} lacks the array 'pairs'.")
         return torch.from_numpy(file["pairs"].astype(np.int64))
 
 
 def split_of(config: DataConfig, data: Dataset, seed: int) -> Split:
-    """The split number ``seed`` of the data set's list: stratified for the fairness sets, else the paper's (section 5)."""
+    """The split of the data set's list that the configuration or else the run's seed says: stratified for the fairness sets, else the
+    paper's (section 5).
+    """
+    number = seed if config.split is None else config.split
+    if number < 0:
+        raise UserError(
+            f"--seed is the number of the split too and counts from 0, got {seed}: name one with --data.split"
+        )
     if data.sensitive_column is not None:
-        generator = torch.Generator().manual_seed(config.split_seed + seed)
+        generator = torch.Generator().manual_seed(config.split_seed + number)
         return stratified_split(data.labels.cpu(), config.label_rate, generator)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # About all splits of the list; what is said below is about this one.
-            split = random_splits(data.labels, config.label_rate, seed + 1, config.split_seed)[seed]
+            split = random_splits(data.labels, config.label_rate, number + 1, config.split_seed)[number]
     except ValueError as error:
         raise UserError(str(error)) from error
     absent = sorted(set(data.labels[data.labels >= 0].tolist()) - set(data.labels.cpu()[split.train].tolist()))
     if absent:
         listed = ", ".join(map(str, absent))
-        warnings.warn(f"Split {seed} of {data.name} has no training node of class {listed}.", stacklevel=2)
+        warnings.warn(f"Split {number} of {data.name} has no training node of class {listed}.", stacklevel=2)
     return split

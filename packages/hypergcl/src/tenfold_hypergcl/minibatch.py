@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold_hypergcl.augment import draw_nodes, fabricate_pair, induce, take_rows
 from tenfold_hypergcl.hypergraph import Hypergraph, SortedIncidence
 from tenfold_hypergcl.propagate import Features
-from tenfold_hypergcl.setgnn import SetGNN
+from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
 from tenfold_hypergcl.steps import contrastive_loss
 
 SUB_SIZE = 16384
@@ -105,11 +105,15 @@ def train_on_batches(
     ratio: float,
     weight: float,
     temperature: float,
-) -> None:
+    loss: str = "info_nce",
+    input_dropout: float = INPUT_DROPOUT,
+) -> dict[str, Float[Tensor, ""]]:
     """One epoch over all nodes in batches: the contrast among each batch's own nodes, and the supervised loss of those that train.
 
-    The sampled neighbours are only read: of their own neighbourhoods most is missing.
+    The sampled neighbours are only read: of their own neighbourhoods most is missing. Returns the means of both losses over the batches
+    that have them.
     """
+    supervised, contrastive = [], []
     model.train()
     is_training = torch.zeros(sampler.h.num_nodes, dtype=torch.bool, device=labels.device)
     is_training[train] = True
@@ -118,7 +122,13 @@ def train_on_batches(
         rows = batch.seeds[is_training[batch.nodes[batch.seeds]]]
         if rows.numel():
             logits = model(batch.x, batch.hypergraph, rows)
-            torch.nn.functional.cross_entropy(logits, labels[batch.nodes[rows]]).backward()
-        first, second = fabricate_pair(name, batch.hypergraph, batch.x, ratio)
-        (weight * contrastive_loss(model, first, second, temperature, only=batch.seeds)).backward()
+            supervised.append(torch.nn.functional.cross_entropy(logits, labels[batch.nodes[rows]]))
+            supervised[-1].backward()
+        views = fabricate_pair(name, batch.hypergraph, batch.x, ratio)
+        contrastive.append(
+            contrastive_loss(model, *views, temperature, loss=loss, input_dropout=input_dropout, only=batch.seeds)
+        )
+        (weight * contrastive[-1]).backward()
         optimizer.step()
+    found = {"supervised": supervised, "contrastive": contrastive}
+    return {name: torch.stack([part.detach() for part in parts]).mean() for name, parts in found.items() if parts}

@@ -85,15 +85,15 @@ def normalized_linear(x: SparseFeatures, norm: nn.LayerNorm, layer: nn.Linear) -
     return torch.addcmul(torch.addmv(layer.bias, layer.weight, norm.bias), rstd[:, None], centred)
 
 
-def make_norm(name: str | None, width: int) -> nn.Module:
-    """``ln``: layer norm; ``bn``: batch norm; None: nothing."""
+def make_norm(name: str, width: int) -> nn.Module:
+    """``ln``: layer norm; ``bn``: batch norm; ``none``: nothing."""
     if name == "ln":
         return nn.LayerNorm(width)
     if name == "bn":
         return nn.BatchNorm1d(width)
-    if name is None:
+    if name == "none":
         return nn.Identity()
-    raise ValueError(f"norm must be 'ln', 'bn' or None, not {name!r}.")
+    raise ValueError(f"norm must be 'ln', 'bn' or 'none', not {name!r}.")
 
 
 class MLP(nn.Module):
@@ -106,7 +106,7 @@ class MLP(nn.Module):
         out_features: int,
         layers: int,
         dropout: float = 0.0,
-        norm: str | None = "ln",
+        norm: str = "ln",
         input_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class MLP(nn.Module):
         widths = [in_features, *[hidden] * (layers - 1), out_features]
         self.dropout = dropout
         self.lins: Any = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
-        norms = [make_norm(norm if input_norm else None, in_features)]
+        norms = [make_norm(norm if input_norm else "none", in_features)]
         self.normalizations = nn.ModuleList([*norms, *[make_norm(norm, hidden) for _ in range(layers - 1)]])
 
     def forward(self, x: Features, relu: bool = False, p_out: float = 0.0) -> Float[Tensor, "rows out"]:

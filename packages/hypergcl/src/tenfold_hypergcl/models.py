@@ -34,8 +34,10 @@ def create_model(
     projection: int = 128,
     head_layers: int = 1,
     layers: int = 2,
+    wide: bool = False,
 ) -> nn.Module:
-    """The model ``name`` of the encoder's width, heads and dropout; ``layers`` counts the baselines' layers.
+    """The model ``name`` of the encoder's width, heads and dropout; ``layers`` counts the baselines' layers, and ``wide`` is HyperGCN's
+    rule for Citeseer.
 
     Raises:
         ValueError: for an unknown name.
@@ -50,7 +52,7 @@ def create_model(
     if name == "hnhn":
         return HNHN(in_features, hidden, classes, layers, p)
     if name == "hypergcn":
-        return HyperGCN(in_features, classes, layers, p)
+        return HyperGCN(in_features, classes, layers, p, wide)
     if name == "unigcnii":
         return UniGCNII(in_features, hidden, classes, layers, p, heads)
     if name in {"ce-gcn", "ce-gat"}:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold_hypergcl.hypergraph import SortedIncidence
@@ -93,8 +93,19 @@ class SparseFeatures:
         """The sparse form of a dense matrix."""
         where = torch.nonzero(x)
         rows, columns = where[:, 0].contiguous(), where[:, 1].contiguous()
-        by_row = SortedIncidence.sort(rows, columns, x.shape[0])
-        return cls(x[rows, columns], by_row, SortedIncidence.sort(columns, rows, x.shape[1]), x.shape[1])
+        return cls.from_entries(x[rows, columns], rows, columns, (x.shape[0], x.shape[1]))
+
+    @classmethod
+    def from_entries(
+        cls,
+        values: Float[Tensor, "nonzeros"],
+        rows: Int[Tensor, "nonzeros"],
+        columns: Int[Tensor, "nonzeros"],
+        shape: tuple[int, int],
+    ) -> "SparseFeatures":
+        """The sparse form of a list of entries."""
+        by_row, by_column = SortedIncidence.sort(rows, columns, shape[0]), SortedIncidence.sort(columns, rows, shape[1])
+        return cls(values, by_row, by_column, shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,8 +128,15 @@ class SparseFeatures:
         return sum_members(right, self.by_row, self.by_column, self.values)
 
     def rows(self, index: Tensor) -> "SparseFeatures":
-        """The rows ``index``."""
-        return SparseFeatures.from_dense(self.to_dense()[index])
+        """The rows ``index``, at the cost of their own entries."""
+        side = self.by_row
+        first, length = side.offsets[index], side.offsets[index + 1] - side.offsets[index]
+        total = int(length.sum())
+        row = torch.repeat_interleave(torch.arange(index.numel(), device=index.device), length, output_size=total)
+        start = torch.cumsum(length, 0) - length
+        entry = first[row] + torch.arange(total, device=index.device) - start[row]
+        values = self.values[side.position[entry]]
+        return SparseFeatures.from_entries(values, row, side.index[entry], (index.numel(), self.num_features))
 
     def repeat(self, times: int) -> "SparseFeatures":
         """The matrix stacked ``times`` times over itself; computed once."""
@@ -151,7 +169,9 @@ class SparseFeatures:
         """The features on another device or in another precision."""
         if isinstance(target, torch.dtype):
             return self.with_values(self.values.to(target))
-        return SparseFeatures.from_dense(self.to_dense().to(target))
+        side = self.by_row
+        values = self.values[side.position].to(target)
+        return SparseFeatures.from_entries(values, side.rows.to(target), side.index.to(target), self.shape)
 
 
 Features = Tensor | SparseFeatures

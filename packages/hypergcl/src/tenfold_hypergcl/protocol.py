@@ -80,19 +80,3 @@ def stratified_split(labels: Int[Tensor, "nodes"], label_rate: float, generator:
 def accuracy(logits: Float[Tensor, "nodes classes"], labels: Int[Tensor, "nodes"]) -> Float[Tensor, ""]:
     """The share of nodes whose largest logit is their label's."""
     return (logits.argmax(1) == labels).to(torch.float64).mean()
-
-
-def select_by_validation(curves: Float[Tensor, "runs epochs 3"]) -> tuple[Float[Tensor, "runs"], Float[Tensor, "runs"]]:
-    """Per run the best validation accuracy and the test accuracy at its first maximum, in percent.
-
-    The last axis of ``curves`` is (train, valid, test).
-    """
-    best = torch.argmax(curves[:, :, 1], dim=1)
-    runs = torch.arange(curves.shape[0], device=curves.device)
-    chosen = curves[runs, best]
-    return 100 * chosen[:, 1], 100 * chosen[:, 2]
-
-
-def mean_and_std(values: Float[Tensor, "runs"]) -> tuple[float, float]:
-    """Mean and unbiased standard deviation over runs."""
-    return float(values.mean()), float(values.std(unbiased=True))

@@ -1,10 +1,14 @@
 """One experiment as data: every hyperparameter (section 6), and the model and its inputs that follow from them."""
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from tenfold_hypergcl.augment import NAMES
+from tenfold_hypergcl.contrast import MIN_TEMPERATURE
 from tenfold_hypergcl.data import DataConfig, Dataset
 from tenfold_hypergcl.minibatch import SUB_SIZE
 from tenfold_hypergcl.models import ModelName, create_model, structure_of
@@ -15,7 +19,7 @@ from tenfold_shared.errors import UserError
 
 Method = Literal[
     "supervised", "A0", "A1", "A2", "A3", "A4", "A5", "A6", "clique",
-    "mask_col", "mask_zero", "adapt_edge", "adapt_feat", "adapt",
+    "A2_add", "mask_col", "mask_zero", "adapt_edge", "adapt_feat", "adapt",
 ]  # fmt: skip
 
 
@@ -79,6 +83,12 @@ class Recipe:
     """Hypergraphs with more nodes are contrasted on this many random ones an epoch."""
     batch_size: int = 0
     """Nodes of a mini-batch with a sampled neighbourhood, for hypergraphs that do not fit; 0: the whole hypergraph at once."""
+    pretrain_epochs: int = 0
+    """Epochs of the contrast alone, before the training."""
+    pretrain_lr: float = 1e-3
+    """Adam's learning rate in them."""
+    carry_heads: Path | None = None
+    """A run whose heads this one starts with, as the released code's runs took over the heads of the run before."""
     select: Literal["accuracy", "auc", "nll"] = "accuracy"
     """What of the validation nodes chooses the epoch; auc and nll are for the fairness sets."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -89,6 +99,11 @@ class Recipe:
         for name in ("epochs", "projection", "head_layers", "baseline_layers", "sub_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} takes 1 or more, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "contrast_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} takes 0 or more, got {getattr(self, name)}")
+        if self.temperature < MIN_TEMPERATURE:
+            raise UserError(f"--temperature is {MIN_TEMPERATURE} or more, got {self.temperature}")
         if not 0 <= self.ratio < 1:
             raise UserError(f"--ratio is an augmentation ratio in [0, 1), got {self.ratio}")
         if self.model != "setgnn" and (self.method != "supervised" or self.task != "nodes"):
@@ -97,6 +112,8 @@ class Recipe:
             raise UserError(
                 f"--batch_size {self.batch_size} is for nodes and fabricated augmentations: use --method A0 to A5"
             )
+        if self.pretrain_epochs < 0 or (self.pretrain_epochs and (self.task != "nodes" or self.method not in NAMES)):
+            raise UserError(f"--pretrain_epochs {self.pretrain_epochs} is for nodes and --method {' '.join(NAMES)}")
         if self.task == "memberships" and self.method in {"A6", "clique", "A3", "A5"}:
             raise UserError(f"--method {self.method} is not for --task memberships: use supervised, A0, A1, A2 or A4")
 
@@ -129,6 +146,7 @@ def create(recipe: Recipe, data: Dataset) -> nn.Module:
             recipe.projection,
             recipe.head_layers,
             recipe.baseline_layers,
+            wide=Path(recipe.data.name).name == "citeseer",
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -1,6 +1,7 @@
 """SetGNN, the hypergraph encoder of the paper: AllDeepSets and AllSetTransformer (sections 2.2, 2.3 and 3)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tenfold_hypergcl.hypergraph import Incidence, SortedIncidence
 from tenfold_hypergcl.mlp import MLP, dropout, linear, relu_dropout
 from tenfold_hypergcl.propagate import Features, sum_members
+from tenfold_shared.errors import UserError
 
 INPUT_DROPOUT = 0.2
 """The encoder's fixed dropout on its input (section 2.2)."""
@@ -32,14 +34,22 @@ class EncoderConfig:
     """Attention heads; they divide the hidden width."""
     dropout: float = 0.2
     """Dropout in and between half layers."""
-    norm: str | None = "ln"
-    """Normalisation in the MLPs: ln, bn or none."""
+    norm: Literal["ln", "bn", "none"] = "ln"
+    """Normalisation in the MLPs."""
     input_norm: bool = True
     """Whether the deep-sets MLPs start with a norm."""
-    aggregate: str = "sum"
-    """Reducer of AllDeepSets: sum or mean."""
+    aggregate: Literal["sum", "mean"] = "sum"
+    """Reducer of AllDeepSets."""
     gpr: bool = False
     """Mix the outputs of all layers (and of an MLP on the features) by a learned linear map."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no encoder."""
+        for name in ("hidden", "layers", "mlp_layers", "heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--encoder.{name} takes 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--encoder.dropout is a share in [0, 1), got {self.dropout}")
 
 
 class DeepSetsHalf(nn.Module):
@@ -85,7 +95,7 @@ class AttentionPool(nn.Module):
         self.lin_K = nn.Linear(in_features, width)
         self.lin_V = nn.Linear(in_features, width)
         self.att_r = nn.Parameter(torch.empty(1, config.heads, width // config.heads))
-        self.rFF = MLP(width, width, width, config.mlp_layers, norm=None)
+        self.rFF = MLP(width, width, width, config.mlp_layers, norm="none")
         self.ln0 = nn.LayerNorm(width)
         self.ln1 = nn.LayerNorm(width)
         for parameter in (self.lin_K.weight, self.lin_V.weight, self.att_r):

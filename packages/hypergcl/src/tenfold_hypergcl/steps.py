@@ -143,6 +143,7 @@ def generator_step(
     kl_scale: str = "code",
     objective: str = "vhgae",
     drop_weight: float = 0.0,
+    loss: str = "info_nce",
 ) -> GeneratorLosses:
     """The generator's half of the adversarial game: ``L_vae - g_l * L(clean view, generated view)`` (section 2.6).
 
@@ -164,7 +165,7 @@ def generator_step(
         z1 = model.project(x, h)
     with _frozen(model):
         z2 = model.project(x, h, keep)
-    contrastive = info_nce(z1, z2, temperature)
+    contrastive = compare(z1, z2, temperature, loss)
     total = vae - contrast_weight * contrastive
     if drop_weight:
         total = total + drop_weight * (dropped - TARGET_DROP_RATIO).abs()

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from tenfold_hypergcl.steps import (
     generator_step,
     supervised_loss,
 )
+from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.cli import to_yaml
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, seed_everything
@@ -158,6 +160,9 @@ def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple
         optimiser.add_param_group(
             {"params": list(session.clique.parameters()), "lr": recipe.lr, "weight_decay": recipe.weight_decay}
         )
+    if recipe.carry_heads is not None:
+        carry_heads(model, recipe.carry_heads)
+    _pretrain(run, recipe, session)
     epoch_of, best, began = _epoch_of(recipe, data, split), Best(), time.process_time()
     tracked = {"model": model, "optimiser": optimiser, "best": best, **session.tracked()}
     valid_labels = data.labels[split.valid]
@@ -181,6 +186,38 @@ def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple
             data, split.test,
         ),
     )  # fmt: skip
+
+
+def _pretrain(run: Run, recipe: Recipe, session: Session) -> None:
+    """Epochs of the contrast alone (section 6)."""
+    if not recipe.pretrain_epochs:
+        return
+    model = _encoder(session)
+    optimiser = torch.optim.Adam(parameter_groups(model, recipe.pretrain_lr, recipe.weight_decay), fused=True)
+    for epoch in run.steps("pretrain", recipe.pretrain_epochs, model=model, optimiser=optimiser):
+        seed_everything(run.options.seed, "pretrain", epoch)
+        model.train()
+        optimiser.zero_grad(set_to_none=True)
+        with _autocast(run):
+            loss = _fabricated_loss(recipe, model, *_contrasted(session))
+            loss.backward()
+        optimiser.step()
+        run.log(contrastive=loss)
+    run.complete("pretrain", model)
+
+
+def carry_heads(model: nn.Module, path: Path) -> None:
+    """Start with the heads of another run's last network: the released code resets the encoder alone between runs (section 2.7).
+
+    Raises:
+        UserError: for a file that is missing or damaged, and for heads that do not fit.
+    """
+    state = load_weights(path / "checkpoints" / "last.safetensors" if path.is_dir() else path)[0]
+    heads = {key: value for key, value in state.items() if key.split(".")[0] in {"proj_head", "linear", "decoder"}}
+    own = model.state_dict()
+    if not heads or any(key not in own or own[key].shape != value.shape for key, value in heads.items()):
+        raise UserError(f"--carry_heads {path}: its heads do not fit this network")
+    model.load_state_dict(own | heads)
 
 
 def _autocast(run: Run) -> torch.autocast:
@@ -288,9 +325,13 @@ def fabricated_epoch(session: Session) -> dict[str, Tensor]:
 
 def _fabricated_loss(recipe: Recipe, model: SetGNN, h: Hypergraph, x: Features) -> Tensor:
     first, second = fabricate_pair(recipe.method, h, x, recipe.ratio)
-    # Without an augmentation the views differ by dropout only, and the input's is left out (section 2.2).
-    p = 0.0 if recipe.method == "A0" else INPUT_DROPOUT
+    p = _input_dropout(recipe)
     return contrastive_loss(model, first, second, recipe.temperature, loss=recipe.loss, input_dropout=p)
+
+
+def _input_dropout(recipe: Recipe) -> float:
+    """Without an augmentation the views differ by dropout only, and the input's is left out (section 2.2)."""
+    return 0.0 if recipe.method == "A0" else INPUT_DROPOUT
 
 
 def generative_epoch(session: Session) -> dict[str, Tensor]:
@@ -313,6 +354,7 @@ def generative_epoch(session: Session) -> dict[str, Tensor]:
             kl_scale=options.kl_scale,
             objective=options.objective,
             drop_weight=options.drop_weight,
+            loss=recipe.loss,
         )
         session.generator_optimiser.step()
     session.optimiser.zero_grad(set_to_none=True)
@@ -384,10 +426,19 @@ class SampledEpoch:
     def __call__(self, session: Session) -> dict[str, Tensor]:
         """One epoch."""
         recipe, model = session.recipe, _encoder(session)
-        weight, t = recipe.contrast_weight, recipe.temperature
-        labels, name = session.data.labels, recipe.method
-        train_on_batches(model, session.optimiser, self.sampler, labels, self.train, name, recipe.ratio, weight, t)
-        return {}
+        return train_on_batches(
+            model,
+            session.optimiser,
+            self.sampler,
+            session.data.labels,
+            self.train,
+            recipe.method,
+            recipe.ratio,
+            recipe.contrast_weight,
+            recipe.temperature,
+            recipe.loss,
+            _input_dropout(recipe),
+        )
 
 
 def _encoder(session: Session) -> SetGNN:

@@ -1,7 +1,6 @@
 """The paper's claims: which arms are run and which numbers are compared."""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold_shared.claims import Arm, Claim, Measurement
-from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.cli import config_digest, load_recipe
 from tenfold_shared.errors import UserError
 from tenfold_shared.reproduction import Request, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, seed_everything
@@ -122,7 +121,7 @@ def learned(
     training = dataclasses.replace(
         recipe, data=data, fit=FitOptions(), meta=dataclasses.replace(recipe.meta, test_optimiser="sgd")
     )
-    name = f"{recipe.method}-{hashlib.sha256(to_yaml(training).encode()).hexdigest()[:8]}-seed{seed}"
+    name = f"{recipe.method}-{config_digest(training)}-seed{seed}"
     directory = folder / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / f".{name}.lock"):

@@ -23,7 +23,6 @@ from tenfold_shared.scenes.analytic import (
     render_views,
     tabletop,
     tabletop_cameras,
-    tabletop_forward_cameras,
     tabletop_views,
 )
 from tenfold_shared.scenes.blender import read_blender, read_deepvoxels, write_blender
@@ -33,7 +32,6 @@ from tenfold_shared.scenes.cameras import (
     look_at,
     opencv_from_opengl,
     opengl_from_opencv,
-    similarity_between,
 )
 from tenfold_shared.scenes.colmap import read_colmap, write_colmap
 from tenfold_shared.scenes.llff import (
@@ -72,12 +70,10 @@ __all__ = [
     "read_llff",
     "read_nerfstudio",
     "render_views",
-    "similarity_between",
     "spherical_path",
     "spiral_path",
     "tabletop",
     "tabletop_cameras",
-    "tabletop_forward_cameras",
     "tabletop_views",
     "write_blender",
     "write_colmap",

@@ -315,13 +315,6 @@ def tabletop_cameras(count: int = 20, size: int = 48, offset: float = 0.0, radiu
     return _cameras(poses, size, 2.0, 6.0 if radius >= 4 else 5.0)
 
 
-def tabletop_forward_cameras(size: int = 48) -> CameraSet:
-    """5 x 4 cameras on the plane y = -3.4 (x in +-0.8, z in 0.5..1.3) that look across the table; near 2, far 6."""
-    z, x = np.meshgrid(np.linspace(0.5, 1.3, 4), np.linspace(-0.8, 0.8, 5), indexing="ij")
-    eye = np.stack([x.ravel(), np.full(x.size, -3.4), z.ravel()], -1)
-    return _cameras(look_at(eye, np.array([0, 0, -0.2])), size, 2.0, 6.0)
-
-
 def tabletop_views(
     seed: int, count: int = 20, size: int = 48, offset: float = 0.0, specular: float = 0.3, supersample: int = 1
 ) -> Scene:

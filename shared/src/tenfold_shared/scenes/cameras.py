@@ -211,21 +211,3 @@ def circle_path(count: int = 120, radius: float = 4.0, elevation: float = 30.0) 
     """Poses [count, 4, 4] around the z axis at `elevation` degrees, looking at the origin."""
     azimuth = 2 * np.pi * np.arange(count) / count
     return look_at(on_sphere(azimuth, np.full(count, np.deg2rad(elevation)), radius), np.zeros(3))
-
-
-def similarity_between(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """The scale s and rigid [4, 4] motion G of least squares with `target = s * (G source)` for poses [N, 4, 4].
-
-    Rotation from the orientations (their mean relative rotation), scale and translation from the centres; three or more
-    views at different positions are needed for the scale.
-    """
-    relative = (target[:, :3, :3] @ source[:, :3, :3].transpose(0, 2, 1)).sum(0)
-    left, _, right = np.linalg.svd(relative)
-    rotation = left @ np.diag([1.0, 1.0, np.linalg.det(left @ right)]) @ right
-    start, end = source[:, :3, 3] @ rotation.T, target[:, :3, 3]
-    spread_start, spread_end = start - start.mean(0), end - end.mean(0)
-    scale = float((spread_start * spread_end).sum() / (spread_start**2).sum())
-    motion = np.eye(4)
-    motion[:3, :3] = rotation
-    motion[:3, 3] = end.mean(0) / scale - start.mean(0)
-    return scale, motion
