@@ -2,6 +2,10 @@
 
     python benchmarks/layer.py                           CPU: float32, batch 4, 2 threads
     python benchmarks/layer.py --device cuda --dtype bfloat16 --batch 64 --save results/benchmarks/layer-cuda.json
+    python benchmarks/layer.py --memory --save results/benchmarks/layer-memory-cpu.json    peak memory in place of time
+
+With ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and MKL_ENABLE_INSTRUCTIONS=AVX2 in the environment, PyTorch and
+its libraries compute as on a processor without AVX-512.
 
 Two tables: inference, and training (forward and backward with gradients for the map and all kernels). Methods that give
 only the summed map cannot feed the three batch norms of training; they are marked "1 map". The last line of each table
@@ -10,7 +14,9 @@ the multiply-adds that do not meet padding, at the rate of the matrix product me
 """
 
 import argparse
+import concurrent.futures
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -136,35 +142,51 @@ def matmul_rate(args: argparse.Namespace) -> float:
     return n**3 / min(times)
 
 
-def _peak(stage: int, name: str, args: argparse.Namespace, queue: "multiprocessing.Queue[float]") -> None:
-    torch.set_num_threads(args.threads)
-    case = Case(stage, args, *methods(args.device, args.training)[name])
-    if args.device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        held = _status("VmRSS")
-        case()
-        queue.put(_status("VmHWM") - held)
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        case()
-        queue.put((torch.cuda.max_memory_allocated() - held) / 2**20)
+def peak_mib(call: Callable[[], Any], device: str) -> float:
+    """MiB that a call needs at its peak beyond what is held before it: of the process (Linux), or of the GPU."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        held = _resident("VmRSS")
+        call()
+        return _resident("VmHWM") - held
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
-def _status(field: str) -> float:
+def _resident(field: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
-def peak_memory(stage: int, name: str, args: argparse.Namespace) -> float:
-    """MiB that one call needs beyond its inputs, measured in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    queue: multiprocessing.Queue[float] = context.Queue()
-    process = context.Process(target=_peak, args=(stage, name, args, queue))
-    process.start()
-    value = queue.get()
-    process.join()
-    return value
+def alone(function: Callable[..., float], *args: Any) -> float:
+    """What a function of a module returns in a fresh process."""
+    # glibc gives the memory of a tensor back as soon as it is freed, so that the peak is what is in use.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def layer_peak(name: str, args: argparse.Namespace) -> float:
+    """`peak_mib` of a method at stage 1, whose maps are the largest."""
+    torch.set_num_threads(args.threads)
+    method = methods(args.device, args.training)[name]
+    Case(len(STAGES) - 1, args, *method)()  # loads the libraries; its maps are small
+    return peak_mib(Case(0, args, *method), args.device)
+
+
+def memory_table(args: argparse.Namespace) -> dict[str, float]:
+    """Measure and print the peaks of all methods, one process each; returns MiB beyond the inputs."""
+    print(f"\n{_kind(args)}, stage 1: peak memory beyond the inputs, MiB")
+    peaks = {name: round(alone(layer_peak, name, args), 1) for name in methods(args.device, args.training)}
+    for name, peak in peaks.items():
+        print(f"{name:32}{peak:10.1f}{peak / peaks['ours']:9.2f}x")
+    return peaks
+
+
+def _kind(args: argparse.Namespace) -> str:
+    return "training (forward + backward)" if args.training else "inference"
 
 
 def table(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -173,7 +195,7 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     totals = dict.fromkeys(names, 0.0)
     floor = 0.0
     rate = matmul_rate(args)
-    print(f"\n{'training (forward + backward)' if args.training else 'inference'}, median ms of {args.rounds} rounds")
+    print(f"\n{_kind(args)}, median ms of {args.rounds} rounds")
     columns = "".join(f"{f'{c} x {s}x{s}, {k}':>18}" for c, s, k, _ in STAGES)
     print(f"{'':32}{columns}{'sum of blocks':>16}{'ours is':>12}")
     cells: dict[str, list[float]] = {name: [] for name in names}
@@ -199,8 +221,6 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         rows[name] = {"stages_ms": stages, "sum_of_blocks_ms": round(total, 1), "ours_is_faster_by": round(ratio, 2)}
     rows["floor"] = {"sum_of_blocks_ms": round(1e3 * floor, 1)}
     print(f"{'floor':32}{'':{18 * len(STAGES)}}{1e3 * floor:16.1f}{floor / ours:11.2f}x")
-    if args.memory:
-        print(f"{'peak memory of stage 1, MiB':32}" + ", ".join(f"{n}: {peak_memory(0, n, args):.0f}" for n in names))
     return rows
 
 
@@ -215,16 +235,24 @@ def main() -> None:
     parser.add_argument(
         "--clock", default="wall", choices=list(CLOCKS), help="cpu: for busy machines, with --threads 1"
     )
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory, one process a method")
+    parser.add_argument("--memory", action="store_true", help="peak memory in place of time, one process a method")
     parser.add_argument("--save", type=Path, help="write the tables to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    name = torch.cuda.get_device_name() if args.device != "cpu" else f"CPU, {args.threads} threads"
-    outcome: dict[str, Any] = {"device": name, "torch": torch.__version__, "dtype": args.dtype, "batch": args.batch}
+    outcome = where(args)
     for args.training in (False, True):
-        outcome["training" if args.training else "inference"] = table(args)
+        measured = memory_table(args) if args.memory else table(args)
+        outcome["training" if args.training else "inference"] = measured
     if args.save is not None:
         write_json(args.save, outcome)
+
+
+def where(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers of a run depend on."""
+    cpu = args.device == "cpu"
+    name = f"CPU, {args.threads} threads" if cpu else torch.cuda.get_device_name()
+    found = {"device": name, "torch": torch.__version__, "dtype": args.dtype, "batch": args.batch}
+    return {**found, "instructions": torch.backends.cpu.get_cpu_capability()} if cpu else found
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from tenfold_slak.compat import (
     CheckpointError,
@@ -17,6 +19,7 @@ from tenfold_slak.compat import (
 )  # fmt: skip
 from tenfold_slak.downstream import SLaKBackbone, UPerNet, _starts, faster_rcnn, mask_rcnn
 from tenfold_slak.erf import contribution_maps, effective_receptive_field, plot, rectangle
+from tenfold_slak.evaluate import load_model
 from tenfold_slak.layer import merge_large_kernels
 from tenfold_slak.models.slak import SLaK, create
 
@@ -127,6 +130,26 @@ def test_convnext_there_and_back() -> None:
     x = torch.randn(1, 3, 64, 64)
     for read in (from_convnext(plain), load_official_checkpoint({"model": plain})):
         torch.testing.assert_close(read.eval()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def timm_convnext(**more) -> torch.nn.Module:
+    model = timm.create_model("convnext_tiny", depths=(1, 1, 2, 1), dims=(6, 8, 12, 16), num_classes=5, **more)
+    for tensor in model.state_dict().values():
+        tensor.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"in_chans": 1, "ls_init_value": None}], ids=str)
+def test_convnexts_of_timm_are_read(arguments: dict, tmp_path: Path) -> None:
+    model = timm_convnext(**arguments)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})  # as hubs keep them
+    x = torch.randn(2, arguments.get("in_chans", 3), 64, 96)
+    for read in (from_convnext(model.state_dict()), load_model(tmp_path / "model.safetensors")[0].eval()):
+        ours = read.eval()
+        torch.testing.assert_close(ours.forward_features(x), model.forward_features(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"unexpected stages\.0\.0\.extra"):
+        from_convnext({**model.state_dict(), "stages.0.blocks.0.extra": torch.zeros(1)})
 
 
 def test_backbone_takes_classifiers_and_keeps_zeros() -> None:

@@ -308,7 +308,27 @@ def test_resume_from_weights_alone() -> None:
 
 
 def test_names_without_wrappers() -> None:
-    assert bare_name("_orig_mod.module.stages.0.weight") == "stages.0.weight"
+    names = {
+        "_orig_mod.module.stages.0.weight": "stages.0.weight",
+        "module._orig_mod.module.head.weight": "head.weight",
+        "stages.0._orig_mod.pwconv1.weight": "stages.0.pwconv1.weight",
+        "submodule.weight": "submodule.weight",
+        "body.module.weight": "body.module.weight",
+        "my_orig_mod.weight": "my_orig_mod.weight",
+        "module": "module",
+    }
+    assert {name: bare_name(name) for name in names} == names
+
+
+def test_names_that_only_wrappers_tell_apart_are_refused() -> None:
+    model = nn.Module()
+    model.submodule, model.head = nn.Linear(3, 4), nn.Linear(4, 2)
+    assert list(maskable_parameters(model)) == ["submodule.weight", "head.weight"]
+    model.module = nn.ModuleDict({"head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"two parameters are called 'head\.weight'.* 'module\.head\.weight'"):
+        initial_masks(model, 0.5, "uniform")
+    with pytest.raises(ValueError, match="two parameters"):
+        SparseEMA(nn.Linear(1, 1)).update(model)
 
 
 def test_learning_rate_ends() -> None:

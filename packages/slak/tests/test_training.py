@@ -20,6 +20,7 @@ from tenfold_slak.detect import (
     augmented,
     coco_precision,
     cropped,
+    detector,
     flipped,
     resized,
     train_detector,
@@ -27,7 +28,7 @@ from tenfold_slak.detect import (
 from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
 from tenfold_slak.models import create_network
 from tenfold_slak.precision import voc_precision
-from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, train_segmenter, training_transform
+from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, segmenter, train_segmenter, training_transform
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
 
 ALL = {name: load_recipe("tenfold_slak", name, Recipe) for name in recipes("tenfold_slak")}
@@ -177,6 +178,32 @@ def test_every_detector_recipe_is_stepped(name: str, tmp_path: Path, monkeypatch
         outcome = train_detector(run, recipe)
     assert outcome.get("box_ap", 200.0) == 200.0
     assert 0 <= outcome.get("map50", 0.0) <= 100
+
+
+def test_a_convnext_run_becomes_the_backbone_of_the_downstream_recipes(tmp_path: Path) -> None:
+    """`imagenet-convnext-tiny-120` trains timm's network; `coco-convnext-tiny-12` starts from it, ADE20K's can."""
+    data, arguments = DataConfig(name="digits"), {**NARROW, "ls_init_value": 0.5}
+    optim = Optimisation(steps=2, batch_size=8, accumulate=1, warmup_epochs=0, ema=0.5)
+    recipe = dataclasses.replace(ALL["imagenet-convnext-tiny-120"], arguments=arguments, data=data, optim=optim)
+    classify(recipe, tmp_path)
+    run, x = tmp_path / "slak" / "x", torch.randn(1, 1, 64, 96)
+    coco, ade = ALL["coco-convnext-tiny-12"], ALL["ade20k-convnext-tiny"]
+    arguments = {**NARROW, "in_chans": 1}
+    coco = dataclasses.replace(coco, arguments=arguments, detection=dataclasses.replace(coco.detection, channels=8))
+    ade = dataclasses.replace(ade, arguments=arguments, segmentation=dataclasses.replace(ade.segmentation, channels=8))
+    for path in (run, run / "checkpoints" / "last.safetensors", run / "checkpoints" / "ema.safetensors"):
+        trained, about = load_model(path)
+        assert about["arch"] == "convnext_tiny"
+        expected = trained.eval().forward_features(x)
+        segmenting = segmenter(dataclasses.replace(ade, pretrained=path)).backbone
+        detecting = detector(dataclasses.replace(coco, pretrained=path), 3).backbone.body
+        for backbone in (segmenting.eval(), detecting.eval()):  # their last norm is new
+            torch.testing.assert_close(backbone(x)["3"], backbone.norm3(expected), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="keys do not fit"):
+        segmenter(dataclasses.replace(ade, pretrained=run, arguments={**arguments, "depths": [1, 1, 2, 1]}))
+    classify(dataclasses.replace(recipe, arch="resnet10t", arguments={}), tmp_path / "other")
+    with pytest.raises(UserError, match="neither a SLaK nor a ConvNeXt"):
+        segmenter(dataclasses.replace(ade, pretrained=tmp_path / "other" / "slak" / "x"))
 
 
 def _generate_coco(folder: Path) -> None:

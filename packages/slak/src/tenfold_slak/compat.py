@@ -164,9 +164,8 @@ def load_official_checkpoint(
 ) -> SLaK:
     """A network with the released weights; its architecture is read off the shapes unless a model is given.
 
-    Files whose layers are merged (`lkb_reparam`) give a merged network; a plain ConvNeXt's (`dwconv`) one in ConvNeXt
-    mode. Downstream backbones (`norm0..norm3`, no head)
-    load without those norms; `SLaKBackbone.load` keeps them.
+    Files whose layers are merged (`lkb_reparam`) give a merged network; a plain ConvNeXt's (`dwconv`, timm's
+    `conv_dw`) one in ConvNeXt mode. Downstream backbones (`norm0..norm3`, no head) load without those norms; `SLaKBackbone.load` keeps them.
 
     Args:
         source: a file, or what was read from one.
@@ -180,7 +179,7 @@ def load_official_checkpoint(
     """
     state = read_official(source, weights) if isinstance(source, str | Path) else bare_state(source, weights)
     state = {name: value for name, value in state.items() if not re.match(r"norm\d\.", name)}
-    if model is None and any(".dwconv." in name for name in state):
+    if model is None and any(".dwconv." in name or ".conv_dw." in name for name in state):
         return from_convnext(state)
     if model is None:
         arguments = infer_arguments(state)
@@ -240,7 +239,7 @@ def to_convnext(model: SLaK) -> State:
 
 
 def from_convnext(state: Mapping[str, Tensor]) -> SLaK:
-    """A network in ConvNeXt mode with a plain ConvNeXt's weights (released ConvNeXt names), for inference and training.
+    """A network in ConvNeXt mode with a plain ConvNeXt's weights (released or timm's names), for inference and training.
 
     The batch norms start as identities that carry the depthwise bias: mean 0, variance 1 - eps, so that the scale is
     one.
@@ -250,7 +249,7 @@ def from_convnext(state: Mapping[str, Tensor]) -> SLaK:
 
     """
     converted: State = {}
-    for name, value in state.items():
+    for name, value in from_timm(state).items():
         match = re.match(r"(stages\.\d+\.\d+)\.dwconv\.(weight|bias)$", name)
         if match is None:
             converted[name] = value
@@ -265,3 +264,25 @@ def from_convnext(state: Mapping[str, Tensor]) -> SLaK:
         converted[prefix + "bn.running_var"] = torch.full_like(value, 1 - 1e-5)
         converted[prefix + "bn.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
     return load_official_checkpoint(converted)
+
+
+#: Names of timm's ConvNeXt and the released ones.
+_TIMM = (
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"\.mlp\.fc([12])\.", r".pwconv\1."),
+    (r"^head\.norm\.", "norm."),
+    (r"^head\.fc\.", "head."),
+)
+
+
+def from_timm(state: Mapping[str, Tensor]) -> State:
+    """Weights of timm's ConvNeXt under the released names; what has them already stays as it is."""
+    renamed: State = {}
+    for name, value in state.items():
+        for theirs, released in _TIMM:
+            name = re.sub(theirs, released, name)  # noqa: PLW2901 - one rename after the other
+        renamed[name] = value
+    return renamed

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from tenfold_slak.masks import Masks, bare_name
+from tenfold_slak.masks import Masks, bare_name, by_bare_name
 
 
 class SparseEMA:
@@ -32,7 +32,7 @@ class SparseEMA:
     def update(self, model: nn.Module, masks: Masks | None = None) -> None:
         """Move towards the model's weights; call it after the masks were applied."""
         masks = masks or {}
-        current = {bare_name(name): value for name, value in model.state_dict().items()}
+        current = by_bare_name(model.state_dict().items())
         for name, average in self.module.state_dict().items():
             value = current[bare_name(name)].to(average.device)
             if not average.is_floating_point():

@@ -1,11 +1,14 @@
 """What a network is worth and what it costs (section 9): accuracy, non-zero weights, multiply-adds; ERF; export."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -78,20 +81,28 @@ def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tu
     if not path.is_file():
         what = "it keeps no moving average" if weights == "ema" else "the run has not ended"
         raise UserError(f"there is no checkpoint {path}: {what}")
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or _from_elsewhere(path):
         return load_official_checkpoint(path, weights="model_ema" if weights == "ema" else None), {"arch": "released"}
     state, about = load_weights(path)
-    if "arch" not in about:
-        return load_official_checkpoint(state), {"arch": "released"}
     if about.get("task", "classify") != "classify":
         raise UserError(f"{path} holds a network for {about['task']}; this takes a classifier")
-    model = create_network(about["arch"], **about["arguments"])
+    with refusals(str(path)):
+        model = create_network(about["arch"], **about["arguments"])
     try:
         check_state(model.state_dict(), state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     model.load_state_dict(state)
     return model, about
+
+
+def _from_elsewhere(path: Path) -> bool:
+    """Whether a safetensors file is sound but none of ours, which say their architecture."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "arch" not in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # `load_weights` says what is wrong
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
@@ -147,6 +158,42 @@ def costs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def refusals(subject: str) -> Iterator[None]:
+    """Tell what the method, timm or PyTorch refuse in one sentence that begins with the subject."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, AssertionError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{subject}: {reason}") from error
+
+
+def _at_least_one(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise UserError(f"--{name} takes 1 or more, got {value}")
+
+
+def _make_room(output: Path, *endings: str) -> None:
+    """See before anything is computed that the file can be written."""
+    if output.suffix not in endings:
+        raise UserError(f"--output {output}: the ending says what to write, {' or '.join(endings)}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def _check_image(model: nn.Module, size: int, channels: int | None = None, name: str = "the image") -> int:
+    """Refuse square images that the network cannot take; returns their channels."""
+    if channels is None:
+        channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    check_fit(model, (channels, size, size), getattr(model, "num_classes", 0), name)
+    return channels
+
+
 # -- verbs -------------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +211,8 @@ def erf(
     from tenfold_slak.data import embedded_sets, pictures  # noqa: PLC0415 - slow to import
     from tenfold_slak.erf import effective_receptive_field, plot  # noqa: PLC0415
 
+    _at_least_one(size=size, images=images)
+    _make_room(output, ".png", ".svg", ".pdf")
     model, _ = load_model(checkpoint)
     if data == "pictures":
         resized = (
@@ -174,8 +223,9 @@ def erf(
         batches = [(picture - mean) / std for picture in resized]
     else:
         batches = [embedded_sets("row-cue")[1].images[:images].float() / 255]
-    check_fit(model, (batches[0].shape[1], batches[0].shape[2], batches[0].shape[3]), model.num_classes, data)  # type: ignore[arg-type]
-    field = effective_receptive_field(model, batches)
+    _check_image(model, batches[0].shape[-1], batches[0].shape[1], data)
+    with refusals(f"--checkpoint {checkpoint}"):
+        field = effective_receptive_field(model, batches)
     plot({checkpoint.name: field}, output)
     squares = {str(share): square._asdict() for share, square in field.rectangles.items()}
     print(json.dumps({"size": batches[0].shape[-1], "squares": squares}))
@@ -188,17 +238,17 @@ def export(
     """Merge the branches of a checkpoint's layers and write it as ONNX (.onnx) or as a torch.export program (.pt2)."""
     from tenfold_slak.export import export_onnx, export_program  # noqa: PLC0415 - slow to import
 
+    _at_least_one(size=size)
+    _make_room(output, ".onnx", ".pt2")
     model, _ = load_model(checkpoint)
-    if output.suffix not in {".onnx", ".pt2"}:
-        raise UserError(f"--output {output}: the ending says what to write, .onnx or .pt2")
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    example = torch.zeros(2, first.in_channels, size, size)
-    check_fit(model, (first.in_channels, size, size), model.num_classes, "the image")  # type: ignore[arg-type]
+    example = torch.zeros(2, _check_image(model, size), size, size)
     if output.suffix == ".onnx":
-        difference = export_onnx(model, example, output, form)
+        with refusals(f"--output {output}"):
+            difference = export_onnx(model, example, output, form)
         print(f"{output}: written; merging changed the scores by {difference:.1e} at most")
     else:
-        torch.export.save(export_program(model, example, form), output)
+        with refusals(f"--output {output}"):
+            torch.export.save(export_program(model, example, form), output)
         print(f"{output}: written")
 
 
@@ -208,8 +258,12 @@ def profile(
     """Print, for every large-kernel layer and every other convolution or Linear, its multiply-adds and its time."""
     from tenfold_slak.profile import profile_layers  # noqa: PLC0415
 
-    model = create_network(arch) if checkpoint is None else load_model(checkpoint)[0]
-    rows = profile_layers(model, size, batch_size, repeats)
+    _at_least_one(size=size, batch_size=batch_size, repeats=repeats)
+    with refusals("--arch"):
+        model = create_network(arch) if checkpoint is None else load_model(checkpoint)[0]
+    _check_image(model, size)
+    with refusals(f"--size {size}"):
+        rows = profile_layers(model, size, batch_size, repeats)
     total = sum(row.seconds for row in rows)
     print(f"{'layer':44}{'MACs, M':>12}{'non-zero, M':>14}{'ms':>10}{'share':>8}{'GMAC/s':>10}")
     for row in rows:

@@ -2,11 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 Masks = dict[str, Bool[Tensor, "..."]]
 
@@ -15,10 +18,33 @@ DENSE_FROM = 0.99
 
 
 def bare_name(name: str) -> str:
-    """A parameter's name without what `DistributedDataParallel` and `torch.compile` put in front of it."""
-    for prefix in ("module.", "_orig_mod."):
-        name = name.replace(prefix, "")
-    return name
+    """A parameter's name without the components that wrappers add.
+
+    `torch.compile` adds `_orig_mod` wherever a module is compiled, `DistributedDataParallel` a `module` at the start.
+    """
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts[0] == "module" and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def by_bare_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Named parameters, buffers or the like by bare name.
+
+    Raises:
+        ValueError: two have the same one, so that a mask could not tell them apart.
+
+    """
+    found: dict[str, T] = {}
+    for name, value in named:
+        bare = bare_name(name)
+        if bare in found:
+            raise ValueError(
+                f"two parameters are called {bare!r} once wrappers' prefixes are left out, one of them {name!r}: "
+                "rename the submodule 'module'"
+            )
+        found[bare] = value
+    return found
 
 
 def maskable_parameters(model: nn.Module, only_large_kernels: bool = False) -> dict[str, nn.Parameter]:
@@ -29,14 +55,14 @@ def maskable_parameters(model: nn.Module, only_large_kernels: bool = False) -> d
         only_large_kernels: the rectangles `LoRA1` and `LoRA2` of the large-kernel layers alone.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or two have the same bare name.
 
     """
-    found = {
-        bare_name(name): parameter
+    found = by_bare_name(
+        (name, parameter)
         for name, parameter in model.named_parameters()
         if parameter.ndim in {2, 4} and (not only_large_kernels or ".LoRA" in f".{name}")
-    }
+    )
     if not found:
         kind = "large-kernel rectangle (LoRA1, LoRA2)" if only_large_kernels else "parameter of 2 or 4 dimensions"
         raise ValueError(f"the model has no {kind} to make sparse")

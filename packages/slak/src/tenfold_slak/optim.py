@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from tenfold_slak.masks import bare_name
+from tenfold_slak.masks import bare_name, by_bare_name
 
 #: Layers of the layer-wise decay for ImageNet fine-tuning; ids run from 0 (stem) to 13 (norm and head).
 NUM_LAYERS = 12
@@ -72,7 +72,7 @@ def stage_id(name: str, num_layers: int = 12) -> int:
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
     """`layer_id` of every parameter."""
-    return {bare_name(name): layer_id(name) for name, _ in model.named_parameters()}
+    return by_bare_name((name, layer_id(name)) for name, _ in model.named_parameters())
 
 
 def parameter_groups(

@@ -15,6 +15,7 @@ from tenfold_shared.batches import Stream, StreamedBatches
 from tenfold_shared.download import data_root, missing
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, derived_seed, seed_everything
+from tenfold_slak.compat import CheckpointError, from_convnext
 from tenfold_slak.data import IMAGENET_MEAN, IMAGENET_STD
 from tenfold_slak.downstream import SLaKBackbone, UPerNet
 from tenfold_slak.evaluate import load_model
@@ -187,9 +188,11 @@ def load_backbone(backbone: SLaKBackbone, recipe: "Recipe") -> None:
     """Fill a backbone with the recipe's pretrained weights; their zeros stay zero unless training is dense."""
     if recipe.pretrained is not None:
         trained, _ = load_model(recipe.pretrained)
-        if not isinstance(trained, SLaK):
-            raise UserError(f"--pretrained {recipe.pretrained} is no SLaK network")
-        backbone.load(trained.state_dict(), sparse=recipe.sparse.sparsity > 0)
+        try:
+            network = trained if isinstance(trained, SLaK) else from_convnext(trained.state_dict())
+        except CheckpointError as error:
+            raise UserError(f"--pretrained {recipe.pretrained} is neither a SLaK nor a ConvNeXt: {error}") from error
+        backbone.load(network.state_dict(), sparse=recipe.sparse.sparsity > 0)
 
 
 def train_segmenter(run: Run, recipe: "Recipe") -> dict[str, Any]:
