@@ -279,11 +279,11 @@ def test_more_processes_than_views(tmp_path: Path) -> None:
     renderer, train = build(recipe("nerf"), data), data.train
     tables = []
 
-    class Process:
-        world, device = 3, torch.device("cpu")
+    class Process(Run):
+        world, rank, device = 3, 0, torch.device("cpu")
 
         def __init__(self, rank: int, total: torch.Tensor | None = None) -> None:
-            self.rank, self.total = rank, total
+            self.rank, self.total = rank, total  # and nothing of a run
 
         def reduce(self, table: torch.Tensor) -> torch.Tensor:
             tables.append(table)
