@@ -12,7 +12,7 @@ import tenfold_bip.train
 from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
 from tenfold_bip.data import DataConfig, load_data
 from tenfold_bip.evaluate import load_model
-from tenfold_bip.reproduce import measure
+from tenfold_bip.reproduce import dense_run, measure
 from tenfold_bip.train import METHODS, Bilevel, Phase, Recipe, run_recipe
 from tenfold_shared.claims import Arm, Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
@@ -93,6 +93,25 @@ def test_imp_takes_over_the_rounds_of_a_run_that_cuts_less(tmp_path: Path) -> No
     ]
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+def test_arms_start_from_the_dense_network_of_their_own_recipe(tmp_path: Path) -> None:
+    """What dense training reads tells one dense network from another; what only pruning reads does not."""
+    recipe = short("omp", dense=Phase(epochs=2))
+    others = {
+        "dense.lr": dataclasses.replace(recipe, dense=Phase(epochs=2, lr=0.02)),
+        "batch_size": dataclasses.replace(recipe, batch_size=50),
+        "data.validation": dataclasses.replace(recipe, data=DataConfig(validation=0.5)),
+        "rewind_epoch": dataclasses.replace(recipe, rewind_epoch=0),
+    }
+    alike = dataclasses.replace(recipe, method="bip", keep=0.1, bilevel=Bilevel(alpha=0.2), sparse=Phase(epochs=7))
+    how = RunOptions(device="cpu", quiet=True, resume=True)
+    first = dense_run(recipe, 0, how, tmp_path)
+    assert dense_run(alike, 0, how, tmp_path) == first
+    folders = {name: dense_run(other, 0, how, tmp_path) for name, other in others.items()}
+    assert len({first, *folders.values()}) == 1 + len(others)
+    weights = {name: load_model(folder)[0].state_dict()["0.weight"] for name, folder in folders.items()}
+    assert not torch.equal(weights["dense.lr"], load_model(first)[0].state_dict()["0.weight"])
 
 
 @pytest.mark.parametrize(

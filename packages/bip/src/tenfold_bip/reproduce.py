@@ -1,6 +1,7 @@
 """The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,9 +87,13 @@ def _dense_accuracy(recipe: Recipe) -> Measurement:
 
 
 def dense_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> Path:
-    """The folder of the dense training that all arms of a seed start from, trained by whoever comes first."""
+    """The folder of the dense training that all arms of a seed start from, trained by whoever comes first.
+
+    Its name holds a digest of all that dense training reads: another batch size or data set is another network.
+    """
     dense = dataclasses.replace(recipe, **_dense_part(recipe))
-    name = f"dense-{recipe.arch}-{recipe.data.name}-seed{seed}"
+    digest = hashlib.blake2b(to_yaml(dense).encode(), digest_size=6).hexdigest()
+    name = f"dense-{recipe.arch}-{recipe.data.name}-{digest}-seed{seed}"
     directory = folder / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / f".{name}.lock"):
