@@ -9,16 +9,17 @@ from torch.nn.functional import cross_entropy
 
 import tenfold_bip.data
 import tenfold_bip.train
+import tenfold_shared.images
 from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
-from tenfold_bip.data import DataConfig, load_data
+from tenfold_bip.data import EVALUATION_BATCH, DataConfig, load_data, load_evaluation
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.reproduce import dense_run, measure
 from tenfold_bip.train import METHODS, Bilevel, Phase, Recipe, run_recipe
 from tenfold_shared.claims import Arm, Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
-from tenfold_shared.images import ImageSet
-from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.images import ImageSet, split_train_validation
+from tenfold_shared.run import Run, RunOptions, derived_seed
 
 SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
 SHAPES |= {"tiny-imagenet": (3, 64, 64, 200), "imagenet": (3, 64, 64, 1000)}
@@ -154,6 +155,74 @@ def test_validation_replaces_the_test_images(tmp_path: Path) -> None:
     with Run("bip", Recipe(), options(tmp_path)) as run:
         data = load_data(DataConfig(validation=0.2), 50, run)
     assert (data.lower.samples, data.evaluation.samples) == (800, 200)
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """Five images of each of two classes to train with, one to test with, in ImageNet's layout; each of its own grey."""
+    from PIL import Image  # noqa: PLC0415
+
+    for split, count in (("train", 5), ("val", 1)):
+        for label, wnid in enumerate(("n01440764", "n01443537")):
+            folder = tmp_path / "set" / split / wnid
+            folder.mkdir(parents=True)
+            for i in range(count):
+                grey = 100 * label + 10 * i + (5 if split == "val" else 0)
+                Image.new("RGB", (240, 230), (grey, grey, grey)).save(folder / f"{i}.png")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("upper", ["train", "heldout"])
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_streamed_images_are_held_out_as_those_in_memory_are(
+    validation: float, upper: str, imagenet: Path, tmp_path: Path
+) -> None:
+    """The greys that each part of ImageNet shows: with a validation part nothing is judged on the evaluation images."""
+    config = DataConfig("imagenet", root=imagenet, validation=validation, upper=upper, workers=0)
+    with Run("bip", Recipe(), options(tmp_path)) as run:
+        data = load_data(config, 1, run)
+        alone = load_evaluation(config, 2, run)
+
+    def greys(batches: object) -> list[int]:
+        return sorted(
+            round(255 * (0.485 + 0.229 * float(image[0].mean()))) for x, _ in batches.epoch(0) for image in x
+        )
+
+    judged, lower, seen = greys(data.evaluation), greys(data.lower), greys(data.upper)
+    assert greys(alone.evaluation) == judged
+    assert (data.classes, alone.classes) == (2, 2)
+    training = [100 * label + 10 * i for label in (0, 1) for i in range(5)]
+    assert judged == [5, 105] if validation == 0 else len(judged) == 2 and set(judged) < set(training)
+    rest = [grey for grey in training if grey not in judged]
+    if upper == "train":
+        assert lower == seen == rest
+    else:
+        assert len(seen) == 1
+        assert sorted(lower + seen) == rest
+    grey = ImageSet(torch.tensor(training, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(10) // 5, ("a", "b"))
+    if validation:
+        held_out = split_train_validation(grey, validation, derived_seed(0, "validation"))[1]
+        assert sorted(held_out.images.flatten().tolist()) == judged
+
+
+def test_evaluation_reads_its_own_split_in_batches_of_the_size_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(
+        tenfold_bip.data, "load_images", lambda *a, **k: read.append(a[2]) or tenfold_shared.images.load_images(*a, **k)
+    )
+    with Run("bip", Recipe(), options(tmp_path)) as run:
+        found = load_evaluation(DataConfig(), 100, run)
+        assert read == ["test"]
+        assert [len(labels) for _, labels in found.evaluation.epoch(0)] == [100] * 7 + [97]
+        for config in (DataConfig(), DataConfig(validation=0.2)):
+            pairs = zip(
+                load_evaluation(config, EVALUATION_BATCH, run).evaluation.epoch(0),
+                load_data(config, 64, run).evaluation.epoch(0),
+                strict=True,
+            )
+            assert all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
 def test_bip_learns(tmp_path: Path) -> None:

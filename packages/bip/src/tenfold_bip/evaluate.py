@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold_bip.compat import load_official_checkpoint, load_official_state, recognise_architecture
-from tenfold_bip.data import Data, DataConfig, load_data
+from tenfold_bip.data import Data, DataConfig, Evaluation, load_evaluation
 from tenfold_bip.ledger import flops
 from tenfold_bip.masking import (
     MaskedWeight,
@@ -35,7 +35,7 @@ class EvalConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The images."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images at a time in each process."""
     arch: str = ""
     """Architecture, where the checkpoint's keys do not tell."""
     keep: float = 0.0
@@ -93,7 +93,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print accuracy, sparsity and operations of a checkpoint as one JSON line."""
     model, about = load_model(config.checkpoint, config.arch, config.keep)
     with Run.evaluation("bip", options) as run:
-        data = load_data(config.data, config.batch_size, run)
+        data = load_evaluation(config.data, config.batch_size, run)
         check_fit(model, data, config.data.name)
         model = run.prepare(model)
         reached = accuracy(model, data.evaluation, run).item()
@@ -101,7 +101,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             print(json.dumps({**about, "accuracy": reached, **costs(run.unwrap(model), data.shape)}))
 
 
-def check_fit(model: nn.Module, data: Data, name: str) -> None:
+def check_fit(model: nn.Module, data: Data | Evaluation, name: str) -> None:
     """Refuse a network whose first layer takes images of other channels than the data set has.
 
     Raises:
