@@ -13,8 +13,9 @@ import tenfold_shared.images
 from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
 from tenfold_bip.data import EVALUATION_BATCH, DataConfig, load_data, load_evaluation
 from tenfold_bip.evaluate import load_model
+from tenfold_bip.recipe import Bilevel, Phase, Recipe
 from tenfold_bip.reproduce import dense_run, measure
-from tenfold_bip.train import METHODS, Bilevel, Phase, Recipe, run_recipe
+from tenfold_bip.train import METHODS, run_recipe
 from tenfold_shared.claims import Arm, Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -58,7 +59,12 @@ def test_every_method_ends_at_its_keep_ratio(method: str, tmp_path: Path) -> Non
         model, result = run_recipe(run, short(method))
     assert result.keep == pytest.approx(1.0 if method == "dense" else 0.5, abs=1e-3)
     per_phase = {"dense": 0, "bip": 2, "imp": 4}.get(method, 1)  # IMP comes to a half in four rounds: .8 .64 .512 .5
-    assert result.passes == per_phase * (1000 // 64)
+    scoring = {"snip": 1, "grasp": 2, "synflow": 100}.get(method, 0)
+    assert result.passes == per_phase * (1000 // 64) + scoring
+    assert result.history[-1]["passes"] == result.passes
+    samples = 64 * per_phase * (1000 // 64) + scoring * (1 if method == "synflow" else 64)
+    assert result.training_flops == 3 * samples * result.costs["flops_dense"]
+    assert result.layers_emptied == []
     loaded, about = load_model(tmp_path / "bip" / "x")
     assert about["accuracy"] == result.accuracy
     images = torch.randn(3, 1, 8, 8)
@@ -184,9 +190,7 @@ def test_streamed_images_are_held_out_as_those_in_memory_are(
         alone = load_evaluation(config, 2, run)
 
     def greys(batches: object) -> list[int]:
-        return sorted(
-            round(255 * (0.485 + 0.229 * float(image[0].mean()))) for x, _ in batches.epoch(0) for image in x
-        )
+        return sorted(round(255 * (0.485 + 0.229 * float(image[0].mean()))) for x, _ in batches.epoch(0) for image in x)
 
     judged, lower, seen = greys(data.evaluation), greys(data.lower), greys(data.upper)
     assert greys(alone.evaluation) == judged

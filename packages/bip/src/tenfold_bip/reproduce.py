@@ -13,7 +13,8 @@ import yaml
 from tenfold_bip.baselines import imp_keep_schedule
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
-from tenfold_bip.train import Recipe, run_recipe
+from tenfold_bip.recipe import Recipe
+from tenfold_bip.train import run_recipe
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.cli import load_recipe, to_yaml
