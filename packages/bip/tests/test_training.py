@@ -13,7 +13,9 @@ import tenfold_shared.images
 from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
 from tenfold_bip.data import EVALUATION_BATCH, DataConfig, load_data, load_evaluation
 from tenfold_bip.evaluate import load_model
+from tenfold_bip.masking import masked_layers
 from tenfold_bip.recipe import Bilevel, Phase, Recipe
+from tenfold_bip.released import released_bilevel_step, released_optimizer
 from tenfold_bip.reproduce import dense_run, measure
 from tenfold_bip.train import METHODS, run_recipe
 from tenfold_shared.claims import Arm, Measurement, load_claims
@@ -39,18 +41,44 @@ def options(folder: Path, **changes: object) -> RunOptions:
 
 @pytest.mark.parametrize("name", list(recipes("tenfold_bip")))
 def test_every_recipe_is_built_and_stepped(name: str) -> None:
-    """The recipe's network at its real size takes one iteration of BiP on generated images of its data's shape."""
+    """The recipe's network at its real size takes one iteration of the recipe's trainer, with its options, on generated
+    images of its data's shape.
+    """
     recipe = load_recipe("tenfold_bip", name, Recipe)
+    settings = recipe.bilevel
     channels, height, width, classes = SHAPES[recipe.data.name]
-    model = prune_parametrize(create_model(recipe.arch, classes), recipe.keep, recipe.structure)
-    weights, scores = split_parameters(model)
-    lower = torch.optim.SGD(weights, recipe.bilevel.alpha, recipe.bilevel.momentum)
-    upper = torch.optim.SGD(scores, recipe.bilevel.beta, recipe.bilevel.momentum)
+    model = prune_parametrize(
+        create_model(recipe.arch, classes),
+        recipe.keep,
+        recipe.structure,
+        min_keep=recipe.min_keep,
+        scores_init=settings.scores_init,
+        tie_scores=settings.tie_scores,
+    )
     batch = torch.randn(2, channels, height, width), torch.tensor([0, classes - 1])
-    theta_step(model, batch, lower)
-    loss, outputs = m_step(model, batch, upper, gamma=recipe.bilevel.gamma)
+    layer = masked_layers(model)[0]
+    before = layer.theta.detach().clone()
+    assert (layer.theta.data_ptr() == layer.masking.scores.data_ptr()) is settings.tie_scores
+    assert (settings.trainer == "released") is name.endswith("-released")
+    if settings.trainer == "released":
+        lower, upper = (
+            released_optimizer(model, rate, settings.momentum, settings.weight_decay)
+            for rate in (settings.alpha, settings.beta)
+        )
+        loss, outputs = released_bilevel_step(model, batch, batch, lower, upper, lr2=settings.lr2)
+    else:
+        weights, scores = split_parameters(model)
+        lower, upper = (
+            torch.optim.SGD(parameters, rate, settings.momentum, weight_decay=settings.weight_decay)
+            for parameters, rate in ((weights, settings.alpha), (scores, settings.beta))
+        )
+        for _ in range(settings.lower_steps):
+            theta_step(model, batch, lower)
+        loss, outputs = m_step(model, batch, upper, gamma=settings.gamma, ig=settings.ig, lr2=settings.lr2)
     assert torch.isfinite(loss)
     assert outputs.shape == (2, classes)
+    assert not torch.equal(layer.theta, before)
+    assert torch.equal(layer.theta, layer.masking.scores) is settings.tie_scores
 
 
 @pytest.mark.parametrize("method", list(METHODS))
