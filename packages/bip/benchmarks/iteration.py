@@ -1,16 +1,19 @@
 """Cost of one BiP iteration, as ratios measured in turns within one run.
 
-    python benchmarks/iteration.py [--model resnet20s] [--batch 128] [--rounds 7]
+    python benchmarks/iteration.py [--model resnet20s] [--batch 128] [--rounds 7] [--save]
 
-Compares with a dense training step (the floor of an iteration is two of them: two forward-backward passes) and with the
+``--save`` writes results/benchmarks/iteration-MODEL-BATCH.json. Compares with a dense training step (the floor of an iteration is two of them: two forward-backward passes) and with the
 released trainer's iteration (four forward, three backward passes); and the masks' selection with a full sort.
 """
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,11 @@ from torch.nn.functional import cross_entropy
 from tenfold_bip import bilevel_iteration, create_model, prune_parametrize, split_parameters
 from tenfold_bip.projections import keep_count, project_global
 from tenfold_bip.released import released_bilevel_step, released_optimizer
+from tenfold_shared.checkpoint import write_json
 
 
 def measure(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Shortest seconds of each arm. The arms take turns, so that a busy machine disturbs all of them alike."""
+    """Median seconds of each arm. The arms take turns, so that a busy machine disturbs all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name, arm in arms.items():
@@ -32,7 +36,13 @@ def measure(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
             synchronize()
             if turn:  # the first turn warms up
                 times[name].append(time.perf_counter() - start)
-    return {name: min(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def save(name: str, found: dict[str, Any]) -> None:
+    """Write results/benchmarks/NAME.json, with what it was measured on."""
+    about = {"torch": torch.__version__, "device": str(device()), "threads": torch.get_num_threads()}
+    write_json(Path(__file__).parents[1] / "results" / "benchmarks" / f"{name}.json", {**about, **found})
 
 
 def synchronize() -> None:
@@ -61,8 +71,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--keep", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's default")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/iteration-MODEL-BATCH.json")
     args = parser.parse_args()
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     inputs = torch.randn(args.batch, 3, 32, 32, device=device())
     targets = torch.randint(0, 10, (args.batch,), device=device())
@@ -96,6 +110,18 @@ def main() -> None:
     print(f"{args.model}, batch {args.batch}, {device()}, {torch.get_num_threads()} threads")
     for name, value in seconds.items():
         print(f"  {name:<22} {1e3 * value:9.2f} ms   {2 * value / seconds['two dense steps']:5.2f} x dense step")
+    found: dict[str, Any] = {
+        "model": args.model,
+        "batch": args.batch,
+        "keep": args.keep,
+        "rounds": args.rounds,
+        "dense_step_ms": 1e3 * seconds["two dense steps"] / 2,
+        "bip_ms": 1e3 * seconds["BiP iteration"],
+        "released_ms": 1e3 * seconds["released iteration"],
+        "bip_over_dense": 2 * seconds["BiP iteration"] / seconds["two dense steps"],
+        "released_over_dense": 2 * seconds["released iteration"] / seconds["two dense steps"],
+        "selection": [],
+    }
 
     importances = [score.detach().abs() for score in scores]
     total = sum(importance.numel() for importance in importances)
@@ -108,9 +134,12 @@ def main() -> None:
             args.rounds,
         )
         ratio = seconds["full sort"] / seconds["selection"]
+        found["selection"].append({"weights": total, "keep": keep, "ms": 1e3 * seconds["selection"], "sort": ratio})
         print(
             f"  masks of {total} weights at keep {keep}: {1e3 * seconds['selection']:.2f} ms, sort {ratio:.1f} x that"
         )
+    if args.save:
+        save(f"iteration-{args.model}-{args.batch}", found)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tenfold_bip import (
     sparsity,
     split_parameters,
 )
-from tenfold_bip.masking import masked_layers, pack_mask, unpack_mask
+from tenfold_bip.masking import masked_layers, pack_mask, prunable_weights, reaches_output, unpack_mask
 from tenfold_bip.projections import (
     Projection,
     drop_count,
@@ -293,3 +293,27 @@ def test_empty_layers_are_named() -> None:
     with pytest.raises(ValueError, match=r"no weight in 4\.weight"):
         check_no_empty_layer(model)
     check_no_empty_layer(prune_parametrize(bake_masks(model), 0.3, min_keep=3))
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "layer", "reaches"),
+    [
+        ("resnet20s", (3, 32, 32), "conv1", False),
+        ("resnet20s", (3, 32, 32), "layer2.1.conv1", True),
+        ("ResNet18", (3, 64, 64), "layer3.0.conv2", True),
+        ("vgg16", (3, 32, 32), "features.17", False),
+        ("wrn_28_1", (3, 32, 32), "block2.layer.1.conv1", True),
+    ],
+)
+def test_whether_anything_reaches_the_output(arch: str, shape: tuple, layer: str, reaches: bool) -> None:
+    """An empty layer cuts a network apart only where nothing goes around it: then all its outputs are the same."""
+    torch.manual_seed(0)
+    model = create_model(arch)
+    assert reaches_output(model, shape)
+    masks = {name: torch.ones_like(getattr(m, a), dtype=torch.uint8) for name, m, a in prunable_weights(model)}
+    masks[f"{layer}.weight"].zero_()
+    fix_masks(model, masks).eval()
+    assert reaches_output(model, shape) is reaches
+    with torch.no_grad():
+        first, second = model(torch.randn(2, *shape))
+    assert torch.allclose(first, second, rtol=0, atol=1e-7) is not reaches

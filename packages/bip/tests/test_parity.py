@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,9 @@ from tenfold_bip.released import (
     released_optimizer,
 )
 from tenfold_bip.schedules import cosine, mask_step, step
+from tenfold_shared.testing import load_fixture, parity_files
 
-FOLDER = Path(os.environ.get("TENFOLD_PARITY_DIR", Path(__file__).parent / "parity"))
-FILES = sorted(FOLDER.glob("*.npz"))
-Case = dict[str, NDArray]
+Case = Mapping[str, NDArray]
 
 
 def config(case: Case, entry: str = "cfg/meta"):
@@ -220,14 +219,8 @@ CHECKS = {
 }
 
 
-def test_there_are_fixtures() -> None:
-    assert FILES, f"no .npz in {FOLDER}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    with np.load(path, allow_pickle=False) as archive:
-        case = dict(archive)
-    kind = str(np.asarray(case["kind"]).reshape(-1)[0])
-    assert kind in CHECKS, f"unknown kind {kind!r}"
-    CHECKS[kind](case)
+    fixture = load_fixture(path)
+    assert fixture.kind in CHECKS, f"unknown kind {fixture.kind!r}"
+    CHECKS[fixture.kind](fixture.arrays)

@@ -9,16 +9,20 @@ from torch.nn.functional import cross_entropy
 
 import tenfold_bip.data
 import tenfold_bip.train
+import tenfold_shared.images
 from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
-from tenfold_bip.data import DataConfig, load_data
+from tenfold_bip.data import EVALUATION_BATCH, DataConfig, load_data, load_evaluation
 from tenfold_bip.evaluate import load_model
-from tenfold_bip.reproduce import measure
-from tenfold_bip.train import METHODS, Bilevel, Phase, Recipe, run_recipe
+from tenfold_bip.masking import masked_layers
+from tenfold_bip.recipe import Bilevel, Phase, Recipe
+from tenfold_bip.released import released_bilevel_step, released_optimizer
+from tenfold_bip.reproduce import dense_run, measure
+from tenfold_bip.train import METHODS, run_recipe
 from tenfold_shared.claims import Arm, Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
-from tenfold_shared.images import ImageSet
-from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.images import ImageSet, split_train_validation
+from tenfold_shared.run import Run, RunOptions, derived_seed
 
 SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
 SHAPES |= {"tiny-imagenet": (3, 64, 64, 200), "imagenet": (3, 64, 64, 1000)}
@@ -37,18 +41,44 @@ def options(folder: Path, **changes: object) -> RunOptions:
 
 @pytest.mark.parametrize("name", list(recipes("tenfold_bip")))
 def test_every_recipe_is_built_and_stepped(name: str) -> None:
-    """The recipe's network at its real size takes one iteration of BiP on generated images of its data's shape."""
+    """The recipe's network at its real size takes one iteration of the recipe's trainer, with its options, on generated
+    images of its data's shape.
+    """
     recipe = load_recipe("tenfold_bip", name, Recipe)
+    settings = recipe.bilevel
     channels, height, width, classes = SHAPES[recipe.data.name]
-    model = prune_parametrize(create_model(recipe.arch, classes), recipe.keep, recipe.structure)
-    weights, scores = split_parameters(model)
-    lower = torch.optim.SGD(weights, recipe.bilevel.alpha, recipe.bilevel.momentum)
-    upper = torch.optim.SGD(scores, recipe.bilevel.beta, recipe.bilevel.momentum)
+    model = prune_parametrize(
+        create_model(recipe.arch, classes),
+        recipe.keep,
+        recipe.structure,
+        min_keep=recipe.min_keep,
+        scores_init=settings.scores_init,
+        tie_scores=settings.tie_scores,
+    )
     batch = torch.randn(2, channels, height, width), torch.tensor([0, classes - 1])
-    theta_step(model, batch, lower)
-    loss, outputs = m_step(model, batch, upper, gamma=recipe.bilevel.gamma)
+    layer = masked_layers(model)[0]
+    before = layer.theta.detach().clone()
+    assert (layer.theta.data_ptr() == layer.masking.scores.data_ptr()) is settings.tie_scores
+    assert (settings.trainer == "released") is name.endswith("-released")
+    if settings.trainer == "released":
+        lower, upper = (
+            released_optimizer(model, rate, settings.momentum, settings.weight_decay)
+            for rate in (settings.alpha, settings.beta)
+        )
+        loss, outputs = released_bilevel_step(model, batch, batch, lower, upper, lr2=settings.lr2)
+    else:
+        weights, scores = split_parameters(model)
+        lower, upper = (
+            torch.optim.SGD(parameters, rate, settings.momentum, weight_decay=settings.weight_decay)
+            for parameters, rate in ((weights, settings.alpha), (scores, settings.beta))
+        )
+        for _ in range(settings.lower_steps):
+            theta_step(model, batch, lower)
+        loss, outputs = m_step(model, batch, upper, gamma=settings.gamma, ig=settings.ig, lr2=settings.lr2)
     assert torch.isfinite(loss)
     assert outputs.shape == (2, classes)
+    assert not torch.equal(layer.theta, before)
+    assert torch.equal(layer.theta, layer.masking.scores) is settings.tie_scores
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -57,7 +87,12 @@ def test_every_method_ends_at_its_keep_ratio(method: str, tmp_path: Path) -> Non
         model, result = run_recipe(run, short(method))
     assert result.keep == pytest.approx(1.0 if method == "dense" else 0.5, abs=1e-3)
     per_phase = {"dense": 0, "bip": 2, "imp": 4}.get(method, 1)  # IMP comes to a half in four rounds: .8 .64 .512 .5
-    assert result.passes == per_phase * (1000 // 64)
+    scoring = {"snip": 1, "grasp": 2, "synflow": 100}.get(method, 0)
+    assert result.passes == per_phase * (1000 // 64) + scoring
+    assert result.history[-1]["passes"] == result.passes
+    samples = 64 * per_phase * (1000 // 64) + scoring * (1 if method == "synflow" else 64)
+    assert result.training_flops == 3 * samples * result.costs["flops_dense"]
+    assert result.layers_emptied == []
     loaded, about = load_model(tmp_path / "bip" / "x")
     assert about["accuracy"] == result.accuracy
     images = torch.randn(3, 1, 8, 8)
@@ -93,6 +128,25 @@ def test_imp_takes_over_the_rounds_of_a_run_that_cuts_less(tmp_path: Path) -> No
     ]
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
+
+
+def test_arms_start_from_the_dense_network_of_their_own_recipe(tmp_path: Path) -> None:
+    """What dense training reads tells one dense network from another; what only pruning reads does not."""
+    recipe = short("omp", dense=Phase(epochs=2))
+    others = {
+        "dense.lr": dataclasses.replace(recipe, dense=Phase(epochs=2, lr=0.02)),
+        "batch_size": dataclasses.replace(recipe, batch_size=50),
+        "data.validation": dataclasses.replace(recipe, data=DataConfig(validation=0.5)),
+        "rewind_epoch": dataclasses.replace(recipe, rewind_epoch=0),
+    }
+    alike = dataclasses.replace(recipe, method="bip", keep=0.1, bilevel=Bilevel(alpha=0.2), sparse=Phase(epochs=7))
+    how = RunOptions(device="cpu", quiet=True, resume=True)
+    first = dense_run(recipe, 0, how, tmp_path)
+    assert dense_run(alike, 0, how, tmp_path) == first
+    folders = {name: dense_run(other, 0, how, tmp_path) for name, other in others.items()}
+    assert len({first, *folders.values()}) == 1 + len(others)
+    weights = {name: load_model(folder)[0].state_dict()["0.weight"] for name, folder in folders.items()}
+    assert not torch.equal(weights["dense.lr"], load_model(first)[0].state_dict()["0.weight"])
 
 
 @pytest.mark.parametrize(
@@ -135,6 +189,72 @@ def test_validation_replaces_the_test_images(tmp_path: Path) -> None:
     with Run("bip", Recipe(), options(tmp_path)) as run:
         data = load_data(DataConfig(validation=0.2), 50, run)
     assert (data.lower.samples, data.evaluation.samples) == (800, 200)
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """Five images of each of two classes to train with, one to test with, in ImageNet's layout; each of its own grey."""
+    from PIL import Image  # noqa: PLC0415
+
+    for split, count in (("train", 5), ("val", 1)):
+        for label, wnid in enumerate(("n01440764", "n01443537")):
+            folder = tmp_path / "set" / split / wnid
+            folder.mkdir(parents=True)
+            for i in range(count):
+                grey = 100 * label + 10 * i + (5 if split == "val" else 0)
+                Image.new("RGB", (240, 230), (grey, grey, grey)).save(folder / f"{i}.png")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("upper", ["train", "heldout"])
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_streamed_images_are_held_out_as_those_in_memory_are(
+    validation: float, upper: str, imagenet: Path, tmp_path: Path
+) -> None:
+    """The greys that each part of ImageNet shows: with a validation part nothing is judged on the evaluation images."""
+    config = DataConfig("imagenet", root=imagenet, validation=validation, upper=upper, workers=0)
+    with Run("bip", Recipe(), options(tmp_path)) as run:
+        data = load_data(config, 1, run)
+        alone = load_evaluation(config, 2, run)
+
+    def greys(batches: object) -> list[int]:
+        return sorted(round(255 * (0.485 + 0.229 * float(image[0].mean()))) for x, _ in batches.epoch(0) for image in x)
+
+    judged, lower, seen = greys(data.evaluation), greys(data.lower), greys(data.upper)
+    assert greys(alone.evaluation) == judged
+    assert (data.classes, alone.classes) == (2, 2)
+    training = [100 * label + 10 * i for label in (0, 1) for i in range(5)]
+    assert judged == [5, 105] if validation == 0 else len(judged) == 2 and set(judged) < set(training)
+    rest = [grey for grey in training if grey not in judged]
+    if upper == "train":
+        assert lower == seen == rest
+    else:
+        assert len(seen) == 1
+        assert sorted(lower + seen) == rest
+    grey = ImageSet(torch.tensor(training, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(10) // 5, ("a", "b"))
+    if validation:
+        held_out = split_train_validation(grey, validation, derived_seed(0, "validation"))[1]
+        assert sorted(held_out.images.flatten().tolist()) == judged
+
+
+def test_evaluation_reads_its_own_split_in_batches_of_the_size_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(
+        tenfold_bip.data, "load_images", lambda *a, **k: read.append(a[2]) or tenfold_shared.images.load_images(*a, **k)
+    )
+    with Run("bip", Recipe(), options(tmp_path)) as run:
+        found = load_evaluation(DataConfig(), 100, run)
+        assert read == ["test"]
+        assert [len(labels) for _, labels in found.evaluation.epoch(0)] == [100] * 7 + [97]
+        for config in (DataConfig(), DataConfig(validation=0.2)):
+            pairs = zip(
+                load_evaluation(config, EVALUATION_BATCH, run).evaluation.epoch(0),
+                load_data(config, 64, run).evaluation.epoch(0),
+                strict=True,
+            )
+            assert all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
 def test_bip_learns(tmp_path: Path) -> None:

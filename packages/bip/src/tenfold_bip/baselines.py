@@ -19,8 +19,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from tenfold_bip.bilevel import Batch, LossFn
-from tenfold_bip.masking import prunable_weights
+from tenfold_bip.masking import check_budget, prunable_weights
 from tenfold_bip.projections import Projection, check_keep
+
+SYNFLOW_ROUNDS = 100
 
 
 def importance_masks(
@@ -31,7 +33,8 @@ def importance_masks(
     With "filter" and "channel" only convolutions are masked, as in BiP, by the p-norm of their importance.
 
     Raises:
-        ValueError: keep outside (0, 1]; a structure that ranks by a norm with importances of both signs (GraSP).
+        ValueError: keep outside (0, 1]; a structure that ranks by a norm with importances of both signs (GraSP); a keep
+            ratio so small that some layer is bound to be empty.
 
     """
     projection = Projection(structure, keep, p, min_keep)
@@ -41,6 +44,7 @@ def importance_masks(
             raise ValueError(f"structure={structure!r} ranks by norms, which a signed importance has no use for.")
     if not importances:
         raise ValueError(f"structure={structure!r} finds no layer to prune in the model.")
+    check_budget(projection, importances.items())
     return dict(zip(importances, projection(list(importances.values())), strict=True))
 
 
@@ -128,7 +132,7 @@ def grasp_importance(
 
 
 def synflow_masks(
-    model: nn.Module, keep: float, input_shape: tuple[int, ...], iterations: int = 100
+    model: nn.Module, keep: float, input_shape: tuple[int, ...], iterations: int = SYNFLOW_ROUNDS
 ) -> dict[str, Tensor]:
     """SynFlow's masks: `iterations` rounds at keep ratios keep^(i / iterations), each ranking |dR/dtheta * theta|.
 

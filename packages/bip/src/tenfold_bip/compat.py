@@ -128,7 +128,8 @@ def _refuse(arch: str, misfits: list[str]) -> CheckpointError:
     return CheckpointError(f"The checkpoint does not fit {arch}: {shown}.")
 
 
-def _classes(state: Mapping[str, Tensor]) -> int:
+def class_count(state: Mapping[str, Tensor]) -> int:
+    """How many classes the head of a state dict (released names, without scores) tells apart."""
     heads = [tensor.shape[0] for name, tensor in state.items() if name.endswith("weight") and tensor.dim() == 2]
     if not heads:
         raise CheckpointError("The checkpoint has no linear layer, so it is of none of the paper's architectures.")
@@ -148,7 +149,7 @@ def recognise_architecture(state: Mapping[str, Tensor]) -> str:
 
     """
     weights = {name: tensor for name, tensor in state.items() if not name.endswith((SCORES, IGNORED))}
-    num_classes, options, shapes = _classes(weights), _options(weights), _shapes(weights)
+    num_classes, options, shapes = class_count(weights), _options(weights), _shapes(weights)
     misfits = {}
     for arch in model_names():
         if bool(options) != arch.startswith("wrn_") and options:
@@ -198,7 +199,7 @@ def load_official_checkpoint(
         arch: the architecture; by default it is recognised from keys and shapes.
         keep: keep ratio of the masks, which the file does not store; needed if it has scores.
         structure: set of masks; by default "global" if the head has scores. Without them it is "filter" or "channel",
-            which the file does not tell.
+            which the file does not tell and which does not matter at a keep ratio of 1.
 
     Returns:
         A dense model, or one with masks and scores if the file has scores.
@@ -209,7 +210,9 @@ def load_official_checkpoint(
     """
     state = _read(source)
     arch = arch or recognise_architecture(state)
-    model = create_model(arch, _classes({n: t for n, t in state.items() if not n.endswith(SCORES)}), **_options(state))
+    model = create_model(
+        arch, class_count({n: t for n, t in state.items() if not n.endswith(SCORES)}), **_options(state)
+    )
     dense = {name: tensor for name, tensor in state.items() if not name.endswith(SCORES)}
     load_official_state(model, dense, arch)
     scored = [name for name in state if name.endswith(SCORES)]
@@ -220,9 +223,9 @@ def load_official_checkpoint(
             "The checkpoint has mask scores, but its layout does not store the keep ratio: give keep."
         )
     if structure is None:
-        if not any(state[name].dim() == 2 for name in scored):
+        structure = "global" if any(state[name].dim() == 2 for name in scored) else "filter"
+        if structure == "filter" and keep < 1.0:
             raise CheckpointError("Only convolutions have scores: say whether the structure is 'filter' or 'channel'.")
-        structure = "global"
     prune_parametrize(model, keep, structure)
     load_official_state(model, state, arch)
     return model

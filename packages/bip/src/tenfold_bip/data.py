@@ -1,9 +1,14 @@
 """The paper's data sets (section 5) as batches for the two levels and for evaluation."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch.utils.data import Subset
+
+from tenfold_shared.batches import generator
 from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import (
@@ -46,12 +51,25 @@ class DataConfig:
     """Processes that decode ImageNet."""
 
     def __post_init__(self) -> None:
-        """Refuse fractions that are none."""
+        """Refuse fractions that are none, and a split that the set does not have."""
         if not 0.0 <= self.validation < 1.0:
             raise UserError(f"--data.validation is a fraction of the training images in [0, 1), got {self.validation}")
+        if self.official_split and self.name != "tiny-imagenet":
+            raise UserError(f"--data.official_split is a split of tiny-imagenet, which {self.name} does not have")
+        if self.workers < 0:
+            raise UserError(f"--data.workers takes 0 or more processes, got {self.workers}")
 
 
 EVALUATION_BATCH = 1000  # images at a time in each process: no gradients are kept, so it may be large
+UPPER_PART = 0.1  # of the training images, where the upper level has its own
+
+
+class Evaluation(NamedTuple):
+    """The images that a network is judged on."""
+
+    evaluation: Batches | StreamedBatches
+    classes: int
+    shape: tuple[int, ...]
 
 
 class Data(NamedTuple):
@@ -75,79 +93,160 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
         UserError: the data set is not there, or cannot be read; there are fewer than two classes.
 
     """
-    if config.root is not None and not config.root.exists():
-        config = dataclasses.replace(config, root=data_root() / config.root)
     if config.name == "imagenet":
         return _imagenet(config, batch_size, run)
     seed, name = run.options.seed, config.name
-    options = {"official_split": True} if config.official_split else {}
-    train = load_images(name, config.root, "train", download=config.download, **options)
-    if len(train.classes) < 2:
-        raise UserError(f"{name} has {len(train.classes)} class: a classifier needs at least 2")
-    if config.validation:
-        train, held_out = split_train_validation(train, config.validation, derived_seed(seed, "validation"))
-    else:
-        held_out = load_images(name, config.root, "test", **options)
-    mean, std = measured_normalisation(train) if name == "folder" else normalisation(name)
+    train, held_out = _in_memory(config, seed)
+    mean, std = _statistics(name, train)
     upper = train
     if config.upper == "heldout":
-        train, upper = split_train_validation(train, 0.1, derived_seed(seed, "upper"))
+        train, upper = split_train_validation(train, UPPER_PART, derived_seed(seed, "upper"))
     augment: list[Any] = (
         [Shift(1)] if name == "digits" else [RandomCrop(4)] if name == "mnist" else [RandomCrop(4), Flip()]
     )
 
-    def batches(chosen: ImageSet, purpose: str, *, training: bool, whole: bool = False) -> Batches:
+    def batches(chosen: ImageSet, purpose: str, *, whole: bool = False) -> Batches:
         return Batches(
             chosen.images,
             chosen.labels,
-            min(batch_size, len(chosen)) if training else EVALUATION_BATCH * run.world,
+            min(batch_size, len(chosen)),
             seed=derived_seed(seed, purpose),
-            shuffle=training,
-            augment=augment if training else (),
+            augment=augment,
             mean=mean,
             std=std,
             fill="mean" if name == "tiny-imagenet" else "black",
-            drop_last=training,
+            drop_last=True,
             rank=0 if whole else run.rank,
             world=1 if whole else run.world,
             device=run.device,
         )
 
     return Data(
-        lower=batches(train, "lower", training=True),
-        upper=batches(upper, "upper", training=True),
-        scoring=batches(train, "lower", training=True, whole=True),
-        evaluation=batches(held_out, "evaluation", training=False),
+        lower=batches(train, "lower"),
+        upper=batches(upper, "upper"),
+        scoring=batches(train, "lower", whole=True),
+        evaluation=_judged(held_out, mean, std, EVALUATION_BATCH, run),
         classes=len(train.classes),
         shape=tuple(train.images.shape[1:]),
     )
 
 
-def _imagenet(config: DataConfig, batch_size: int, run: Run) -> Data:
-    """ImageNet, decoded by worker processes."""
-    train, test = (
-        stream_images("imagenet", config.root, split, imagenet_transform(split == "train"))
-        for split in ("train", "test")
+def load_evaluation(config: DataConfig, batch_size: int, run: Run) -> Evaluation:
+    """The evaluation images of `load_data`, ``batch_size`` at a time in each process, without reading the others.
+
+    Raises:
+        UserError: the data set is not there, or cannot be read.
+
+    """
+    seed, name = run.options.seed, config.name
+    if name == "imagenet":
+        dataset, classes = _stream(config, "test") if not config.validation else _stream_parts(config, seed)[1:]
+        return Evaluation(_streamed(dataset, "evaluation", batch_size * run.world, config, run), classes, (3, 224, 224))
+    if config.validation or name == "folder":  # held out from the training images, or normalised by their statistics
+        train, held_out = _in_memory(config, seed)
+    else:
+        train = held_out = _images(config, "test")
+    batches = _judged(held_out, *_statistics(name, train), batch_size, run)
+    return Evaluation(batches, len(held_out.classes), tuple(held_out.images.shape[1:]))
+
+
+# -- sets in memory -------------------------------------------------------------------------------------------------------
+
+
+def _root(config: DataConfig) -> Path | None:
+    return data_root() / config.root if config.root is not None and not config.root.exists() else config.root
+
+
+def _images(config: DataConfig, split: str) -> ImageSet:
+    options = {"official_split": True} if config.official_split else {}
+    return load_images(config.name, _root(config), split, download=config.download, **options)
+
+
+def _in_memory(config: DataConfig, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Images to train on, and those to be judged on."""
+    train = _images(config, "train")
+    if len(train.classes) < 2:
+        raise UserError(f"{config.name} has {len(train.classes)} class: a classifier needs at least 2")
+    if config.validation:
+        return split_train_validation(train, config.validation, derived_seed(seed, "validation"))
+    return train, _images(config, "test")
+
+
+def _statistics(name: str, train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return measured_normalisation(train) if name == "folder" else normalisation(name)
+
+
+def _judged(chosen: ImageSet, mean: tuple[float, ...], std: tuple[float, ...], size: int, run: Run) -> Batches:
+    return Batches(
+        chosen.images,
+        chosen.labels,
+        size * run.world,
+        shuffle=False,
+        mean=mean,
+        std=std,
+        rank=run.rank,
+        world=run.world,
+        device=run.device,
     )
 
-    def batches(dataset: Any, purpose: str, *, training: bool, whole: bool = False) -> StreamedBatches:
-        return StreamedBatches(
-            dataset,
-            batch_size,
-            seed=derived_seed(run.options.seed, purpose),
-            shuffle=training,
-            drop_last=training,
-            rank=0 if whole else run.rank,
-            world=1 if whole else run.world,
-            device=run.device,
-            workers=config.workers,
-        )
 
+# -- ImageNet, decoded by worker processes --------------------------------------------------------------------------------
+
+
+def _imagenet(config: DataConfig, batch_size: int, run: Run) -> Data:
+    seed = run.options.seed
+    train, held_out, classes = _stream_parts(config, seed)
+    upper = train
+    if config.upper == "heldout":
+        rest, chosen = _split(len(train), UPPER_PART, derived_seed(seed, "upper"))
+        train, upper = Subset(train, rest), Subset(train, chosen)
     return Data(
-        lower=batches(train, "lower", training=True),
-        upper=batches(train, "upper", training=True),
-        scoring=batches(train, "lower", training=True, whole=True),
-        evaluation=batches(test, "evaluation", training=False),
-        classes=len(train.classes),
+        lower=_streamed(train, "lower", batch_size, config, run, training=True),
+        upper=_streamed(upper, "upper", batch_size, config, run, training=True),
+        scoring=_streamed(train, "lower", batch_size, config, run, training=True, whole=True),
+        evaluation=_streamed(held_out, "evaluation", batch_size, config, run),
+        classes=classes,
         shape=(3, 224, 224),
+    )
+
+
+def _stream(config: DataConfig, split: str) -> tuple[Any, int]:
+    """The images of a split as they are decoded for it, and how many classes they have."""
+    dataset = stream_images("imagenet", _root(config), split, imagenet_transform(split == "train"))
+    return dataset, len(dataset.classes)
+
+
+def _stream_parts(config: DataConfig, seed: int) -> tuple[Any, Any, int]:
+    """Images to train on, those to be judged on, and how many classes they have."""
+    train, classes = _stream(config, "train")
+    if not config.validation:
+        return train, _stream(config, "test")[0], classes
+    judged = copy.copy(train)
+    judged.transform = imagenet_transform(False)
+    rest, chosen = _split(len(train), config.validation, derived_seed(seed, "validation"))
+    return Subset(train, rest), Subset(judged, chosen), classes
+
+
+def _split(n: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions that stay and positions held out, by the rule of `split_train_validation`."""
+    count = round(held_out * n)
+    if not 0 < count < n:
+        raise UserError(f"{held_out} of {n} samples cannot be held out: both parts need at least one")
+    order = torch.randperm(n, generator=generator(seed)).tolist()
+    return order[count:], order[:count]
+
+
+def _streamed(
+    dataset: Any, purpose: str, size: int, config: DataConfig, run: Run, *, training: bool = False, whole: bool = False
+) -> StreamedBatches:
+    return StreamedBatches(
+        dataset,
+        size,
+        seed=derived_seed(run.options.seed, purpose),
+        shuffle=training,
+        drop_last=training,
+        rank=0 if whole else run.rank,
+        world=1 if whole else run.world,
+        device=run.device,
+        workers=config.workers,
     )

@@ -98,9 +98,8 @@ class Ledger:
         return self.earlier_seconds + time.perf_counter() - self._started
 
     def training_flops(self, forward: int) -> int:
-        """Operations of all passes, a backward pass counted as two forward passes of `forward` operations a sample."""
-        return 3 * forward * self.samples
+        """Operations of all passes, a backward pass counted as two forward passes of `forward` operations a sample.
 
-    def state_dict(self) -> dict[str, int | float]:
-        """What `Ledger(**state)` goes on from."""
-        return {"passes": self.passes, "samples": self.samples, "earlier_seconds": self.seconds}
+        With `forward` of the dense network it is what dense kernels do; none of the methods trains with sparse ones.
+        """
+        return 3 * forward * self.samples

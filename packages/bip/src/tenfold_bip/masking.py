@@ -7,13 +7,15 @@ one multiplication a layer.
 Biases and normalisation layers are never masked.
 """
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from tenfold_bip.projections import CONVOLUTIONS, Projection, keep_count
@@ -142,7 +144,7 @@ def prune_parametrize(
         raise ValueError("The model has masks or other parametrisations already; bake_masks(model) removes masks.")
     if tie_scores and scores_init != "weight":
         raise ValueError("Tied scores share the weights' memory, so scores_init must be 'weight'.")
-    _check_budget(projection, [(name, getattr(module, attribute)) for name, module, attribute in found])
+    check_budget(projection, [(name, getattr(module, attribute)) for name, module, attribute in found])
     for _, module, attribute in found:
         theta = getattr(module, attribute).detach()
         scores = theta if tie_scores else theta.clone()
@@ -155,8 +157,18 @@ def prune_parametrize(
     return model
 
 
-def _check_budget(projection: Projection, weights: list[tuple[str, Tensor]]) -> None:
-    """Refuse a keep ratio that must leave a layer empty."""
+def check_budget(projection: Projection, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse a keep ratio that must leave a layer empty, whatever its weights are.
+
+    Args:
+        projection: the set S.
+        weights: (name, tensor of its shape) of all weights to be masked.
+
+    Raises:
+        ValueError: fewer weights than layers remain, or no unit of a layer.
+
+    """
+    weights = list(weights)
     if projection.structure == "global":
         total = sum(weight.numel() for _, weight in weights)
         kept = keep_count(projection.keep, total)
@@ -334,17 +346,47 @@ def check_no_empty_layer(model: nn.Module) -> None:
         )
 
 
+def reaches_output(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a path of unmasked weights leads from the input of a network to its output.
+
+    Without one the outputs are the same for every input. A layer without weights does not cut a network that goes
+    around it, as residual ones do. The network is run with its non-zero weights at one, which keeps every activation on
+    a path above zero.
+
+    Args:
+        model: with or without masks; it is not changed.
+        shape: of one input, without the batch dimension.
+
+    """
+    model = copy.deepcopy(model).double().eval()
+    if any(isinstance(module, MaskedWeight) for module in model.modules()):
+        bake_masks(model)
+    state = {name: (parameter.detach() != 0).double() for name, parameter in model.named_parameters()}
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            state[name] = torch.full_like(buffer, float(name.endswith("running_var")))
+    example = next(model.parameters()).new_ones((1, *shape)).requires_grad_()
+    (gradient,) = torch.autograd.grad(functional_call(model, state, (example,)).sum(), example)
+    return bool((gradient != 0).any())
+
+
 def mask_iou(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Overlap |a and b| / |a or b| of two sets of masks of the same layers, over their concatenation (section 9).
 
     Raises:
-        ValueError: the two name different layers.
+        ValueError: the two name different layers, or one has another shape.
 
     """
     if a.keys() != b.keys():
-        raise ValueError(
-            f"The masks are of different layers: {', '.join(sorted(set(a) ^ set(b)))} is in one of them only."
-        )
+        different = sorted(set(a) ^ set(b))
+        shown = ", ".join(different[:4]) + (f" and {len(different) - 4} more" if len(different) > 4 else "")
+        raise ValueError(f"The masks are of different layers: only one of the two has {shown}.")
+    for name, mask in a.items():
+        if mask.shape != b[name].shape:
+            raise ValueError(
+                f"The masks of {name} have the shapes {tuple(mask.shape)} and {tuple(b[name].shape)}, so they are of "
+                "different networks."
+            )
     both = sum(int((a[name].bool() & b[name].bool()).sum()) for name in a)
     either = sum(int((a[name].bool() | b[name].bool()).sum()) for name in a)
     return both / either if either else 1.0

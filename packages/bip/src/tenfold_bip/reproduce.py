@@ -1,6 +1,7 @@
 """The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from tenfold_bip.baselines import imp_keep_schedule
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
-from tenfold_bip.train import Recipe, run_recipe
+from tenfold_bip.recipe import Recipe
+from tenfold_bip.train import run_recipe
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.cli import load_recipe, to_yaml
@@ -86,9 +88,13 @@ def _dense_accuracy(recipe: Recipe) -> Measurement:
 
 
 def dense_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> Path:
-    """The folder of the dense training that all arms of a seed start from, trained by whoever comes first."""
+    """The folder of the dense training that all arms of a seed start from, trained by whoever comes first.
+
+    Its name holds a digest of all that dense training reads: another batch size or data set is another network.
+    """
     dense = dataclasses.replace(recipe, **_dense_part(recipe))
-    name = f"dense-{recipe.arch}-{recipe.data.name}-seed{seed}"
+    digest = hashlib.blake2b(to_yaml(dense).encode(), digest_size=6).hexdigest()
+    name = f"dense-{recipe.arch}-{recipe.data.name}-{digest}-seed{seed}"
     directory = folder / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / f".{name}.lock"):

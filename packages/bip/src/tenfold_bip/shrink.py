@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from tenfold_bip.masking import MaskedWeight, bake_masks
 from tenfold_bip.projections import CONVOLUTIONS
+from tenfold_shared.errors import UserError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = (
@@ -60,7 +61,7 @@ POOLINGS = ("max_pool2d", "boolean_dispatch", "adaptive_avg_pool2d", "adaptive_m
 WORTH_A_COPY = 0.75  # gather or scatter when at most this fraction of the channels is left, else keep zero channels
 
 
-class UnsupportedOperationError(ValueError):
+class UnsupportedOperationError(UserError):
     """An operation through which channels cannot be followed; the message names it."""
 
 

@@ -7,7 +7,7 @@ of any of them.
 
 import copy
 import dataclasses
-from pathlib import Path
+import logging
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tenfold_bip.baselines import (
+    SYNFLOW_ROUNDS,
     grasp_importance,
     imp_keep_schedule,
     importance_masks,
@@ -24,135 +25,29 @@ from tenfold_bip.baselines import (
     synflow_masks,
 )
 from tenfold_bip.bilevel import m_step, theta_step
-from tenfold_bip.data import Data, DataConfig, load_data
+from tenfold_bip.data import Data, load_data
 from tenfold_bip.evaluate import accuracy, check_fit, costs, has_masks, load_model
-from tenfold_bip.ledger import Ledger
+from tenfold_bip.ledger import Ledger, flops
 from tenfold_bip.masking import (
     bake_masks,
     fix_masks,
     freeze_masks,
     keep_ratio,
+    kept_per_layer,
     prune_parametrize,
+    reaches_output,
     split_parameters,
 )
 from tenfold_bip.models import create_model
-from tenfold_bip.projections import check_keep
+from tenfold_bip.recipe import Phase, Recipe
 from tenfold_bip.released import hydra_step, released_bilevel_step, released_optimizer
 from tenfold_bip.schedules import SCHEDULES
 from tenfold_shared.batches import Stream
 from tenfold_shared.checkpoint import load_weights
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 
-Method = Literal["dense", "bip", "imp", "omp", "random", "snip", "grasp", "synflow", "hydra"]
-
-
-@dataclasses.dataclass
-class Phase:
-    """SGD over some epochs."""
-
-    epochs: int = 30
-    """Passes over the training images."""
-    lr: float = 0.1
-    """Learning rate at its peak."""
-    schedule: Literal["cosine", "step", "mask_step"] = "cosine"
-    """Learning rate by epoch."""
-    momentum: float = 0.9
-    """Momentum."""
-    weight_decay: float = 5e-4
-    """Weight decay; in BiP's lower level it is the quadratic term of the problem."""
-
-
-@dataclasses.dataclass
-class Bilevel:
-    """BiP's own settings (sections 2.2-2.6)."""
-
-    epochs: int = 30
-    """Passes over the upper level's images."""
-    alpha: float = 0.01
-    """Step size of the lower level (weights)."""
-    alpha_schedule: Literal["cosine", "step", "mask_step"] = "cosine"
-    """Schedule of alpha."""
-    beta: float = 0.1
-    """Step size of the upper level (scores)."""
-    beta_schedule: Literal["cosine", "step", "mask_step"] = "step"
-    """Schedule of beta."""
-    gamma: float = 1.0
-    """Strength of the lower level's quadratic term in the implicit gradient."""
-    lower_steps: int = 1
-    """Lower-level steps N before each upper-level step."""
-    ig: Literal["closed_form", "released", "none"] = "closed_form"
-    """Implicit gradient: the paper's closed form, the released code's squared score gradient, or none."""
-    lr2: float = 1e-4
-    """Strength of the released implicit gradient."""
-    scores_init: Literal["weight", "random"] = "weight"
-    """Where the scores start."""
-    tie_scores: bool = False
-    """Let scores and weights share memory, as the released code does."""
-    trainer: Literal["paper", "released"] = "paper"
-    """The paper's two passes an iteration, or the released trainer's exact update with its four."""
-    momentum: float = 0.9
-    """Momentum of both levels."""
-    weight_decay: float = 1e-4
-    """Weight decay of both levels."""
-
-
-@dataclasses.dataclass
-class Recipe:
-    """One experiment."""
-
-    method: Method = "bip"
-    """How to prune; ``dense`` does not."""
-    arch: str = "digits_cnn"
-    """Architecture."""
-    keep: float = 0.1
-    """Keep ratio k: the fraction of the prunable weights that remains."""
-    structure: str = "global"
-    """What is pruned: global, layer, filter, channel, or n:m such as 2:4."""
-    min_keep: int = 0
-    """Weights that every layer keeps at least."""
-    batch_size: int = 64
-    """Images a step, over all processes."""
-    rewind_epoch: int = 2
-    """Epoch of dense training to which OMP and IMP rewind; 0 is the initialisation."""
-    prune_rate: float = 0.2
-    """Fraction of the survivors that one IMP round removes."""
-    score_batches: int = 1
-    """Batches on which SNIP and GraSP are scored."""
-    pretrained: Path | None = None
-    """A dense run's folder or checkpoint to start from in place of dense training."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """The images."""
-    dense: Phase = dataclasses.field(default_factory=Phase)
-    """Dense training."""
-    sparse: Phase = dataclasses.field(default_factory=Phase)
-    """Training under a fixed mask: after a one-shot cut, or one round of IMP."""
-    hydra: Phase = dataclasses.field(default_factory=Phase)
-    """Hydra's training of the scores."""
-    bilevel: Bilevel = dataclasses.field(default_factory=Bilevel)
-    """BiP."""
-    finetune: Phase = dataclasses.field(default_factory=lambda: Phase(epochs=0, lr=0.01))
-    """Training under the final mask after BiP or Hydra; no epochs: none."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run, before anything is."""
-        try:
-            check_keep(self.keep)
-        except ValueError as error:
-            raise UserError(f"--keep: {error}") from error
-        for name, value in (
-            ("batch_size", self.batch_size),
-            ("dense.epochs", self.dense.epochs),
-            ("sparse.epochs", self.sparse.epochs),
-            ("hydra.epochs", self.hydra.epochs),
-            ("bilevel.epochs", self.bilevel.epochs),
-        ):
-            if value < 1:
-                raise UserError(f"--{name} takes 1 or more, got {value}")
-        if not 0 <= self.rewind_epoch <= self.dense.epochs:
-            raise UserError(
-                f"--rewind_epoch {self.rewind_epoch} lies outside of the {self.dense.epochs} epochs of dense training"
-            )
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -166,11 +61,16 @@ class Result:
     keep: float
     """Fraction of the prunable weights that is left."""
     passes: int
-    """Gradient evaluations, dense pre-training left out for every method alike."""
+    """Gradient evaluations, dense pre-training left out for every method alike; scores at initialisation count."""
+    training_flops: int
+    """Operations of these passes on dense kernels."""
     history: list[dict[str, Any]]
-    """After every phase: its name, the keep ratio, the gradient evaluations so far, the accuracy, its own seconds."""
+    """After every phase: its name, the keep ratio, the gradient evaluations and their operations so far, the accuracy, its
+    own seconds."""
     costs: dict[str, Any]
     """Operations and kept weights by layer."""
+    layers_emptied: list[str]
+    """Layers that the last cut left without any weight."""
 
 
 @dataclasses.dataclass
@@ -180,6 +80,7 @@ class Session:
     run: Run
     recipe: Recipe
     data: Data
+    forward_flops: int = 0
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -194,6 +95,10 @@ class Session:
         if self.run.accelerator.scaler is not None:
             self.run.accelerator.unscale_gradients()
 
+    def count(self, passes: int) -> None:
+        """Put gradient evaluations on whole batches into the ledger."""
+        self.ledger.count(min(self.recipe.batch_size, self.data.lower.samples), passes)
+
     def close(self, model: nn.Module, phase: str, passes: int) -> None:
         """Keep what a phase ended with; in a resumed run that had closed it before, take it from there."""
         run, outcome = self.run, {}
@@ -204,9 +109,11 @@ class Session:
         if earlier:
             self.ledger.earlier_seconds += outcome["seconds"]
         plain = run.unwrap(model)
-        self.ledger.count(self.recipe.batch_size, passes)
+        self.count(passes)
+        operations = self.ledger.training_flops(self.forward_flops)
         keep = keep_ratio(plain) if has_masks(plain) else 1.0
-        self.history.append({"phase": phase, "keep": keep, "passes": self.ledger.passes, **outcome})
+        counted = {"passes": self.ledger.passes, "training_flops": operations}
+        self.history.append({"phase": phase, "keep": keep, **counted, **outcome})
 
 
 def train(recipe: Recipe, options: RunOptions) -> None:
@@ -226,7 +133,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 
     Raises:
         UserError: the recipe does not fit the data or the architecture.
-        RunFailure: the loss is no longer finite.
+        RunFailure: the loss is no longer finite; a cut leaves nothing that leads from the input to the output.
 
     """
     seed_everything(run.options.seed, "init")
@@ -234,6 +141,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     try:
         model = create_model(recipe.arch, session.data.classes)
         check_fit(model, session.data, recipe.data.name)
+        session.forward_flops = flops(model, torch.zeros(1, *session.data.shape)).dense
         if recipe.method != "dense":  # a cut that cannot be made is refused before anything is trained
             masks_of(session, magnitude_importance(model))
         model = METHODS[recipe.method](session, model)
@@ -248,12 +156,14 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         best_accuracy=max([last["accuracy"], *epochs]),
         keep=last["keep"],
         passes=session.ledger.passes,
+        training_flops=session.ledger.training_flops(session.forward_flops),
         history=session.history,
         costs=costs(model, session.data.shape),
+        layers_emptied=emptied(model),
     )
     plain = bake_masks(copy.deepcopy(model)) if has_masks(model) else model
     about = {"method": recipe.method, "arch": recipe.arch, "classes": session.data.classes, "accuracy": result.accuracy}
-    run.save_weights("last", plain, **about)
+    run.save_weights("last", plain, **about, shape=session.data.shape)
     return model, result
 
 
@@ -366,6 +276,7 @@ def pretrained(session: Session, model: nn.Module) -> nn.Module:
     if recipe.pretrained is None:
         return fit(session, model, "dense", recipe.dense, dense=True)
     trained, _ = load_model(recipe.pretrained, recipe.arch)
+    check_fit(trained, session.data, recipe.data.name)
     return bake_masks(trained) if has_masks(trained) else trained
 
 
@@ -406,13 +317,39 @@ def finish(session: Session, model: nn.Module, passes: int) -> nn.Module:
     """Fix the masks that were found, and fine-tune under them where the recipe says so."""
     session.close(model, "prune", passes)
     model = freeze_masks(session.run.unwrap(model))
+    check_cut(session, model)
     phase = session.recipe.finetune
     return fit(session, model, "finetune", phase) if phase.epochs else model
 
 
 def sparse_fit(session: Session, model: nn.Module, masks: dict[str, Tensor], name: str = "train") -> nn.Module:
     """Train under fixed masks."""
-    return fit(session, fix_masks(model, masks), name, session.recipe.sparse)
+    model = fix_masks(model, masks)
+    check_cut(session, model)
+    return fit(session, model, name, session.recipe.sparse)
+
+
+def emptied(model: nn.Module) -> list[str]:
+    """The layers whose mask has no ones."""
+    return [name for name, (kept, _) in kept_per_layer(model).items() if not kept] if has_masks(model) else []
+
+
+def check_cut(session: Session, model: nn.Module) -> None:
+    """Say which layers the scores, not the budget, left empty; a global ranking may do so at any keep ratio.
+
+    Raises:
+        RunFailure: no path from input to output is left, so the network is a constant and training it is in vain.
+            Whatever was trained before is kept.
+    """
+    recipe, run = session.recipe, session.run
+    if not (empty := emptied(model)):
+        return
+    found = f"{recipe.method} at keep ratio {keep_ratio(model):.4g} leaves no weight in {', '.join(empty)}"
+    advice = "raise --keep" + (", or give every layer a minimum with --min_keep" * (recipe.structure == "global"))
+    if not reaches_output(model, session.data.shape):
+        raise RunFailure(f"{found}, so that the output no longer depends on the input: {advice}; see {run.directory}")
+    if run.is_main:
+        logger.warning("%s; %s if that is not wanted", found, advice)
 
 
 def omp(session: Session, model: nn.Module) -> nn.Module:
@@ -431,7 +368,11 @@ def imp(session: Session, model: nn.Module) -> nn.Module:
 
 
 def at_initialisation(session: Session, model: nn.Module) -> nn.Module:
-    """Random masks, SNIP, GraSP and SynFlow: cut at initialisation, then train."""
+    """Random masks, SNIP, GraSP and SynFlow: cut at initialisation, then train.
+
+    A batch that SNIP is scored on is one gradient evaluation, and two for GraSP: a gradient, and its product with the
+    Hessian. A round of SynFlow is one, of a single sample.
+    """
     recipe, data = session.recipe, session.data
     model = model.to(session.run.device)
     stream = Stream(data.scoring)
@@ -439,11 +380,14 @@ def at_initialisation(session: Session, model: nn.Module) -> nn.Module:
     if recipe.method == "synflow":
         if recipe.structure != "global":
             raise UserError(f"--structure {recipe.structure}: synflow ranks all weights together, use global")
-        return sparse_fit(session, model, synflow_masks(model, recipe.keep, data.shape))
+        masks = synflow_masks(model, recipe.keep, data.shape)
+        session.ledger.count(1, SYNFLOW_ROUNDS)
+        return sparse_fit(session, model, masks)
     if recipe.method == "random":
         draws = torch.Generator().manual_seed(derived_seed(session.run.options.seed, "random masks"))
         return sparse_fit(session, model, masks_of(session, random_importance(model, draws)))
-    score = snip_importance if recipe.method == "snip" else grasp_importance
+    score, passes = (snip_importance, 1) if recipe.method == "snip" else (grasp_importance, 2)
+    session.count(passes * recipe.score_batches)
     return sparse_fit(session, model, masks_of(session, score(model.train(), batches)))
 
 
