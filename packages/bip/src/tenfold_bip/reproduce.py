@@ -1,7 +1,6 @@
 """The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from tenfold_bip.recipe import Recipe
 from tenfold_bip.train import run_recipe
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
-from tenfold_shared.cli import load_recipe, to_yaml
+from tenfold_shared.cli import config_digest, load_recipe, to_yaml
 from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
 from tenfold_shared.reproduction import Request, compare_points, grid_points, once, reproduce_claims
@@ -93,8 +92,7 @@ def dense_run(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> P
     Its name holds a digest of all that dense training reads: another batch size or data set is another network.
     """
     dense = dataclasses.replace(recipe, **_dense_part(recipe))
-    digest = hashlib.blake2b(to_yaml(dense).encode(), digest_size=6).hexdigest()
-    name = f"dense-{recipe.arch}-{recipe.data.name}-{digest}-seed{seed}"
+    name = f"dense-{recipe.arch}-{recipe.data.name}-{config_digest(dense)}-seed{seed}"
     directory = folder / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / f".{name}.lock"):
