@@ -27,7 +27,9 @@ from tenfold_bip import (
 )
 from tenfold_bip.masking import masked_layers, pack_mask, prunable_weights, reaches_output, unpack_mask
 from tenfold_bip.projections import (
+    SAMPLE,
     Projection,
+    _sampled_mask,
     drop_count,
     keep_count,
     project_channel,
@@ -68,6 +70,27 @@ def test_exact_count_whatever_the_ties(values: list[int], data) -> None:
     assert int(mask.sum()) == kept
     if 0 < kept < len(values):  # nothing dropped is larger than anything kept
         assert importance[mask == 0].max() <= importance[mask == 1].min()
+
+
+@pytest.mark.parametrize("order", ["drawn", "layers of other sizes", "ascending", "tied", "constant"])
+@pytest.mark.parametrize("keep", [0.0, 1e-4, 0.05, 0.5, 0.97, 1.0])
+def test_sampled_thresholds_select_as_a_whole_selection_does(order: str, keep: float) -> None:
+    values = torch.rand(SAMPLE * 16 + 7, generator=torch.Generator().manual_seed(0))
+    if order == "layers of other sizes":
+        values[SAMPLE * 2 : SAMPLE * 9] *= 1e-3
+    elif order == "ascending":
+        values = values.sort().values
+    elif order == "tied":
+        values = (8 * values).floor()
+    elif order == "constant":
+        values = torch.ones_like(values)
+    kept = int(keep * len(values))
+    mask = top_mask(values, kept)
+    assert int(mask.sum()) == kept
+    if 0 < kept < len(values):
+        assert values[mask == 0].max() <= values[mask == 1].min()
+    if order != "constant" and 0 < kept < len(values) / 2:
+        assert _sampled_mask(values, kept) is not None
 
 
 @settings(deadline=None, max_examples=40)
