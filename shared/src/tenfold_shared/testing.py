@@ -125,7 +125,8 @@ class Conformance:
         self, folder: Path, *arguments: str, launcher: list[str] | None = None, preexec: Callable | None = None
     ) -> subprocess.Popen:
         """The command, started in ``folder`` with an empty data root."""
-        environment = {**os.environ, "TENFOLD_DATA": str(folder / "data"), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # sums in one order, whoever calls
+        environment = {**os.environ, **threads, "TENFOLD_DATA": str(folder / "data"), "COLUMNS": "100"}
         command = [sys.executable, *(launcher or []), "-m", self.package, *arguments]
         return subprocess.Popen(
             command,
