@@ -64,8 +64,8 @@ def significance(
         for images, labels in batches:
             x = images
             if fgsm_eps:
-                loss = partial(_attack_loss, model, labels)
-                x = x + pgd(loss, x, eps=fgsm_eps, step_size=fgsm_step, steps=1, random_start=False)
+                attacked = partial(_attack_loss, model, labels)
+                x = x + pgd(attacked, x, eps=fgsm_eps, step_size=fgsm_step, steps=1, random_start=False)
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 values = _activation_outputs(model, x) if post_activation else _with_logits(model, x)
