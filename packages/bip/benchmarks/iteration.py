@@ -2,8 +2,9 @@
 
     python benchmarks/iteration.py [--model resnet20s] [--batch 128] [--rounds 7] [--save]
 
-``--save`` writes results/benchmarks/iteration-MODEL-BATCH.json. Compares with a dense training step (the floor of an iteration is two of them: two forward-backward passes) and with the
-released trainer's iteration (four forward, three backward passes); and the masks' selection with a full sort.
+Compares with a dense training step (the floor of an iteration is two of them: two forward-backward passes) and with the
+released trainer's iteration (four forward, three backward passes); and the masks' selection with a full sort. ``--save``
+writes results/benchmarks/iteration-MODEL-BATCH.json.
 """
 
 import argparse

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import tenfold_bip.data
 from tenfold_bip import create_model, get_masks, keep_ratio, prune_parametrize, to_official
 from tenfold_bip.cli import COMMANDS
+from tenfold_bip.evaluate import load_model
 from tenfold_bip.recipe import Bilevel, Phase, Recipe
 from tenfold_bip.train import run_recipe
+from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import run_command
+from tenfold_shared.images import ImageSet
 from tenfold_shared.run import Run, RunOptions
 
 Command = Callable[..., tuple[int, str, str]]
@@ -102,8 +106,6 @@ def test_shrink(command: Command, runs: Path, tmp_path: Path) -> None:
 
 
 def tenfold_model(checkpoint: Path) -> tuple[torch.nn.Module, dict]:
-    from tenfold_bip.evaluate import load_model  # noqa: PLC0415
-
     model, about = load_model(checkpoint)
     return model.eval(), about
 
@@ -224,8 +226,6 @@ def test_a_network_that_a_cut_takes_apart_is_named(method: str, command: Command
 
 def pretrained_with_a_weak_layer(folder: Path, arch: str, layer: str) -> Path:
     """A dense run's folder, as far as pruning reads it."""
-    from tenfold_shared.checkpoint import save_weights  # noqa: PLC0415
-
     torch.manual_seed(0)
     state = create_model(arch).state_dict()
     state[layer] *= 1e-6
@@ -238,10 +238,6 @@ def test_a_layer_that_the_network_goes_around_may_be_emptied(
     command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Residual networks lose a block that way and still work: a warning, and the layers in the result."""
-    import tenfold_bip.data  # noqa: PLC0415
-    import tenfold_bip.train  # noqa: PLC0415
-    from tenfold_shared.images import ImageSet  # noqa: PLC0415
-
     dense = pretrained_with_a_weak_layer(tmp_path, "resnet20s", "layer2.1.conv1.weight")
     images = ImageSet(
         torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 10, tuple("abcdefghij")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 import tenfold_bip.data
@@ -20,7 +21,7 @@ from tenfold_bip.reproduce import dense_run, measure
 from tenfold_bip.train import METHODS, run_recipe
 from tenfold_shared.claims import Arm, Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet, split_train_validation
 from tenfold_shared.run import Run, RunOptions, derived_seed
 
@@ -194,8 +195,6 @@ def test_validation_replaces_the_test_images(tmp_path: Path) -> None:
 @pytest.fixture
 def imagenet(tmp_path: Path) -> Path:
     """Five images of each of two classes to train with, one to test with, in ImageNet's layout; each of its own grey."""
-    from PIL import Image  # noqa: PLC0415
-
     for split, count in (("train", 5), ("val", 1)):
         for label, wnid in enumerate(("n01440764", "n01443537")):
             folder = tmp_path / "set" / split / wnid
@@ -294,8 +293,6 @@ def test_bad_recipes_are_refused_in_a_sentence(recipe, words: str, tmp_path: Pat
 
 
 def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
-    from tenfold_shared.errors import RunFailure  # noqa: PLC0415
-
     recipe = short("dense", dense=Phase(epochs=2, lr=1e30))
     with pytest.raises(RunFailure, match="loss became"), Run("bip", recipe, options(tmp_path)) as run:
         run_recipe(run, recipe)
@@ -303,8 +300,6 @@ def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["one class", "unreadable"])
 def test_bad_image_folders_are_refused(broken: str, tmp_path: Path) -> None:
-    from PIL import Image  # noqa: PLC0415
-
     for split in ("train", "test"):
         for label in ("a",) if broken == "one class" else ("a", "b"):
             (tmp_path / "set" / split / label).mkdir(parents=True)

@@ -17,18 +17,14 @@ from tenfold_shared.run import Run, RunOptions
 from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_data, transforms
 from tenfold_slak.detect import (
     Coco,
-    augmented,
     coco_precision,
-    cropped,
     detector,
-    flipped,
-    resized,
     train_detector,
 )
 from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
 from tenfold_slak.models import create_network
 from tenfold_slak.precision import voc_precision
-from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, segmenter, train_segmenter, training_transform
+from tenfold_slak.segment import segmenter, train_segmenter
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
 
 ALL = {name: load_recipe("tenfold_slak", name, Recipe) for name in recipes("tenfold_slak")}
@@ -427,49 +423,6 @@ def test_augmentation_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 # -- segmentation and detection ----------------------------------------------------------------------------------------
-
-
-def test_mean_iou_by_hand() -> None:
-    labels = torch.tensor([0, 0, 1, 1, IGNORED])
-    matrix = confusion(torch.tensor([0, 1, 1, 1, 2]), labels, 3)
-    assert matrix.tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
-    assert float(mean_iou(matrix)) == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
-
-
-def test_poly_schedule() -> None:
-    settings = ALL["ade20k-slak-tiny"].segmentation
-    assert poly_rate(0, settings) == pytest.approx(1e-4 * 1e-6)
-    assert poly_rate(1500, settings) == pytest.approx(1e-4 * (1 - 1500 / 160_000))
-
-
-def test_segmentation_crops_keep_labels_on_their_pixels() -> None:
-    image = torch.zeros(40, 60, 3, dtype=torch.uint8)
-    image[:, 30:] = 255
-    labels = torch.ones(40, 60, dtype=torch.uint8)
-    labels[:, 30:] = 2
-    pixels, classes = training_transform(32)(Image.fromarray(image.numpy()), Image.fromarray(labels.numpy()))
-    assert pixels.shape == (3, 32, 32)
-    known = classes != IGNORED
-    bright, wanted = pixels.mean(0)[known] > pixels.mean(0)[known].mean(), classes[known] == 1
-    if wanted.any() and not wanted.all():
-        assert (bright == wanted).float().mean() > 0.85  # the edge is blurred
-
-
-def test_boxes_follow_their_objects() -> None:
-    image = torch.zeros(3, 40, 60)
-    image[:, 10:20, 5:25] = 1
-    mask = image[:1].to(torch.uint8)
-    target = {"boxes": torch.tensor([[5.0, 10.0, 25.0, 20.0]]), "labels": torch.tensor([1]), "masks": mask}
-    for change in (flipped(image, target), resized(image, target, 80), cropped(image, target, 5, 3, 30, 40)):
-        pixels, found = change
-        left, top, right, bottom = found["boxes"][0].round().int().tolist()
-        inside = pixels[:, top:bottom, left:right]
-        assert inside.mean() > 0.95
-        assert pixels.sum() == pytest.approx(float(inside.sum()), rel=0.1)
-        assert torch.equal(found["masks"][0, top:bottom, left:right], torch.ones(bottom - top, right - left).byte())
-    assert len(cropped(image, target, 25, 30, 10, 10)[1]["boxes"]) == 0
-    for _ in range(6):
-        assert len(augmented(image, target)[1]["boxes"]) == 1
 
 
 def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batches", "Flip", "ImageSet", "RandomCrop", "Shift", "StreamedBatches", "imagenet_transform", "load_images",
-    "measured_normalisation", "normalisation", "split_train_validation", "stream_images",
+    "measured_normalisation", "normalisation", "split_positions", "split_train_validation",
+    "stream_images",
 ]  # fmt: skip
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -61,11 +62,17 @@ class ImageSet:
 
 def split_train_validation(data: ImageSet, held_out: float | int, seed: int) -> tuple[ImageSet, ImageSet]:
     """A random split into training and validation; `held_out` is a fraction in (0, 1) or a number of samples."""
-    count = round(held_out * len(data)) if isinstance(held_out, float) else held_out
-    if not 0 < count < len(data):
-        raise UserError(f"{held_out} of {len(data)} samples cannot be held out: both parts need at least one")
-    order = torch.randperm(len(data), generator=generator(seed))
-    return data.subset(order[count:]), data.subset(order[:count])
+    rest, chosen = split_positions(len(data), held_out, seed)
+    return data.subset(rest), data.subset(chosen)
+
+
+def split_positions(n: int, held_out: float | int, seed: int) -> tuple[Int[Tensor, " rest"], Int[Tensor, " chosen"]]:
+    """Positions of n samples that stay, and those held out, by the rule of `split_train_validation`."""
+    count = round(held_out * n) if isinstance(held_out, float) else held_out
+    if not 0 < count < n:
+        raise UserError(f"{held_out} of {n} samples cannot be held out: both parts need at least one")
+    order = torch.randperm(n, generator=generator(seed))
+    return order[count:], order[:count]
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,10 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch.utils.data import Subset
 
-from tenfold_shared.batches import generator
 from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import (
@@ -22,6 +20,7 @@ from tenfold_shared.images import (
     load_images,
     measured_normalisation,
     normalisation,
+    split_positions,
     split_train_validation,
     stream_images,
 )
@@ -198,8 +197,8 @@ def _imagenet(config: DataConfig, batch_size: int, run: Run) -> Data:
     train, held_out, classes = _stream_parts(config, seed)
     upper = train
     if config.upper == "heldout":
-        rest, chosen = _split(len(train), UPPER_PART, derived_seed(seed, "upper"))
-        train, upper = Subset(train, rest), Subset(train, chosen)
+        rest, chosen = split_positions(len(train), UPPER_PART, derived_seed(seed, "upper"))
+        train, upper = Subset(train, rest.tolist()), Subset(train, chosen.tolist())
     return Data(
         lower=_streamed(train, "lower", batch_size, config, run, training=True),
         upper=_streamed(upper, "upper", batch_size, config, run, training=True),
@@ -223,17 +222,8 @@ def _stream_parts(config: DataConfig, seed: int) -> tuple[Any, Any, int]:
         return train, _stream(config, "test")[0], classes
     judged = copy.copy(train)
     judged.transform = imagenet_transform(False)
-    rest, chosen = _split(len(train), config.validation, derived_seed(seed, "validation"))
-    return Subset(train, rest), Subset(judged, chosen), classes
-
-
-def _split(n: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Positions that stay and positions held out, by the rule of `split_train_validation`."""
-    count = round(held_out * n)
-    if not 0 < count < n:
-        raise UserError(f"{held_out} of {n} samples cannot be held out: both parts need at least one")
-    order = torch.randperm(n, generator=generator(seed)).tolist()
-    return order[count:], order[:count]
+    rest, chosen = split_positions(len(train), config.validation, derived_seed(seed, "validation"))
+    return Subset(train, rest.tolist()), Subset(judged, chosen.tolist()), classes
 
 
 def _streamed(

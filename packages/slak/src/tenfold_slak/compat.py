@@ -1,6 +1,7 @@
 """The authors' checkpoint files, in and out, and the way to and from plain ConvNeXt weights (section 4)."""
 
 import argparse
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -165,7 +166,8 @@ def load_official_checkpoint(
     """A network with the released weights; its architecture is read off the shapes unless a model is given.
 
     Files whose layers are merged (`lkb_reparam`) give a merged network; a plain ConvNeXt's (`dwconv`, timm's
-    `conv_dw`) one in ConvNeXt mode. Downstream backbones (`norm0..norm3`, no head) load without those norms; `SLaKBackbone.load` keeps them.
+    `conv_dw`) one in ConvNeXt mode. Downstream backbones (`norm0..norm3`, no head) load without those norms;
+    `SLaKBackbone.load` keeps them.
 
     Args:
         source: a file, or what was read from one.
@@ -280,9 +282,7 @@ _TIMM = (
 
 def from_timm(state: Mapping[str, Tensor]) -> State:
     """Weights of timm's ConvNeXt under the released names; what has them already stays as it is."""
-    renamed: State = {}
-    for name, value in state.items():
-        for theirs, released in _TIMM:
-            name = re.sub(theirs, released, name)  # noqa: PLW2901 - one rename after the other
-        renamed[name] = value
-    return renamed
+    return {
+        functools.reduce(lambda said, rename: re.sub(rename[0], rename[1], said), _TIMM, name): value
+        for name, value in state.items()
+    }
