@@ -177,5 +177,7 @@ def _fault(error: Exception) -> str:
     foreign = re.search(r"GLOBAL ([\w.]+)", text)
     if foreign:
         return f"holds an object of {foreign[1]}, not only tensors and plain values"
-    detail = text.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    detail = text.rpartition("WeightsUnpickler error:")[2].strip()
+    if " " not in detail:  # a key or a byte that says nothing
+        detail = type(error).__name__
     return f"is truncated or corrupted ({detail.splitlines()[0].partition('. ')[0][:100]})"

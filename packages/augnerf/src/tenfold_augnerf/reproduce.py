@@ -189,7 +189,7 @@ def _points(axes: "Axes", outcome: Outcome, claim: Claim) -> None:
         for value, extras in pairs:
             axes.plot(value, place, "x" if extras.get("collapsed") else "o", color=colours[name])
     axes.set_yticks(range(len(arms)), arms)
-    axes.invert_yaxis()
+    axes.set_ylim(len(arms) - 0.4, -0.6)  # the first on top
     axes.set_xlabel(f"{claim.metric.name}, {claim.metric.unit}")
 
 
