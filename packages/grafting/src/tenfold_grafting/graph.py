@@ -182,6 +182,8 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, live: bool = False) -
     builder = _Builder(model, tuple(input_shape))
     for node in traced.nodes:
         builder.visit(node)
+    if not any(operation.tensors() for operation in builder.nodes):
+        raise UserError("the network has no weights")
     graph = absorb_normalisation(builder.graph())
     if len(graph.nodes[-1].shape) != 1:
         raise UserError(f"the network gives {graph.nodes[-1].shape} numbers an input, expected a vector of logits")
@@ -195,6 +197,7 @@ class _Builder:
         self.model, self.input_shape = model, input_shape
         self.nodes: list[Operation] = []
         self.index: dict[fx.Node, int] = {}
+        self.sizes: set[fx.Node] = set()
         self.modules = dict(model.named_modules())
         self.last = 0
 
@@ -229,7 +232,25 @@ class _Builder:
         if not isinstance(argument, fx.Node):
             self._refuse(node, f"has {argument!r} for an operand")
         assert isinstance(argument, fx.Node)
+        if argument not in self.index:
+            self._refuse(node, "computes with the size of its input")
         return self.index[argument]
+
+    def _same(self, node: fx.Node) -> None:
+        """A node that is its first operand."""
+        self.index[node] = self._source(node)
+
+    def _refuse_overwritten(self, node: fx.Node, in_place: bool) -> None:
+        """An operation in place changes what later readers of its operand get, which the graph does not show."""
+        if not in_place:
+            return
+        source = self._source(node)
+        aliases = {n for n, i in self.index.items() if i == source}
+        while isinstance(self.nodes[source], Reshape):  # views of the same memory
+            source = self.nodes[source].inputs[0]
+            aliases |= {n for n, i in self.index.items() if i == source}
+        if any(reader > node for alias in aliases for reader in alias.users):
+            self._refuse(node, "overwrites, in place, what is read again later")
 
     def _append(self, node: fx.Node, operation: Operation) -> None:
         self.nodes.append(operation)
@@ -251,6 +272,8 @@ class _Builder:
         if isinstance(module, nn.Conv2d):
             self._convolution(node, module, name)
         elif isinstance(module, nn.Linear):
+            if len(self.nodes[self._source(node)].shape) != 1:
+                self._refuse(node, f"is a linear layer on inputs that are no vectors, layer {name!r}")
             own = dict(module.named_parameters(recurse=False))
             bias = own.get("bias", module.weight.new_zeros(module.out_features))
             self._affine(node, Linear, name, weight=module.weight, bias=bias)
@@ -258,24 +281,26 @@ class _Builder:
             self._batch_norm(node, module, name)
         elif isinstance(module, Normalise):
             factor = 1 / module.std
-            weight = next(self.model.parameters()).detach()
+            weight = next(self.model.parameters(), factor).detach()
             factor, shift = factor.to(weight), (-module.mean * factor).to(weight)
             self._affine(node, Scale, name, factor=factor, shift=shift)
         elif isinstance(module, nn.AvgPool2d):
-            self._pool(node, name, module.kernel_size, module.stride, module.padding, module.ceil_mode)
+            options = {option: getattr(module, option) for option in _POOL}
+            self._pool(node, name, **options)
         elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            self._pool(node, name, self.nodes[self._source(node)].shape[1:], None, 0, False)
+            self._pool(node, name, self.nodes[self._source(node)].shape[1:])
         elif isinstance(module, nn.ZeroPad2d):
-            self._affine(node, Pad, name, sides=tuple(module.padding))
+            self._pad(node, name, module.padding)
         elif isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
             self._reshape(node, name)
         elif isinstance(module, nn.ReLU):
+            self._refuse_overwritten(node, module.inplace)
             self._activation(node, name)
         elif isinstance(module, GraftedReLU):
             tensors = {"mask": module.mask, "slope": module.slope, "intercept": module.bias}
             self._activation(node, name, **tensors)
         elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d):
-            self.index[node] = self._source(node)
+            self._same(node)
         else:
             self._refuse(node, f"is {type(module).__name__}, layer {name!r}")
 
@@ -287,10 +312,12 @@ class _Builder:
             first, second = self._source(node), self._source(node, 1)
             if self.nodes[first].shape != self.nodes[second].shape:
                 self._refuse(node, f"adds shapes {self.nodes[first].shape} and {self.nodes[second].shape}")
+            self._refuse_overwritten(node, target in ("iadd", "add_"))
             self._append(node, Add(node.name, (first, second), self.nodes[first].shape))
         elif node.target in (F.relu, torch.relu) or target in ("relu", "relu_"):
+            self._refuse_overwritten(node, target == "relu_" or True in (*node.args[1:], node.kwargs.get("inplace")))
             self._activation(node, node.name)
-        elif target == "flatten" and node.args[1:] in ((1,), (1, -1)):
+        elif target == "flatten" and _options(node, {"start_dim": 0, "end_dim": -1}) == {"start_dim": 1, "end_dim": -1}:
             self._reshape(node, node.name)
         elif target in ("view", "reshape") and len(node.args) > 1:
             sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
@@ -298,16 +325,22 @@ class _Builder:
             wanted = tuple(sizes[1:])
             if not all(isinstance(size, int) for size in wanted):
                 self._refuse(node, "takes its shape from the data")
-            shape = torch.zeros(1, *source, device="meta").reshape(1, *wanted).shape[1:]
+            try:
+                shape = torch.zeros(1, *source, device="meta").reshape(1, *wanted).shape[1:]
+            except RuntimeError:
+                self._refuse(node, f"gives an input of shape {source} the shape {wanted}")
             self._affine(node, Reshape, node.name, shape=tuple(shape))
         elif target == "avg_pool2d":
-            options = dict(zip(("kernel_size", "stride", "padding", "ceil_mode"), node.args[1:], strict=False))
-            options |= node.kwargs
-            self._pool(node, node.name, *(options.get(k, d) for k, d in _POOL.items()))
-        elif target == "size" or (target == "getattr" and node.args[1:] == ("shape",)) or target == "getitem":
-            self.index[node] = self._source(node)  # the batch's size, for a reshape
-        elif target == "pad" and len(node.args) > 1:
-            self._affine(node, Pad, node.name, sides=tuple(node.args[1]))  # type: ignore[arg-type]
+            self._pool(node, node.name, **_options(node, _POOL))
+        elif target == "size" or (target == "getattr" and node.args[1:] == ("shape",)):
+            self.sizes.add(node)  # the batch's, for a reshape
+        elif target == "getitem" and node.args[0] in self.sizes:
+            self.sizes.add(node)
+        elif target == "pad":
+            options = _options(node, {"pad": (), "mode": "constant", "value": None})
+            if options["mode"] != "constant" or options["value"] not in (None, 0):
+                self._refuse(node, f"pads with {options['mode']} {options['value']}")
+            self._pad(node, node.name, options["pad"])
         else:
             self._refuse(node, f"calls {target}")
 
@@ -338,19 +371,36 @@ class _Builder:
         factor = weight / (module.running_var + module.eps).sqrt()
         shift = bias - module.running_mean * factor
         source = self._source(node)
-        before, argument = self.nodes[source], node.args[0]
-        assert isinstance(argument, fx.Node)
-        if isinstance(before, Conv | Linear) and len(argument.users) == 1:
+        before = self.nodes[source]
+        aliases = {n for n, i in self.index.items() if i == source}
+        if isinstance(before, Conv | Linear) and {u for n in aliases for u in n.users} - aliases == {node}:
             before.weight = before.weight * factor.reshape(-1, *(1 for _ in before.weight.shape[1:]))
             before.bias = before.bias * factor + shift
             self.index[node] = source
         else:
             self._affine(node, Scale, name, factor=factor, shift=shift)
 
-    def _pool(self, node: fx.Node, name: str, kernel: Any, stride: Any, padding: Any, ceil_mode: Any) -> None:
-        if pair(padding) != (0, 0) or ceil_mode:
-            self._refuse(node, "is an average pool with padding or ceil_mode")
-        self._affine(node, AvgPool, name, kernel=pair(kernel), stride=pair(kernel if stride is None else stride))
+    def _pool(
+        self,
+        node: fx.Node,
+        name: str,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,  # of no consequence without padding
+        divisor_override: int | None = None,
+    ) -> None:
+        if pair(padding) != (0, 0) or ceil_mode or divisor_override:
+            self._refuse(node, "is an average pool with padding, ceil_mode or divisor_override")
+        stride = kernel_size if stride is None else stride
+        self._affine(node, AvgPool, name, kernel=pair(kernel_size), stride=pair(stride))
+
+    def _pad(self, node: fx.Node, name: str, sides: Any) -> None:
+        """Zeros around a map; a negative side would cut the map."""
+        if len(sides) != 4 or min(sides) < 0 or len(self.nodes[self._source(node)].shape) != 3:
+            self._refuse(node, f"pads by {tuple(sides)}, not left, right, top and bottom of a map")
+        self._affine(node, Pad, name, sides=tuple(sides))
 
     def _reshape(self, node: fx.Node, name: str) -> None:
         shape = self.nodes[self._source(node)].shape
@@ -365,7 +415,19 @@ class _Builder:
         self._append(node, Activation(name, (source,), shape, **tensors))
 
 
-_POOL = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False}
+_POOL = {
+    "kernel_size": None,
+    "stride": None,
+    "padding": 0,
+    "ceil_mode": False,
+    "count_include_pad": True,
+    "divisor_override": None,
+}
+
+
+def _options(node: fx.Node, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The operands after the first, by name, given by place or by keyword."""
+    return {**defaults, **dict(zip(defaults, node.args[1:], strict=False)), **node.kwargs}
 
 
 def absorb_normalisation(graph: Graph) -> Graph:
