@@ -91,6 +91,57 @@ def test_onnx_round_trip(kind: str, tmp_path: Path) -> None:
         read_onnx(path)
 
 
+ONNX_CASES: list[tuple] = [
+    ("pad value", [("Pad", ["x", "p", "v"], "f", {})], {"p": [0, 0, 1, 1, 0, 0, 1, 1], "v": 1.5}, "around a map"),
+    ("pad channels", [("Pad", ["x", "p"], "f", {})], {"p": [0, 1, 0, 0, 0, 1, 0, 0]}, "around a map"),
+    ("pad negative", [("Pad", ["x", "p"], "f", {})], {"p": [0, 0, -1, 0, 0, 0, 0, 0]}, "around a map"),
+    ("pool", [("AveragePool", ["x"], "f", {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"})], {}, "AveragePool"),
+    ("add", [("GlobalAveragePool", ["x"], "a", {}), ("Add", ["x", "a"], "f", {})], {}, "of two shapes"),
+    ("gemm", [("Flatten", ["x"], "f", {}), ("Gemm", ["f", "W", "f"], "g", {"transB": 1})], {}, "of several inputs"),
+    ("rows", [("Mul", ["x", "c"], "f", {})], {"c": [1.0, 2.0, 3.0, 4.0]}, "operands that do not fit"),
+    ("reshape", [("Reshape", ["x", "s"], "f", {})], {"s": [-1, 16]}, "operands that do not fit"),
+    ("no output of logits", [("Mul", ["x", "c"], "y", {})], {"c": 2.0}, "vector of logits"),
+    ("first", [("Identity", ["B0"], "B", {}), ("Mul", ["c", "x"], "f", {})], {"c": 2.0, "B0": [1.0, 2.0, 3.0]}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "nodes", "constants", "message"), ONNX_CASES, ids=lambda value: str(value)[:12])
+def test_onnx_of_others(name: str, nodes: list, constants: dict, message: str | None, tmp_path: Path) -> None:
+    """What others write is the same function here, or refused; nothing in it is passed over."""
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415
+
+    from tenfold_grafting.onnx_io import read_onnx  # noqa: PLC0415
+
+    helper, double = onnx.helper, onnx.TensorProto.DOUBLE
+    weights = {"W": np.linspace(-1, 1, 96).reshape(3, 32), "B": np.zeros(3)} | {
+        key: np.array(value, np.int64 if key in "ps" else np.float64) for key, value in constants.items()
+    }
+    if "B0" in constants:
+        del weights["B"]
+    made = [helper.make_node(kind, inputs, [output], **options) for kind, inputs, output, options in nodes]
+    if made[-1].output[0] not in ("y", "g"):
+        made.append(helper.make_node("Flatten", ["f"], ["g"]))
+        made.append(helper.make_node("Gemm", ["g", "W", "B"], ["y"], transB=1))
+    inputs = helper.make_tensor_value_info("x", double, ["batch", 2, 4, 4])
+    outputs = helper.make_tensor_value_info(made[-1].output[0], double, ["batch", 3])
+    initial = [onnx.numpy_helper.from_array(value, key) for key, value in weights.items()]
+    model = helper.make_model(
+        helper.make_graph(made, name, [inputs], [outputs], initial),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    path = tmp_path / "other.onnx"
+    path.write_bytes(model.SerializeToString())
+    if message is not None:
+        with pytest.raises(UserError, match=message):
+            read_onnx(path)
+        return
+    x = np.random.default_rng(0).random((2, 2, 4, 4))
+    (reference,) = ReferenceEvaluator(model).run(None, {"x": x})
+    np.testing.assert_allclose(read_onnx(path)(torch.from_numpy(x)).numpy(), reference, atol=1e-12)
+
+
 def test_vnnlib_round_trip(tmp_path: Path) -> None:
     prop = ball(torch.rand(1, 2, 2), 1, 0.1, 4)
     prop.constant[0] = 0.25

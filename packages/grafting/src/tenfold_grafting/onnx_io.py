@@ -156,7 +156,10 @@ class _Reader:
     def graph(self) -> Graph:
         for node in self.body.node:
             attributes = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
-            self._visit(node, attributes)
+            try:
+                self._visit(node, attributes)
+            except (IndexError, KeyError, RuntimeError) as error:  # an operand that is missing, or of an odd shape
+                raise self._refuse(node, " with operands that do not fit") from error
         last = self.index[self.body.output[0].name]
         graph = Graph(self.nodes[: last + 1], self.nodes[0].shape)
         if not any(node.tensors() for node in graph.nodes):
@@ -164,6 +167,10 @@ class _Reader:
         for operation in graph.nodes:
             if not all(bool(torch.isfinite(t).all()) for t in operation.tensors() if t.is_floating_point()):
                 raise UserError(f"the weights of {operation.name} are not finite")
+        if len(graph.nodes[-1].shape) != 1:
+            raise UserError(
+                f"the ONNX model gives {graph.nodes[-1].shape} numbers an input, expected a vector of logits"
+            )
         return absorb_normalisation(graph)
 
     def _append(self, output: str, operation: Operation) -> None:
@@ -185,12 +192,17 @@ class _Reader:
         if kind == "Constant":
             self.constants[output] = torch.from_numpy(self.onnx.numpy_helper.to_array(attributes["value"]).copy())
             return
+        if kind == "Identity" and node.input[0] in self.constants:
+            self.constants[output] = self.constants[node.input[0]]
+            return
         if kind in ("Identity", "Dropout"):
             self.index[output] = self.index[node.input[0]]
             return
         known = [i for i in node.input if i in self.index]
         if not known:
             raise self._refuse(node, " of constants")
+        if len(known) > 1 and kind != "Add":
+            raise self._refuse(node, " of several inputs")
         source = self.index[known[0]]
         shape = self.nodes[source].shape
         other = [self.constants[i] for i in node.input if i in self.constants]
@@ -198,33 +210,49 @@ class _Reader:
         if kind == "Relu":
             self._append(output, Activation(name, place, shape))
         elif kind == "Add" and len(known) == 2:
+            if self.nodes[self.index[known[1]]].shape != shape:
+                raise self._refuse(node, " of two shapes")
             self._append(output, Add(name, (source, self.index[known[1]]), shape))
-        elif kind in ("Add", "Sub", "Mul", "Div") and len(known) == 1 and node.input[0] == known[0]:
+        elif kind in ("Add", "Mul") or (kind in ("Sub", "Div") and node.input[0] == known[0]):
             self._append(output, self._scale(node, name, place, shape, other[0]))
         elif kind == "Flatten" and attributes.get("axis", 1) == 1:
             self._append(output, Reshape(name, place, (torch.Size(shape).numel(),), shape))
         elif kind == "Reshape":
             wanted = torch.zeros(1, *shape, device="meta").reshape(1, *other[0].tolist()[1:]).shape[1:]
             self._append(output, Reshape(name, place, tuple(wanted), shape))
-        elif kind in ("Gemm", "MatMul") and len(shape) == 1 and node.input[0] == known[0]:
+        elif (
+            kind in ("Gemm", "MatMul")
+            and len(shape) == 1
+            and node.input[0] == known[0]
+            and not attributes.get("transA")
+        ):
             transposed = bool(attributes.get("transB", 0))
             weight = other[0] if transposed else other[0].T.contiguous()
             weight = weight * attributes.get("alpha", 1.0)
             bias = other[1] * attributes.get("beta", 1.0) if len(other) > 1 else weight.new_zeros(len(weight))
-            self._append(output, Linear(name, place, (), shape, weight, bias.expand(len(weight)).contiguous()))
+            self._append(
+                output, Linear(name, place, (), shape, weight, bias.reshape(-1).expand(len(weight)).contiguous())
+            )
         elif kind == "Conv":
             self._convolution(node, name, place, shape, other, attributes)
         elif kind == "BatchNormalization":
             gain, shift, mean, variance = other
             factor = gain / (variance + attributes.get("epsilon", 1e-5)).sqrt()
             self._append(output, Scale(name, place, shape, shape, factor, shift - mean * factor))
-        elif kind == "AveragePool" and not any(attributes.get("pads", [0])) and not attributes.get("ceil_mode", 0):
+        elif kind == "AveragePool" and not _unusual_pool(attributes):
             kernel = tuple(attributes["kernel_shape"])
             self._append(output, AvgPool(name, place, (), shape, kernel, tuple(attributes.get("strides", (1, 1)))))
         elif kind == "GlobalAveragePool":
             self._append(output, AvgPool(name, place, (), shape, (shape[1], shape[2]), (1, 1)))
         elif kind == "Pad" and other and attributes.get("mode", b"constant") == b"constant":
             pads = other[0].tolist()
+            if (
+                len(pads) != 8
+                or any(pads[i] for i in (0, 1, 4, 5))
+                or min(pads) < 0
+                or bool(other[1:] and other[1].any())
+            ):
+                raise self._refuse(node, " by other than zeros around a map")
             self._append(output, Pad(name, place, (), shape, (pads[3], pads[7], pads[2], pads[6])))
         else:
             raise self._refuse(node)
@@ -277,3 +305,10 @@ class _Reader:
             node.output[0],
             Conv(name, place, (), shape, other[0], bias, options[0], pads[:2], options[1], attributes.get("group", 1)),
         )
+
+
+def _unusual_pool(attributes: dict[str, Any]) -> bool:
+    """Whether an average pool is more than windows side by side or with a stride."""
+    spread = any(d != 1 for d in attributes.get("dilations", [1]))
+    named = attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID", b"")
+    return spread or named or any(attributes.get("pads", [0])) or bool(attributes.get("ceil_mode", 0))
