@@ -24,7 +24,7 @@ from tenfold_grafting.adversarial import (
     two_group_sgd,
 )
 from tenfold_grafting.attacks import robust_mask
-from tenfold_grafting.data import NORMALISATION, Data, DataConfig, load_data, training_batches
+from tenfold_grafting.data import NORMALISATION, Data, DataConfig, load_data, resolve, training_batches
 from tenfold_grafting.evaluate import Evaluation, check_fit, load_model, measure_network
 from tenfold_grafting.grafting import activation_shapes, graft, graft_parameters, grafted_masks
 from tenfold_grafting.graph import Normalise
@@ -66,6 +66,12 @@ class Training:
     clip: float = 0.0
     """Largest norm of the gradient; 0: no limit."""
 
+    def __post_init__(self) -> None:
+        """Refuse what is no attack and no step."""
+        for name in ("eps", "step", "steps", "ramp", "clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--training.{name} takes 0 or more, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass
 class Phase:
@@ -100,7 +106,7 @@ class Selection:
     criterion: Literal["combined", "instability", "insignificance", "random", "file"] = "combined"
     """combined: instability against significance with the decaying gamma; either alone; random; or a mask file."""
     file: Path | None = None
-    """The mask file: a released .pt, or packed .npz."""
+    """The mask file: a released .pt, or packed .npz; looked for here and in the data root."""
     ratio: float = 0.5
     """Share of the neurons."""
     gammas: list[float] = dataclasses.field(default_factory=lambda: list(GAMMAS))
@@ -170,9 +176,16 @@ class Recipe:
             ("batch_size", self.batch_size),
             ("base.epochs", self.base.epochs),
             ("finetune.epochs", self.finetune.epochs),
+            ("validation_steps", self.validation_steps),
         ):
             if value < 1:
                 raise UserError(f"--{name} takes 1 or more, got {value}")
+        for name, phase in (("base", self.base), ("finetune", self.finetune)):
+            for field in ("lr", "lr_lines", "momentum", "weight_decay"):
+                if getattr(phase, field) < 0:
+                    raise UserError(f"--{name}.{field} takes 0 or more, got {getattr(phase, field)}")
+        if self.method in ("prune", "finetune") and not self.selection.train_weights:
+            raise UserError(f"--selection.train_weights false leaves --method {self.method} nothing to train")
         if self.method == "published" and self.pretrained is None:
             raise UserError("--method published needs --pretrained, the network to evaluate")
 
@@ -253,6 +266,8 @@ def base_network(session: Session) -> nn.Sequential:
     """The adversarially trained network: from the recipe's checkpoint, or trained here."""
     recipe = session.recipe
     model = new_network(recipe, session.data)
+    if recipe.method in ("graft", "prune") and recipe.selection.criterion == "file":
+        _masks(recipe, recipe.selection, session.data, model)  # a file that does not fit, before anything is trained
     if recipe.pretrained is None:
         fit(session, model, "base", recipe.base)
         return model
@@ -310,7 +325,7 @@ def _masks(recipe: Recipe, settings: Selection, data: Data, model: nn.Module) ->
         return random_selection(shapes, settings.ratio, torch.Generator().manual_seed(settings.seed))
     if settings.criterion == "file":
         assert settings.file is not None
-        return load_masks(settings.file, shapes)
+        return load_masks(resolve(settings.file), shapes)
     assert data.train is not None
     weight = next(model.parameters())
     chosen = torch.from_numpy(scored_images(len(data.train.labels), settings.images))
