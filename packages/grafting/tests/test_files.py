@@ -16,8 +16,9 @@ from tenfold_grafting.data import DataConfig, load_data
 from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.networks import architecture, create_network
+from tenfold_grafting.selection import save_masks
 from tenfold_grafting.specification import Property, ball
-from tenfold_grafting.train import Recipe, Session, objective
+from tenfold_grafting.train import Recipe, Selection, Session, _masks, objective
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_grafting.zoo import load_images, load_network
 from tenfold_shared.cli import load_recipe, recipes
@@ -156,6 +157,10 @@ def test_vnnlib_round_trip(tmp_path: Path) -> None:
         (text.replace("(declare-const Y_3 Real)\n", ""), "outputs"),
         (text.replace("(assert (>= X_0 ", "(assert (>= X_1 "), "without bounds"),
         (text.replace("<= Y_1 Y_2", "sin Y_1 Y_2"), "only and, or"),
+        (text.replace("<= Y_1 Y_2", "<= Y_1"), "of 1 sides"),
+        (text.replace("<= Y_1 Y_2", "<= Y_1 Y_2x"), "'Y_2x' where a number"),
+        (text[: text.index("(assert (or")] + "(assert (or))", "nothing to verify"),
+        (text + "(assert)", "about nothing"),
     ):
         path.write_text(change)
         with pytest.raises(UserError, match=message):
@@ -259,11 +264,69 @@ def test_a_box_outside_of_the_pixels_is_refused(
 
 @pytest.mark.parametrize(
     "option",
-    [("--eps", "0"), ("--verify.timeout", "0"), ("--shard", "3"), ("--model", "missing.npz")],
+    [
+        ("--eps", "0"),
+        ("--verify.timeout", "0"),
+        ("--shard", "3"),
+        ("--model", "missing.npz"),
+        ("--verify.alpha.iterations", "0"),
+        ("--verify.beta.iterations", "0"),
+        ("--start", "500"),
+        ("--output", "net.npz"),
+    ],
 )
 def test_certify_refuses(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option, capsys) -> None:
     assert run(monkeypatch, tmp_path, "certify", "--model", str(network), *option) == 2
     assert option[0].rpartition(".")[2].lstrip("-").split("_")[0] in capsys.readouterr().err or "missing" in option[1]
+
+
+def test_a_refused_call_does_not_take_the_name(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder has the model's name by default; the corrected command goes into the same one."""
+    arguments = ["certify", "--model", str(network), *CERTIFY]
+    assert run(monkeypatch, tmp_path, *arguments, "--data.name", "cifar10", "--data.root", "nowhere") == 2
+    assert run(monkeypatch, tmp_path, *arguments) == 0
+    assert run(monkeypatch, tmp_path, *arguments) == 2
+
+
+@pytest.mark.parametrize("verb", [["certify", "--model"], ["export", "--model"], ["eval", "--checkpoint"]])
+def test_labels_beyond_the_logits_are_refused(
+    verb: list[str], network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    pytest.importorskip("onnx")
+    np.savez(tmp_path / "x.npz", x=np.zeros((1, 1, 8, 8), np.uint8), y=np.array([11]))
+    assert run(monkeypatch, tmp_path, *verb, str(network), "--data.name", "arrays", "--data.file", "x.npz") == 2
+    assert "the network gives 10 logits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--training.eps", "-1"), "training.eps takes 0 or more"),
+        (("--base.lr", "-1"), "base.lr takes 0 or more"),
+        (("--method", "prune", "--selection.train_weights", "false"), "nothing to train"),
+        (("--selection.criterion", "file", "--selection.file", "none.pt"), "no mask file"),
+        (("--evaluation.attack_step", "-1"), "attack_step"),
+        (("--validation_steps", "0"), "validation_steps"),
+    ],
+)
+def test_training_refuses_before_it_starts(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("tenfold_grafting.train.fit", None)  # nothing is trained
+    assert run(monkeypatch, tmp_path, "train", "--config", "digits-cnn", "--device", "cpu", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mask_file_lies_in_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the recipe of the released mask names it."""
+    monkeypatch.setenv("TENFOLD_DATA", str(tmp_path))
+    model = create_network("digits_cnn")
+    masks = {name: torch.ones(shape) for name, shape in activation_shapes(model, (1, 8, 8)).items()}
+    (tmp_path / "verification").mkdir()
+    save_masks(tmp_path / "verification" / "mask.pt", masks)
+    settings = Selection(criterion="file", file=Path("verification/mask.pt"))
+    found = _masks(Recipe(arch="digits_cnn"), settings, load_data(DataConfig()), model)
+    assert {name: int(mask.sum()) for name, mask in found.items()} == {n: m.numel() for n, m in masks.items()}
 
 
 def test_arrays_and_networks_that_are_none(tmp_path: Path) -> None:
@@ -274,6 +337,17 @@ def test_arrays_and_networks_that_are_none(tmp_path: Path) -> None:
         load_network(tmp_path / "x.npz")
     with pytest.raises(UserError, match="no images"):
         load_images(tmp_path / "none.npz")
+    np.savez(tmp_path / "empty.npz", x=np.zeros((0, 1, 8, 8), np.uint8), y=np.zeros(0, np.int64))
+    with pytest.raises(UserError, match="holds no images"):
+        load_images(tmp_path / "empty.npz")
+    meta = {"arch": [["linear", 3]], "classes": 2, "input_shape": [3], "mean": [0], "std": [1]}
+    np.savez(tmp_path / "odd.npz", meta=np.array([json.dumps(meta)]))
+    with pytest.raises(UserError, match="lacks its sizes"):
+        load_network(tmp_path / "odd.npz")
+    del meta["mean"]
+    np.savez(tmp_path / "odd.npz", meta=np.array([json.dumps(meta)]))
+    with pytest.raises(UserError, match=r"no readable network \('mean'\)"):
+        load_network(tmp_path / "odd.npz")
 
 
 def test_svhn_layout(tmp_path: Path) -> None:

@@ -230,6 +230,14 @@ def test_attacks_find_what_is_there() -> None:
     assert float(dlr(logits, torch.tensor([0]))) == pytest.approx(-2 / 3)
 
 
+def test_attacks_of_a_network_with_two_classes() -> None:
+    """DLR needs a third logit."""
+    model, x = nn.Linear(4, 2).double(), torch.full((3, 4), 0.5, dtype=torch.float64)
+    y = model(x).argmax(1)
+    assert bool(robust_mask(model, x, y, 1e-9, kind="auto", steps=2, restarts=1).all())
+    assert not bool(robust_mask(model, x, y, 0.5, kind="auto", steps=2, restarts=1).any())
+
+
 def test_graft_of_a_graft_is_refused_by_shape() -> None:
     layer = GraftedReLU((3,))
     assert "0 grafted" in repr(layer)

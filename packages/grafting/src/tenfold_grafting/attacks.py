@@ -39,7 +39,7 @@ def robust_mask(
     """Which images keep their label under every attack of a kind.
 
     ``pgd`` climbs the cross entropy from several random starts, with steps of eps/4 unless given; ``auto`` runs APGD
-    on the cross entropy, on DLR, and on targeted DLR for the nine other classes. What has fallen is not attacked again.
+    on the cross entropy, on DLR (from three classes on), and on targeted DLR for every other class (from four on). What has fallen is not attacked again.
     """
     with held(model), torch.no_grad():
         robust = model(images).argmax(1) == labels
@@ -51,6 +51,8 @@ def robust_mask(
             with torch.no_grad():
                 robust[left] = model(bad).argmax(1) == labels[left]
 
+    with torch.no_grad():
+        classes = model(images[:1]).shape[1]
     length = eps / 4 if step is None else step
     with held(model):
         for _ in range(restarts):
@@ -60,13 +62,11 @@ def robust_mask(
             attack(
                 lambda x, y: apgd(lambda z: cross_entropy(model(z), y, reduction="none"), x, eps=eps, steps=steps)[0]
             )
-            attack(lambda x, y: apgd(lambda z: dlr(model(z), y), x, eps=eps, steps=steps)[0])
-        if kind == "auto":
-            with torch.no_grad():
-                classes = model(images[:1]).shape[1]
-            if classes >= 4:
-                for rank in range(1, classes):
-                    attack(partial(_targeted, model, eps=eps, steps=steps, rank=rank))
+            if classes >= 3:
+                attack(lambda x, y: apgd(lambda z: dlr(model(z), y), x, eps=eps, steps=steps)[0])
+        if kind == "auto" and classes >= 4:
+            for rank in range(1, classes):
+                attack(partial(_targeted, model, eps=eps, steps=steps, rank=rank))
     return robust
 
 

@@ -77,7 +77,7 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
     images that have a line already are left out. The exit code is 1 if a verdict contradicts an attack.
     """
     folder = options.output / "grafting" / (options.name or f"certify-{config.model.stem}")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder, "--output")
     suffix = f"-{config.shard}of{config.shards}" if config.shards > 1 else ""
     path = folder / f"results{suffix}.jsonl"
     with Run.evaluation("grafting", options) as run, _locked(path):
@@ -99,6 +99,13 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
     print(json.dumps(summary(list(done.values()), config.verify)))
 
 
+def _make(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}; choose another {option}") from error
+
+
 def _locked(path: Path) -> Any:
     try:
         return filelock.FileLock(path.with_suffix(".lock"), timeout=0).acquire()
@@ -109,9 +116,10 @@ def _locked(path: Path) -> Any:
 def _claim(saved: Path, results: Path, config: CertifyConfig, options: RunOptions) -> None:
     """Refuse to mix the results of two configurations in one file."""
     text = to_yaml(config)
-    if results.exists() and not options.resume:
+    held = results.exists() and results.stat().st_size > 0  # a call that was refused leaves an empty file
+    if held and not options.resume:
         raise UserError(f"{results} holds results already; add --resume to go on with it or choose another --name")
-    if results.exists() and saved.exists() and saved.read_text(encoding="utf-8") != text:
+    if held and saved.exists() and saved.read_text(encoding="utf-8") != text:
         raise UserError(f"{saved} differs from the configuration given; choose another --name")
     saved.write_text(text, encoding="utf-8")
 
@@ -148,6 +156,8 @@ def _problems(
         raise UserError(f"the images have shape {data.shape}, the network takes {graph.input_shape}")
     images, labels = data.test.pixels()
     end = min(config.end or len(images), len(images))
+    if config.start >= end:
+        raise UserError(f"--start {config.start} --end {config.end} leaves none of the {len(images)} images")
     for index in range(config.start, end):
         if index % config.shards == config.shard and index not in done:
             image, label = images[index].clone(), int(labels[index])
@@ -252,12 +262,14 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Refuse a radius that makes no ball."""
         check_eps(self.eps)
+        if self.images < 0:
+            raise UserError(f"--images takes 0 or more, got {self.images}")
 
 
 def export(config: ExportConfig) -> None:
     """Write ``network.onnx``, ``property-<i>.vnnlib``, and where asked ``network.pth.tar`` in the authors' layout."""
     graph = load_graph(config.model, config.data, config.arch)
-    config.folder.mkdir(parents=True, exist_ok=True)
+    _make(config.folder, "--folder")
     write_onnx(graph, config.folder / "network.onnx")
     if config.official:
         from tenfold_grafting.compat import to_official  # noqa: PLC0415
@@ -289,6 +301,7 @@ def compare_masks(*files: str, arch: str = "cnn_b") -> None:
 
 def _masks_of(path: Path, arch: str) -> list[Tensor]:
     """The masks of a file in forward order."""
+    path = resolve(path)
     if path.is_dir() or path.suffix == ".safetensors":
         model, _ = load_model(path)
         found = list(grafted_masks(model).values())

@@ -17,6 +17,7 @@ from tenfold_grafting.bounds import chunk_elements
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.relaxation import Lines, relax
+from tenfold_shared.errors import UserError
 
 
 @dataclasses.dataclass
@@ -176,6 +177,14 @@ class BetaSettings:
     decay: float = 0.98
     """Factor on both after every iteration."""
 
+    def __post_init__(self) -> None:
+        """Refuse what gives no bound."""
+        if self.iterations < 1 or self.lr_alpha < 0 or self.lr_beta < 0:
+            raise UserError(
+                "beta-CROWN takes 1 or more iterations and step sizes of 0 or more, "
+                f"got {self.iterations}, {self.lr_alpha} and {self.lr_beta}"
+            )
+
 
 def beta_crown(problem: Problem, domains: Domains, settings: BetaSettings) -> Domains:
     """The domains with better alpha and beta, warm-started, and the best bounds met; never below the given ones.
@@ -192,8 +201,8 @@ def beta_crown(problem: Problem, domains: Domains, settings: BetaSettings) -> Do
     base = base_lines(problem, signs)
     groups = [{"params": [alpha], "lr": settings.lr_alpha}, {"params": [beta], "lr": settings.lr_beta}]
     optimiser = torch.optim.Adam(groups)
-    for iteration in range(max(1, settings.iterations)):
-        last = iteration + 1 >= settings.iterations
+    for iteration in range(settings.iterations):
+        last = iteration + 1 == settings.iterations
         with torch.set_grad_enabled(not last):
             lines = domain_lines(problem, signs, alpha, beta, base)
             value = backward(problem.graph, problem.graph.output, rows, lines, problem.box)[:, 0] + problem.constant

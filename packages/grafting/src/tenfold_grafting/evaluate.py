@@ -21,7 +21,7 @@ from tenfold_grafting.intervals import ibp_margins
 from tenfold_grafting.networks import create_network
 from tenfold_grafting.records import recorded
 from tenfold_grafting.scores import activation_intervals
-from tenfold_grafting.specification import Property, ball, check_eps, pixel_box
+from tenfold_grafting.specification import Property, ball, check_eps, check_labels, pixel_box
 from tenfold_grafting.verify import VerifySettings, verify
 from tenfold_grafting.workers import over_processes
 from tenfold_grafting.zoo import load_network
@@ -60,8 +60,8 @@ class Evaluation:
         check_eps(self.eps)
         if self.images < 0 or self.verify_images < -1 or self.attack_restarts < 1 or self.attack_steps < 0:
             raise UserError("--evaluation takes 0 or more images and steps, and at least one restart")
-        if self.jobs < 0:
-            raise UserError(f"--evaluation.jobs takes 0 or more, got {self.jobs}")
+        if self.jobs < 0 or self.attack_step < 0:
+            raise UserError("--evaluation.jobs and --evaluation.attack_step take 0 or more")
 
 
 @dataclasses.dataclass
@@ -186,6 +186,8 @@ def measure_network(
 
 def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation, record: Path | None) -> dict[str, Any]:
     weight = next(model.parameters())
+    graph = trace(model, images.shape[1:]).to(torch.float64)
+    check_labels(labels, graph.classes)
     parts = []
     for x, y in zip(images.split(500), labels.split(500), strict=True):
         parts.append(
@@ -201,7 +203,6 @@ def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation, r
             )
         )
     robust = torch.cat(parts)
-    graph = trace(model, images.shape[1:]).to(torch.float64)
     proved, unstable = bounded(graph, images, labels, e.eps, e.bounds)
     if bool((proved & ~robust).any()):
         raise RunFailure("an image is verified by its bounds and attacked as well: the engine is unsound here")

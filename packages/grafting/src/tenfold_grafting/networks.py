@@ -259,7 +259,7 @@ def from_layers(layers: Sequence[Sequence[Any]]) -> nn.Sequential:
     """A sequential network of a list such as ``[["conv", 3, 16, 4, 2, 1], ["relu"], ["flatten"], ["linear", 9, 10]]``.
 
     Raises:
-        UserError: a layer of an unknown kind.
+        UserError: a layer of an unknown kind, or without its sizes.
 
     """
     kinds: dict[str, Callable[..., nn.Module]] = {
@@ -271,4 +271,7 @@ def from_layers(layers: Sequence[Sequence[Any]]) -> nn.Sequential:
     for kind, *_ in layers:
         if kind not in kinds:
             raise UserError(f"a layer of the network is {kind!r}: it is one of {', '.join(kinds)}")
-    return nn.Sequential(*(kinds[kind](*sizes) for kind, *sizes in layers))
+    try:
+        return nn.Sequential(*(kinds[kind](*sizes) for kind, *sizes in layers))
+    except TypeError as error:
+        raise UserError(f"a layer of the network lacks its sizes, or has too many: {error}") from error

@@ -16,6 +16,7 @@ from tenfold_grafting.bounds import neuron_bounds
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.relaxation import Lines, relax
+from tenfold_shared.errors import UserError
 
 
 @dataclasses.dataclass
@@ -28,6 +29,13 @@ class AlphaSettings:
     """Step size of Adam."""
     decay: float = 0.98
     """Factor on the step size after every iteration."""
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no bound."""
+        if self.iterations < 1 or self.lr < 0:
+            raise UserError(
+                f"alpha-CROWN takes 1 or more iterations and a step size of 0 or more, got {self.iterations} and {self.lr}"
+            )
 
 
 @dataclasses.dataclass
@@ -104,8 +112,6 @@ def _bound(
 
 def _ascend(bound: Callable[[], Tensor], parameters: list[Tensor], settings: AlphaSettings) -> Iterator[Tensor]:
     """Bounds along projected gradient ascent on their sum; parameters are slopes, kept in [0, 1]."""
-    if settings.iterations < 1:
-        raise ValueError(f"alpha-CROWN takes 1 or more iterations, got {settings.iterations}")
     if not parameters:
         with torch.no_grad():
             yield bound()

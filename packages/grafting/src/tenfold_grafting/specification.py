@@ -66,6 +66,18 @@ def check_eps(eps: float) -> None:
         raise UserError(f"--eps {eps}: the radius is in pixel units and lies in (0, 1]")
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that the network has no logit for.
+
+    Raises:
+        UserError: naming the range found.
+
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"the labels range over [{low}, {high}], the network gives {classes} logits")
+
+
 def check_pixels(images: Tensor, what: str = "the images range") -> None:
     """Refuse values outside of the pixel range.
 
@@ -88,6 +100,7 @@ def ball(image: Float[Tensor, "*input"], label: int, eps: float, classes: int = 
     """The property that every image of the ball gets the label."""
     check_eps(eps)
     check_pixels(image)
+    check_labels(torch.tensor([label]), classes)
     pixels = image.double()
     rows = margin_spec(torch.tensor([label], device=image.device), classes)[0]
     return Property((pixels - eps).clamp(min=0), (pixels + eps).clamp(max=1), rows, rows.new_zeros(len(rows)))

@@ -55,12 +55,14 @@ def read_vnnlib(path: Path, input_shape: tuple[int, ...], outputs: int) -> Prope
     conjunction = 0
     declared = {"X": 0, "Y": 0}
     for statement in _parse(re.sub(r";[^\n]*", "", text), path):
+        if statement[0] in ("declare-const", "assert") and len(statement) < 2:
+            raise UserError(f"{path} has the statement {statement[0]!r} about nothing")
         if statement[0] == "declare-const":
             declared[str(statement[1])[0]] = declared.get(str(statement[1])[0], 0) + 1
         elif statement[0] == "assert":
             body = statement[1]
             names = set(re.findall(r"[XY]_\d+", str(body)))
-            if body[0] in ("<=", ">=", "<", ">") and all(name[0] == "X" for name in names) and len(names) == 1:
+            if body and body[0] in ("<=", ">=", "<", ">") and all(name[0] == "X" for name in names) and len(names) == 1:
                 _bound(body, low, high, path)
             else:
                 found = _disjuncts(body, outputs, path)
@@ -75,6 +77,8 @@ def read_vnnlib(path: Path, input_shape: tuple[int, ...], outputs: int) -> Prope
         )
     if conjunction != 1:
         raise UserError(f"{path} asserts {conjunction} conditions of the outputs, expected one (a disjunction)")
+    if not rows:
+        raise UserError(f"{path} asserts a disjunction of nothing: there is nothing to verify")
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise UserError(f"{path} leaves an input without bounds: every X needs both")
     return Property(
@@ -103,8 +107,15 @@ def _parse(text: str, path: Path) -> list[list]:
     return [statement for statement in stack[0] if isinstance(statement, list) and statement]
 
 
+def _sides(body: list, path: Path) -> tuple[Tree, Tree]:
+    """What an inequality compares."""
+    if len(body) != 3:
+        raise UserError(f"{path} has an inequality {body[0]!r} of {len(body) - 1} sides, expected two")
+    return body[1], body[2]
+
+
 def _bound(body: list, low: Tensor, high: Tensor, path: Path) -> None:
-    relation, first, second = body
+    relation, (first, second) = body[0], _sides(body, path)
     if not str(first).startswith("X_"):
         first, second = second, first
         relation = {"<=": ">=", ">=": "<=", "<": ">", ">": "<"}[relation]
@@ -129,7 +140,7 @@ def _number(tree: Tree, path: Path) -> float:
 
 def _disjuncts(body: Tree, outputs: int, path: Path) -> list[tuple[Tensor, float]]:
     """Rows (c, d) such that the counter-examples are where some c y + d <= 0."""
-    if not isinstance(body, list):
+    if not isinstance(body, list) or not body:
         raise UserError(f"{path} asserts {body!r}, expected an inequality or a disjunction")
     if body[0] == "or":
         return [row for part in body[1:] for row in _disjuncts(part, outputs, path)]
@@ -141,7 +152,7 @@ def _disjuncts(body: Tree, outputs: int, path: Path) -> list[tuple[Tensor, float
         return _disjuncts(body[1], outputs, path)
     if body[0] not in ("<=", ">=", "<", ">"):
         raise UserError(f"{path} asserts {body[0]!r}: only and, or and inequalities are read")
-    (a, b), (c, d) = (_linear(side, outputs, path) for side in body[1:])
+    (a, b), (c, d) = (_linear(side, outputs, path) for side in _sides(body, path))
     sign = 1.0 if body[0] in ("<=", "<") else -1.0
     return [(sign * (a - c), sign * (b - d))]
 
@@ -150,14 +161,14 @@ def _linear(tree: Tree, outputs: int, path: Path) -> tuple[Tensor, float]:
     """A linear expression of the outputs: its coefficients and its constant."""
     zero = torch.zeros(outputs, dtype=torch.float64)
     if isinstance(tree, str):
-        if tree.startswith("Y_"):
+        if re.fullmatch(r"Y_\d+", tree):
             place = int(tree[2:])
             if place >= outputs:
                 raise UserError(f"{path} speaks of {tree}, the network has {outputs} outputs")
             zero[place] = 1.0
             return zero, 0.0
         return zero, _number(tree, path)
-    operator, *parts = tree
+    operator, *parts = tree or [""]
     terms = [_linear(part, outputs, path) for part in parts]
     if operator == "+":
         return torch.stack([row for row, _ in terms]).sum(0), sum(constant for _, constant in terms)

@@ -31,16 +31,15 @@ def load_network(path: Path) -> tuple[nn.Sequential, dict[str, Any]]:
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(np.asarray(file["meta"]).reshape(-1)[0]))
             state = {name[2:]: torch.from_numpy(file[name]) for name in file.files if name.startswith("w/")}
+        arch, classes, channels = meta["arch"], meta["classes"], meta["input_shape"][0]
+        mean, std = (list(meta[key]) for key in ("mean", "std"))
     except Exception as error:  # numpy and zipfile raise a different type for each way in which a file can be broken
         raise UserError(f"{path} is no readable network ({str(error).splitlines()[0][:120]})") from error
-    arch = meta["arch"]
-    model = create_network(arch, meta["classes"]) if isinstance(arch, str) else from_layers(arch)
+    model = create_network(arch, classes) if isinstance(arch, str) else from_layers(arch)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its architecture: {' '.join(str(error).split())[:300]}") from error
-    channels = meta["input_shape"][0]
-    mean, std = (list(meta[key]) for key in ("mean", "std"))
     mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
     return nn.Sequential(Normalise(mean, std), model).eval(), meta
 
@@ -61,4 +60,6 @@ def load_images(path: Path) -> tuple[Float[Tensor, "n channels height width"], I
         raise UserError(f"{path} is no readable image file ({str(error).splitlines()[0][:120]})") from error
     if images.dtype != torch.uint8 or images.dim() != 4 or len(labels) != len(images):
         raise UserError(f"{path} holds {images.dtype} {tuple(images.shape)}, expected x uint8 [n, c, h, w] and y [n]")
+    if not len(images):
+        raise UserError(f"{path} holds no images")
     return images.double() / 255, labels.long()
