@@ -224,3 +224,16 @@ def test_a_record_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(asked) == 1
     assert again["statuses"] == first["statuses"]
     assert decided(graph, images, labels, dataclasses.replace(e, jobs=2))["statuses"] == first["statuses"]
+
+
+def test_a_verdict_against_another_attack_is_a_hard_error() -> None:
+    """The robust accuracy's attack is not the verifier's own: what it breaks must not be verified."""
+    graph, _ = small(1)
+    images = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = graph(images).argmax(1)
+    settings = VerifySettings(beta=QUICK, attack_steps=0, timeout=600)
+    e = Evaluation(eps=1e-4, verify=settings)
+    held = torch.tensor([True, True, True])
+    assert decided(graph, images, labels, e, robust=held)["va"] == 100
+    with pytest.raises(RunFailure, match="image 1 is verified and attacked"):
+        decided(graph, images, labels, e, robust=torch.tensor([True, False, True]))

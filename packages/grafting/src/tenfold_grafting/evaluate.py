@@ -217,7 +217,7 @@ def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation, r
         "unstable_per_layer": unstable,
     }
     count = len(images) if e.verify_images < 0 else min(e.verify_images, len(images))
-    return found | decided(graph, images[:count], labels[:count], e, record)
+    return found | decided(graph, images[:count], labels[:count], e, record, robust)
 
 
 def bounded(
@@ -246,10 +246,21 @@ def bounded(
     return torch.cat(proved), list(unstable.values())
 
 
-def decided(graph: Graph, images: Tensor, labels: Tensor, e: Evaluation, record: Path | None = None) -> dict[str, Any]:
+def decided(
+    graph: Graph,
+    images: Tensor,
+    labels: Tensor,
+    e: Evaluation,
+    record: Path | None = None,
+    robust: Bool[Tensor, " n"] | None = None,
+) -> dict[str, Any]:
     """The verifier's statuses, verified accuracy and times on images.
 
     A record takes one JSON line an image as soon as it is decided; what has a line already is not decided again.
+
+    Raises:
+        RunFailure: an image is verified whose label another attack changed: it is not among the `robust`.
+
     """
     lines = {} if record is None else recorded(record)
     with torch.no_grad():
@@ -268,6 +279,9 @@ def decided(graph: Graph, images: Tensor, labels: Tensor, e: Evaluation, record:
             if file is not None:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
+    for index, line in lines.items():
+        if robust is not None and line["status"].startswith("verified") and not bool(robust[index]):
+            raise RunFailure(f"image {index} is verified and attacked as well: the engine is unsound here")
     statuses: dict[str, int] = {}
     for line in lines.values():
         statuses[line["status"]] = statuses.get(line["status"], 0) + 1
