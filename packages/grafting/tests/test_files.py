@@ -11,6 +11,7 @@ import torch
 from nets import random_network
 
 from tenfold_grafting import cli
+from tenfold_grafting.certify import load_graph
 from tenfold_grafting.compat import CheckpointError, load_official_checkpoint, official_names, to_official
 from tenfold_grafting.data import DataConfig, load_data
 from tenfold_grafting.grafting import activation_shapes, graft
@@ -248,6 +249,20 @@ def test_export_then_certify(network: Path, tmp_path: Path, monkeypatch: pytest.
     images, labels = load_data(DataConfig()).test.pixels(1)
     right = int(load_network(network)[0].double()(images).argmax()) == int(labels[0])
     assert right or line["status"] == "attacked"
+
+
+def test_certified_networks_are_folded_in_double_precision(tmp_path: Path) -> None:
+    """Batch norms and normalisation meet the stored weights unrounded: the claim is about them."""
+    model = create_network("mnist_8x200_bn")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.1, 2)
+    torch.save(to_official(model), tmp_path / "net.pth.tar")
+    np.savez(tmp_path / "x.npz", x=np.full((1, 1, 28, 28), 90, np.uint8), y=np.zeros(1, np.int64))
+    graph = load_graph(tmp_path / "net.pth.tar", DataConfig("arrays", file=tmp_path / "x.npz"))
+    x = torch.rand(5, 1, 28, 28).double()
+    torch.testing.assert_close(graph(x), model.double().eval()(x).detach(), rtol=0, atol=1e-12)
 
 
 def test_a_box_outside_of_the_pixels_is_refused(

@@ -130,14 +130,13 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def load_graph(model: Path, data: DataConfig, arch: str = "") -> Graph:
-    """The graph of a checkpoint or an ONNX file, of pixels."""
+    """The graph of a checkpoint, folded in double precision, or of an ONNX file in its own; of pixels."""
     path = resolve(model)
     if path.suffix == ".onnx":
         return read_onnx(path)
     network, about = load_model(path, data.name, arch)
-    if "input_shape" in about:
-        return trace(network, about["input_shape"])
-    return trace(network, load_data(data).shape)
+    shape = about["input_shape"] if "input_shape" in about else load_data(data).shape
+    return trace(network.double(), shape)
 
 
 def _problems(
@@ -270,7 +269,8 @@ def export(config: ExportConfig) -> None:
     """Write ``network.onnx``, ``property-<i>.vnnlib``, and where asked ``network.pth.tar`` in the authors' layout."""
     graph = load_graph(config.model, config.data, config.arch)
     _make(config.folder, "--folder")
-    write_onnx(graph, config.folder / "network.onnx")
+    written = graph if config.model.suffix == ".onnx" else graph.single  # a checkpoint's own arithmetic
+    write_onnx(written, config.folder / "network.onnx")
     if config.official:
         from tenfold_grafting.compat import to_official  # noqa: PLC0415
 

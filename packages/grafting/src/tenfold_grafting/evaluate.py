@@ -1,6 +1,7 @@
 """What a network is worth (section 9): standard, robust and verified accuracy, unstable neurons, the verifier's time."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -114,7 +115,8 @@ def load_model(checkpoint: Path, data: str = "", arch: str = "") -> tuple[nn.Seq
     network = load_official_checkpoint(path, arch or None)
     mean, std = NORMALISATION["cifar10" if data in ("", "arrays") else data]
     first = next(m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    if isinstance(first, nn.Conv2d) and first.in_channels != len(mean):
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else 1  # MNIST's alone begins with a linear layer
+    if channels != len(mean):
         mean, std = NORMALISATION["mnist"]
     return nn.Sequential(Normalise(mean, std), network).eval(), {"arch": arch or "recognised by its keys"}
 
@@ -186,7 +188,7 @@ def measure_network(
 
 def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation, record: Path | None) -> dict[str, Any]:
     weight = next(model.parameters())
-    graph = trace(model, images.shape[1:]).to(torch.float64)
+    graph = trace(copy.deepcopy(model).double(), images.shape[1:])  # before anything is folded, in single precision
     check_labels(labels, graph.classes)
     parts = []
     for x, y in zip(images.split(500), labels.split(500), strict=True):
