@@ -467,3 +467,10 @@ def test_batches_with_unlike_images_give_each_its_own_bounds() -> None:
         for index, ends in alone.items():
             for one, all_of_them in zip(ends, together[index], strict=True):
                 torch.testing.assert_close(all_of_them[b], one[0], rtol=0, atol=1e-9)
+
+
+def test_no_boxes_have_no_bounds() -> None:
+    model, shape = random_network(0, "conv")
+    nothing = Box(torch.zeros(0, *shape).double(), torch.zeros(0, *shape).double())
+    for method in METHODS:
+        assert bound_margins(trace(model, shape), nothing, spec_of(0), method).shape == (0, 5)

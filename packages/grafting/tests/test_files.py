@@ -56,6 +56,12 @@ def test_authors_names() -> None:
     assert set(official_names(create_network("cnn_b")).values()) >= {"1.weight", "8.bias"}
 
 
+def test_a_normalisation_is_no_part_of_the_authors_layout() -> None:
+    network = create_network("cnn_b")
+    whole = torch.nn.Sequential(Normalise([0.5] * 3, [0.2] * 3), network)
+    assert list(to_official(whole)["state_dict"]) == list(network.state_dict())
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     state = to_official(create_network("cnn_b"))["state_dict"]
     state.pop("3.bias")

@@ -241,3 +241,27 @@ def test_attacks_of_a_network_with_two_classes() -> None:
 def test_graft_of_a_graft_is_refused_by_shape() -> None:
     layer = GraftedReLU((3,))
     assert "0 grafted" in repr(layer)
+
+
+def test_activations_in_place_and_at_two_places() -> None:
+    """An activation in place leaves its scores as they are; one module at two places has neurons of two layers."""
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.rand(6, 4), torch.zeros(6).long()
+    scores = {kind: significance(model, [(x, y)], kind)["1"] for kind in ("gradient", "magnitude")}
+    model[1].inplace = True
+    for kind, score in scores.items():
+        torch.testing.assert_close(significance(model, [(x, y)], kind)["1"], score)
+    relu = nn.ReLU()
+    shared = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu)
+    with pytest.raises(UserError, match="more than once"):
+        activation_shapes(shared, (4,))
+    with pytest.raises(UserError, match="several places"):
+        graft(shared, {"1": torch.ones(4)})
+
+
+def test_scores_of_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="not finite"):
+        ranked(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(UserError, match="there are none"):
+        instability(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.zeros(0, 2), 0.1)
+    with pytest.raises(ValueError, match="share"):
+        random_selection({"a": (3,)}, 1.5, torch.Generator())

@@ -179,6 +179,8 @@ def test_refused_properties() -> None:
         verify(graph, dataclasses.replace(prop, lower=prop.lower[:2], upper=prop.upper[:2]))
     with pytest.raises(UserError, match="gives 3 logits"):
         verify(graph, dataclasses.replace(prop, rows=prop.rows[:, :2]))
+    with pytest.raises(UserError, match="no rows"):
+        verify(graph, dataclasses.replace(prop, rows=prop.rows[:0], constant=prop.constant[:0]))
     with pytest.raises(UserError, match="empty"):
         verify(graph, Property(prop.upper, prop.lower, prop.rows, prop.constant))
     with pytest.raises(UserError, match="not finite"):

@@ -297,6 +297,8 @@ def bound_margins(
 
     """
     spec = spec.to(box.lower)
+    if not len(box):
+        return spec.new_zeros(spec.shape[:2])
     with exact_arithmetic():
         if method == "ibp":
             return ibp_margins(graph, box, spec)

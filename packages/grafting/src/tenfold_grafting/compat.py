@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold_grafting.grafting import GraftedReLU, activation_shapes, graft
+from tenfold_grafting.graph import Normalise
 from tenfold_grafting.networks import ARCHITECTURES, architecture, create_network
 from tenfold_shared.checkpoint import load_pickled
 from tenfold_shared.errors import UserError
@@ -44,7 +45,9 @@ def official_names(model: nn.Module) -> dict[str, str]:
 
 
 def official_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state under the released names; without normalisation, which is no part of it."""
+    """The state under the released names; without a normalisation that comes first, which is no part of it."""
+    if isinstance(model, nn.Sequential) and len(model) == 2 and isinstance(model[0], Normalise):
+        model = model[1]
     names = official_names(model)
     return {names[key]: tensor.detach().cpu().clone() for key, tensor in model.state_dict().items()}
 

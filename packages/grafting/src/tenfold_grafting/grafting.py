@@ -131,12 +131,20 @@ def _example(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
 
 
 def pre_activations(model: nn.Module, x: Float[Tensor, "batch *input"]) -> dict[str, Tensor]:
-    """The pre-activation of every ReLU layer, in the order in which the layers are called."""
+    """The pre-activation of every ReLU layer, in the order in which the layers are called.
+
+    Raises:
+        UserError: one module that is called at two places: its neurons are two layers.
+
+    """
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def keep(name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+            if name in found:
+                raise UserError(f"the activation {name} is called more than once: give every layer one of its own")
             found[name] = inputs[0]
+            return inputs[0].clone() if getattr(module, "inplace", False) else None  # it overwrites its input
 
         return hook
 
@@ -170,7 +178,8 @@ def graft(
         trainable: False freezes the lines; with slope 0 that is pruning.
 
     Raises:
-        UserError: a name that is no activation, an activation without a mask, or a mask that is not 0 or 1.
+        UserError: a name that is no activation, an activation without a mask, one that stands at two places, or a mask
+            that is not 0 or 1.
 
     """
     grafted = copy.deepcopy(model)
@@ -178,6 +187,9 @@ def graft(
     if set(names) != set(masks):
         odd = sorted(set(names) ^ set(masks))
         raise UserError(f"the masks do not fit the model's activations: {', '.join(odd)} is only on one side")
+    every = [m for _, m in grafted.named_modules(remove_duplicate=False) if isinstance(m, nn.ReLU | GraftedReLU)]
+    if len(every) != len(names):
+        raise UserError("one activation stands at several places of the model: give every layer one of its own")
     example = next(model.parameters())
     for name in names:
         mask = torch.as_tensor(masks[name])

@@ -18,6 +18,7 @@ from tenfold_grafting.intervals import ibp
 from tenfold_grafting.optimise import alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
 from tenfold_shared.attacks import held, pgd
+from tenfold_shared.errors import UserError
 
 Significance = Literal["gradient", "magnitude", "variance"]
 BoundName = Literal["ibp", "crown-ibp", "crown", "alpha"]
@@ -131,7 +132,12 @@ def instability(
         bounds: whose intervals.
         batch_size: images at a time.
 
+    Raises:
+        UserError: no images.
+
     """
+    if not len(images):
+        raise UserError("the instability of neurons is a share of images: there are none")
     graph = model if isinstance(model, Graph) else trace(model, images.shape[1:])
     sums = {index: torch.zeros(graph.nodes[index].shape, device=graph.device) for index in graph.activations}
     for part in images.split(batch_size):

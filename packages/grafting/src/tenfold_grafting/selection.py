@@ -29,8 +29,13 @@ def ranked(scores: Float[Tensor, " n"], rule: Rank = "min") -> Float[Tensor, " n
         rule: ``min`` gives equal scores the lowest of their ranks, ``dense`` numbers the distinct scores, ``norank``
             keeps the scores, shifted and scaled.
 
+    Raises:
+        UserError: scores that are not finite.
+
     """
     values = scores.double()
+    if not bool(torch.isfinite(values).all()):
+        raise UserError("scores of neurons are not finite: the network they come from has diverged")
     if rule == "norank":
         spread = values.max() - values.min()
         return (values - values.min()) / spread if spread > 0 else torch.zeros_like(values)
@@ -125,6 +130,8 @@ def _split(mask: Tensor, names: Sequence[str], like: Mapping[str, Tensor]) -> Ma
 
 def random_selection(shapes: Mapping[str, Sequence[int]], ratio: float, generator: torch.Generator) -> Masks:
     """Masks that graft a random share of all neurons."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"the ratio is {ratio}, not a share in [0, 1]")
     like = {name: torch.zeros(tuple(shape)) for name, shape in shapes.items()}
     count = sum(tensor.numel() for tensor in like.values())
     mask = torch.zeros(count, dtype=torch.float64)

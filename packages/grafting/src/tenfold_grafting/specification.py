@@ -28,7 +28,7 @@ class Property:
         """The property, if it is one of this network.
 
         Raises:
-            UserError: shapes that do not fit, an empty box, or numbers that are not finite.
+            UserError: shapes that do not fit, no rows, an empty box, or numbers that are not finite.
 
         """
         if tuple(self.lower.shape) != graph.input_shape or self.upper.shape != self.lower.shape:
@@ -39,6 +39,8 @@ class Property:
             raise UserError(
                 f"the property has rows of shape {tuple(self.rows.shape)}, the network gives {graph.classes} logits"
             )
+        if not len(self.rows):
+            raise UserError("the property has no rows: there is nothing to verify")
         tensors = (self.lower, self.upper, self.rows, self.constant)
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise UserError("the property has numbers that are not finite")
