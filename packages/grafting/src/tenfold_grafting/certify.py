@@ -94,7 +94,7 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
                 if not options.quiet:
                     print(f"{line['index']}: {line['status']} in {line['seconds']:.2f} s", flush=True)
         whole = [line for file in sorted(folder.glob("results*.jsonl")) for line in complete_lines(file)[0]]
-        about = {"eps": config.eps, "environment": environment(run.device)}
+        about = {"eps": None if config.property else config.eps, "environment": environment(run.device)}
         write_json(folder / "summary.json", summary(whole, config.verify) | about)
     print(json.dumps(summary(list(done.values()), config.verify)))
 
