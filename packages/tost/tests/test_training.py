@@ -11,10 +11,22 @@ from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
 from tenfold_shared.run import Run, RunOptions
-from tenfold_tost import Ghosts, Lrsi, MaskKeeper, apply_masks, create_model, erk_masks, has_ghosts, masks_from_zeros
+from tenfold_tost import (
+    Ghosts,
+    Lrsi,
+    MaskKeeper,
+    apply_masks,
+    create_model,
+    erk_masks,
+    has_ghosts,
+    masks_from_zeros,
+    reproduce,
+    ticket_rounds,
+    to_official,
+)
 from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
 from tenfold_tost.data import DataConfig, load_data
-from tenfold_tost.evaluate import load_model, operations, zero_rates
+from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, operations, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
 from tenfold_tost.maskmaking import MaskConfig
 from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
@@ -120,11 +132,19 @@ def test_momentum_outlives_the_ghosts(tmp_path: Path) -> None:
     assert all(bool(state[key].abs().sum() > 0) for key in momentum)
 
 
-def test_ghosts_that_stay_are_kept_in_the_checkpoint(tmp_path: Path) -> None:
-    recipe = short(techniques="soft+skip", soft=Soft(kind="mish", constant=True), skip=Skips(constant=True))
-    model, _ = run(recipe, tmp_path)
-    loaded, about = load_model(tmp_path / "tost" / "x")
-    assert about["soft"] == "mish"
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"techniques": "soft+skip", "soft": Soft(kind="mish", constant=True), "skip": Skips(constant=True)},
+        {"techniques": "soft", "soft": Soft(beta0=2.0, constant=True)},
+        {"techniques": "skip", "skip": Skips(kind="identity", constant=True)},
+    ],
+    ids=["mish and skips", "slope 2", "skips without parameters"],
+)
+def test_ghosts_that_stay_are_kept_in_the_checkpoint(changes: dict, tmp_path: Path) -> None:
+    """Their kind and slope too, which no key tells."""
+    model, _ = run(short(epochs=1, milestones=[], **changes), tmp_path)
+    loaded, _ = load_model(tmp_path / "tost" / "x")
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     with pytest.raises(UserError, match="keeps its ghosts"):
@@ -133,6 +153,50 @@ def test_ghosts_that_stay_are_kept_in_the_checkpoint(tmp_path: Path) -> None:
 
 def test_half_precision(tmp_path: Path) -> None:
     """The forward and backward pass in bfloat16; the mask holds all the same."""
+def test_what_the_verbs_write_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the authors' layout to ours and to the compact file; each evaluates to the same."""
+    model = create_model("digits_net")
+    apply_masks(model, erk_masks(model, 0.1))
+    torch.save(to_official(model), tmp_path / "model.pth.tar")
+    finalize(tmp_path / "model.pth.tar", tmp_path / "plain.safetensors")
+    export(tmp_path / "plain.safetensors", tmp_path / "compact.safetensors", batch=2, rounds=1)
+    capsys.readouterr()
+    lines = []
+    for name in ("model.pth.tar", "plain.safetensors", "compact.safetensors"):
+        evaluate(EvalConfig(tmp_path / name), options(tmp_path))
+        lines.append(json.loads(capsys.readouterr().out))
+    assert lines[0] == lines[1] == lines[2]
+    assert lines[0]["arch"] == "digits_net"
+
+
+def test_a_released_network_keeps_its_activation(tmp_path: Path) -> None:
+    """No key tells it, so it is said."""
+    model, x = create_model("oresnet20", activation="swish").eval(), torch.randn(2, 3, 16, 16)
+    torch.save(to_official(model), tmp_path / "model.pth.tar")
+    loaded, about = load_model(tmp_path / "model.pth.tar", "oresnet20", "swish")
+    assert about["arch"] == "oresnet20"
+    assert torch.equal(loaded.eval()(x), model(x))
+    torch.save(to_official(create_model("resnet20s")), tmp_path / "zoo.pth.tar")
+    with pytest.raises(UserError, match="no other activation than ReLU"):
+        load_model(tmp_path / "zoo.pth.tar", "resnet20s", "swish")
+
+
+def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(tmp_path: Path) -> None:
+    with Run("tost", short(), options(tmp_path)) as running:
+        data = load_data(DataConfig(), 64, running, evaluation_batch=100)
+        assert len(next(iter(data.evaluation.epoch(0)))[0]) == 100
+        assert len(load_data(DataConfig(), 64, running).evaluation) == 1
+
+
+def test_batch_norms_of_the_skips_are_decayed_as_the_others_are() -> None:
+    recipe, model = short(techniques="skip", decay_norm=False), create_model("digits_net")
+    ghosts = Ghosts(model, recipe.plan(), torch.zeros(1, 1, 8, 8))
+    groups = make_optimiser(model, recipe, recipe.plan()).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert sum(id(p) in decayed for p in ghosts.parameters()) == 6  # the convolutions of the six skips
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
     recipe = short(techniques="soft+skip+ls", epochs=1, milestones=[])
     with Run("tost", recipe, options(tmp_path, precision="bf16")) as running:
         model, result = run_recipe(running, recipe)

@@ -297,9 +297,16 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         zero_rates=zero_rates(model, images),
         scales=scales,
     )
-    about = {"arch": recipe.arch, "classes": data.classes, "techniques": recipe.techniques, "accuracy": result.accuracy}
+    about: dict[str, Any] = {
+        "arch": recipe.arch,
+        "classes": data.classes,
+        "techniques": recipe.techniques,
+        "accuracy": result.accuracy,
+    }
     if plan.soft is not None and plan.soft.constant:
-        about["soft"] = plan.soft.kind
+        about |= {"soft": plan.soft.kind, "beta": plan.soft.beta0}
+    if plan.skips is not None and plan.skips.constant:
+        about["skip"] = plan.skips.kind
     run.save_weights("last", model, **about, density=result.density)
     return model, result
 
