@@ -30,7 +30,7 @@ class EvalConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The images."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images at a time, over all processes."""
     arch: str = ""
     """Architecture, where the checkpoint's keys do not tell."""
     activation: str = ""
@@ -85,7 +85,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print accuracy, remaining weights and operations of a checkpoint as one JSON line."""
     model, about = load_model(config.checkpoint, config.arch, config.activation)
     with Run.evaluation("tost", options) as run:
-        data = load_data(config.data, config.batch_size, run, normalizes_inside(model))
+        data = load_data(config.data, config.batch_size, run, normalizes_inside(model), config.batch_size)
         check_fit(model, data, config.data.name)
         model = run.prepare(model)
         reached = accuracy(model, data.evaluation, run).item()
