@@ -302,6 +302,27 @@ def test_networks_without_a_place_for_ghosts_are_named(build, words: str) -> Non
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("fraction", [0.07, 0.14, 0.5, 1.0])
+def test_the_window_ends_where_the_ghosts_go(fraction: float) -> None:
+    """0.07 * 300 is a little more than 21 as the computer multiplies."""
+    recipe = SparseRecipe(soft=None, smoothing=None, lrsi=None, ghost_fraction=fraction)
+    ghosts = Ghosts(create_model("digits_net"), recipe, torch.zeros(1, 1, 8, 8))
+    window = recipe.window(300)
+    assert window == round(300 * fraction)
+    assert not any(ghosts.advance(step / 300) for step in range(window))
+    assert ghosts.advance(window / 300)
+
+
+def test_finalize_notices_a_hook_that_is_left() -> None:
+    model = create_model("digits_net")
+    ghosts = Ghosts(model, SparseRecipe(soft=None, smoothing=None, lrsi=None), torch.zeros(1, 1, 8, 8))
+    for module in list(model.modules()):
+        if hasattr(module, "ghost_skip"):
+            del module.ghost_skip
+    with pytest.raises(GhostsRemainError, match="hook"):
+        ghosts.finalize()
+
+
 def test_bad_recipes_are_refused() -> None:
     with pytest.raises(ValueError, match="longer than training"):
         SparseRecipe(ghost_fraction=1.5)

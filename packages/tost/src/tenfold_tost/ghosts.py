@@ -108,6 +108,12 @@ class SparseRecipe:
         """Whether any ghost is there for good, so that the trained network is not the plain one."""
         return any(ghost is not None and ghost.constant for ghost in (self.soft, self.skips))
 
+    def window(self, total: int) -> int:
+        """How many of `total` steps have the ghosts in: up to the one at which `Ghosts.advance` takes them out. (The
+        product with the fraction may be rounded to a little above that step.)
+        """
+        return next((step for step in range(total) if step / total / self.ghost_fraction >= 1.0), total)
+
     def loss(
         self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], progress: float
     ) -> Float[Tensor, ""]:

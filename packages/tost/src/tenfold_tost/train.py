@@ -7,7 +7,6 @@ a resumed run goes on in the middle of any of them.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -352,7 +351,7 @@ def fit(
     loop = _Loop(session, masks, plan, ghosts, total, snapshot)
     momentum: dict[str, Tensor] = {}
     if ghosts is not None and plan.fades:
-        window = min(total, math.ceil(plan.ghost_fraction * total))
+        window = plan.window(total)
         model, optimiser = loop.stage(model, f"{name}-ghosts", 0, window, {})
         ghosts.detach()
         if recipe.recalibrate:
