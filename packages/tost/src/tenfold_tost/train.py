@@ -435,18 +435,24 @@ class _Loop:
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe, plan: SparseRecipe) -> torch.optim.SGD:
-    """SGD with a group each for the network, for batch norm where it is not decayed, and for the ghost skips."""
+    """SGD with a group each for the network and for the ghost skips, and one more for the batch norms of each where they
+    are not decayed.
+    """
     skips = {id(p) for module in model.modules() if isinstance(module, GhostSkip) for p in module.parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"network": [], "norm": [], "skips": []}
+    groups: dict[str, list[nn.Parameter]] = {"network": [], "norm": [], "skips": [], "skip norm": []}
     for module in model.modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not recipe.decay_norm
         for parameter in module.parameters(recurse=False):
-            groups["skips" if id(parameter) in skips else "norm" if norm else "network"].append(parameter)
+            if id(parameter) in skips:
+                groups["skip norm" if norm else "skips"].append(parameter)
+            else:
+                groups["norm" if norm else "network"].append(parameter)
     factor = plan.skips.lr_factor if plan.skips is not None else 1.0
     settings = {
         "network": {"factor": 1.0},
         "norm": {"factor": 1.0, "weight_decay": 0.0},
         "skips": {"factor": factor},
+        "skip norm": {"factor": factor, "weight_decay": 0.0},
     }
     chosen = [{"params": params, **settings[kind]} for kind, params in groups.items() if params]
     return torch.optim.SGD(chosen, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
