@@ -1,5 +1,6 @@
 """Every recipe is built and stepped, every mask and technique runs, and a sparse network learns."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import tenfold_tost.data
+from tenfold_shared.claims import Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
@@ -151,8 +153,6 @@ def test_ghosts_that_stay_are_kept_in_the_checkpoint(changes: dict, tmp_path: Pa
         finalize(tmp_path / "tost" / "x", tmp_path / "plain.safetensors")
 
 
-def test_half_precision(tmp_path: Path) -> None:
-    """The forward and backward pass in bfloat16; the mask holds all the same."""
 def test_what_the_verbs_write_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the authors' layout to ours and to the compact file; each evaluates to the same."""
     model = create_model("digits_net")
@@ -197,6 +197,8 @@ def test_batch_norms_of_the_skips_are_decayed_as_the_others_are() -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    """The forward and backward pass in bfloat16; the mask holds all the same."""
     recipe = short(techniques="soft+skip+ls", epochs=1, milestones=[])
     with Run("tost", recipe, options(tmp_path, precision="bf16")) as running:
         model, result = run_recipe(running, recipe)
@@ -235,6 +237,8 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"mask": lambda: MaskConfig(density=0.0)}, "density"),
         ({"mask": lambda: MaskConfig(method="file")}, "mask.file"),
         ({"mask": lambda: MaskConfig(method="random", density=0.001)}, "no weight in"),
+        ({"mask": lambda: MaskConfig(method="lth", percent=1.0)}, "mask.percent"),
+        ({"skip": lambda: Skips(lr_factor=-1.0)}, "lr_factor"),
         ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
         ({"data": lambda: DataConfig(dev=2000)}, "2000"),
@@ -300,6 +304,54 @@ def test_the_verbs_around_training(tmp_path: Path, capsys: pytest.CaptureFixture
     assert distance["hamming_distance"] == 0.0
     with pytest.raises(UserError, match="makes no mask"):
         make_mask(short(mask=MaskConfig(method="dense")), options(tmp_path / "n"), mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arch": "resnet99"}, "resnet99"),
+        ({"mask": MaskConfig(method="omp", density=0.0005)}, "no weight in"),
+    ],
+    ids=["architecture", "empty layer"],
+)
+def test_masks_that_cannot_be_made_are_refused_in_a_sentence(changes: dict, words: str, tmp_path: Path) -> None:
+    recipe = short(epochs=1, milestones=[], **changes)
+    with pytest.raises(UserError, match=words):
+        make_mask(recipe, options(tmp_path), tmp_path / "mask.safetensors")
+
+
+def test_files_are_named_as_they_are_read(tmp_path: Path) -> None:
+    """By its name a file is read again; counts below one are refused too."""
+    with pytest.raises(UserError, match=r"--file .*mask\.pt: .*\.safetensors"):
+        make_mask(short(), options(tmp_path), tmp_path / "mask.pt")
+    with pytest.raises(UserError, match=r"--output .*plain\.pth"):
+        finalize(tmp_path / "x", tmp_path / "plain.pth")
+    with pytest.raises(UserError, match=r"--output .*pth\.tar"):
+        finalize(tmp_path / "x", tmp_path / "plain.safetensors", official=True)
+    with pytest.raises(UserError, match="rounds take 1"):
+        export(tmp_path / "x", tmp_path / "c.safetensors", rounds=0)
+
+
+def test_rounds_of_the_tickets_of_the_recipes_and_claims() -> None:
+    """As many as the paper's sparsities have, none for the last thousandth: 2.8 % after sixteen, 10.7 % after ten."""
+    mask = load_recipe("tenfold_tost", "cifar100-resnet18-tickets", Recipe).mask
+    assert len(ticket_rounds(mask.density, mask.percent)) == 16
+    arms = [arm for claim in load_claims("tenfold_tost").claims for arm in claim.arms.values()]
+    tickets = [arm.options["mask.density"] for arm in arms if arm.options.get("mask.method") == "lth"]
+    assert tickets
+    assert all(len(ticket_rounds(density)) == 10 for density in tickets)
+
+
+def test_a_gain_is_over_the_vanilla_arm_even_where_that_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`reproduce tickets-gain --arms tost`."""
+    claim = load_claims("tenfold_tost")["tickets-gain"]
+    values = {"tost": 71.0, "vanilla": 69.5}
+    monkeypatch.setattr(reproduce, "_measured", lambda arm, *_: Measurement(0.0, extras={"accuracy": values[arm.name]}))
+    alone = dataclasses.replace(claim, arms={"tost": claim.arms["tost"]})
+    measured = reproduce.measure(alone, claim.arms["tost"], 0, options=options(tmp_path), folder=tmp_path)
+    assert measured.value == 1.5
 
 
 def test_curvature_against_the_full_hessian() -> None:

@@ -64,6 +64,8 @@ class MaskConfig:
             raise UserError("--mask.file belongs to --mask.method file, and that method needs it")
         if self.batches < 1:
             raise UserError(f"--mask.batches takes 1 or more, got {self.batches}")
+        if not 0.0 < self.percent < 1.0:
+            raise UserError(f"--mask.percent is the fraction that a round removes, between 0 and 1, got {self.percent}")
 
 
 def masks_at_initialisation(
