@@ -214,6 +214,19 @@ def test_pruned_weights_stay_exactly_zero() -> None:
         assert all(torch.equal(mask, masks[name]) for name, mask in masks_from_zeros(model).items())
 
 
+def test_weights_without_a_gradient_are_passed_over() -> None:
+    """A frozen layer, or a step without any gradient; the others are masked all the same."""
+    model = create_model("digits_net")
+    masks = erk_masks(model, 0.2)
+    apply_masks(model, masks)
+    keeper = MaskKeeper(model, masks)
+    keeper.mask_gradients()
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(4, 1, 8, 8)).sum().backward()
+    keeper.mask_gradients()
+    assert not bool((model[3].weight.grad * ~masks["3.weight"]).any())
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     model = create_model("digits_net")
     good = erk_masks(model, 0.2)
