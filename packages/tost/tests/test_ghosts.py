@@ -13,6 +13,7 @@ from tenfold_tost import (
     GhostActivation,
     Ghosts,
     GhostsRemainError,
+    Lrsi,
     Skips,
     Smoothing,
     Soft,
@@ -123,6 +124,14 @@ def test_smoothed_targets(classes: int) -> None:
         targets = true * (1 - a) + (1 - true) * a / (classes - 1)
         expected = -(targets * logits.log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(smoothed_cross_entropy(logits, labels, a), expected)
+
+
+def test_labels_are_not_smoothed_past_the_uniform_ones() -> None:
+    """With a = 1 - 1 / C every class gets the same; more would make a wrong one likelier."""
+    logits, labels = torch.randn(4, 5), torch.arange(4)
+    assert smoothed_cross_entropy(logits, labels, 0.8) == pytest.approx(float(-logits.log_softmax(1).mean()))
+    with pytest.raises(ValueError, match=r"5 classes .* \[0, 0\.8\]"):
+        smoothed_cross_entropy(logits, labels, 0.85)
 
 
 def test_smoothing_schedule() -> None:
@@ -332,6 +341,10 @@ def test_bad_recipes_are_refused() -> None:
         Soft(beta0=0.0)
     with pytest.raises(ValueError, match="until"):
         Smoothing(until=2.0)
+    for wrong in (lambda: Skips(kind="convolution"), lambda: Skips(curve="cosin"), lambda: Soft(curve="expo"),
+                  lambda: Smoothing(curve="expo"), lambda: Lrsi(target="sgdm")):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=r"convolution|cosin|expo|sgdm"):  # types are checked first
+            wrong()
     with pytest.raises(ValueError, match="lsri"):
         parse_techniques("soft+lsri")
     with pytest.raises(ValueError, match="example"):

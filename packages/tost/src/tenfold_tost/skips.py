@@ -211,6 +211,14 @@ def _remove_hooks(model: nn.Module) -> None:
                 del hooks[key]
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a hook of a ghost skip is on any module."""
+    hooks = (
+        hook for m in model.modules() for kind in (m._forward_pre_hooks, m._forward_hooks) for hook in kind.values()
+    )
+    return any(isinstance(hook, _Hold | _Add) for hook in hooks)
+
+
 def ghost_skips(model: nn.Module) -> dict[str, GhostSkip]:
     """The ghost skips of a model by the name of the convolution they bypass."""
     return {
