@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import one_hot
+from torch.optim.swa_utils import update_bn
 
 from tenfold_tost import (
     GhostActivation,
@@ -267,6 +268,19 @@ def test_identity_skips_have_no_parameters(stride: int) -> None:
     expected = plain.eval()(x)
     expected[:, :2] += path
     torch.testing.assert_close(model.eval()(x), expected.relu())
+
+
+def test_statistics_of_skips_are_averaged_anew() -> None:
+    """`update_bn` asks every batch norm for the plain average over its batches; the skips' give it too."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+    batches = [torch.randn(4, 2, 6, 6) + i for i in range(3)]
+    Ghosts(model, SparseRecipe(soft=None, smoothing=None, lrsi=None), batches[0])
+    skip = ghost_skips(model)["0"]
+    nn.init.normal_(skip.jump.weight)
+    update_bn(batches, model)
+    with torch.no_grad():
+        expected = torch.stack([skip.jump(x).mean((0, 2, 3)) for x in batches]).mean(0)
+    torch.testing.assert_close(skip.norm.running_mean, expected)
 
 
 def test_the_released_ghosts_stay() -> None:

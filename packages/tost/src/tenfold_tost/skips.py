@@ -76,7 +76,10 @@ def scaled_batch_norm(
         norm.num_batches_tracked.add_(1)
     mean, variance = (norm.running_mean, norm.running_var) if keeps or not norm.training else (None, None)
     gain, shift = norm.weight * alpha, norm.bias * alpha
-    return functional.batch_norm(z, mean, variance, gain, shift, norm.training, norm.momentum or 0.0, norm.eps)
+    momentum = norm.momentum
+    if momentum is None:  # a plain average over the batches so far, as `update_bn` asks for
+        momentum = 1.0 / float(norm.num_batches_tracked) if norm.training and keeps else 0.0  # type: ignore[arg-type]
+    return functional.batch_norm(z, mean, variance, gain, shift, norm.training, momentum, norm.eps)
 
 
 def identity_path(
