@@ -238,6 +238,7 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"mask": lambda: MaskConfig(method="file")}, "mask.file"),
         ({"mask": lambda: MaskConfig(method="random", density=0.001)}, "no weight in"),
         ({"mask": lambda: MaskConfig(method="lth", percent=1.0)}, "mask.percent"),
+        ({"mask": lambda: MaskConfig(method="lth", scope="layer")}, "lth-layerwise"),
         ({"skip": lambda: Skips(lr_factor=-1.0)}, "lr_factor"),
         ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
