@@ -108,6 +108,19 @@ def test_every_mask_trains(settings: dict, tmp_path: Path) -> None:
     assert result.steps == trainings * 4
 
 
+def test_steps_of_warm_up_leave_the_ticket_alone(tmp_path: Path) -> None:
+    """They are a control of the last training: the mask stays that of the other arms."""
+    mask = MaskConfig(method="omp", density=0.3)
+    found = []
+    for warm in (0, 3):
+        recipe = short(techniques="vanilla", epochs=1, milestones=[], mask=mask, warmup_steps=warm)
+        model, result = run(recipe, tmp_path / str(warm))
+        assert result.steps == 2 * 4 + warm
+        assert len(result.losses) == 1
+        found.append(masks_from_zeros(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_the_whole_recipe_ends_in_the_plain_network(tmp_path: Path) -> None:
     recipe = short(techniques="tost", recalibrate=2, warmup_steps=2, decay_norm=False, data=DataConfig(dev=200))
     model, result = run(recipe, tmp_path)

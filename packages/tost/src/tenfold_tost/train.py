@@ -47,8 +47,8 @@ class Recipe:
     milestones: list[int] = dataclasses.field(default_factory=lambda: [15, 22])
     """Epochs (0-based) at which the learning rate falls to a tenth."""
     warmup_steps: int = 0
-    """Steps of training before the first epoch, on its batches, the rate rising linearly: a control that spends what the
-    learned scales cost."""
+    """Steps before the first epoch, on its batches, the rate rising linearly: a control that spends what the learned
+    scales cost; not in the training that finds a ticket, whose mask is every arm's."""
     momentum: float = 0.9
     """Momentum."""
     weight_decay: float = 2e-4
@@ -280,7 +280,7 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         check_masks(model, masks)
     session.steps += int(scales.get("iterations", 0))
     session.losses = []
-    model = fit(session, model, masks, "train", plan, ghosts=ghosts)
+    model = fit(session, model, masks, "train", plan, ghosts=ghosts, warm=recipe.warmup_steps)
     if not plan.stays:
         ghosts.finalize(masks)
     test = accuracy(model, data.evaluation, run).item()
@@ -340,6 +340,7 @@ def fit(
     *,
     ghosts: Ghosts | None = None,
     snapshot: bool = False,
+    warm: int = 0,
 ) -> nn.Module:
     """Train from the weights given under a mask, first with the ghosts that fade, then without; one phase each.
 
@@ -348,7 +349,7 @@ def fit(
     run, recipe = session.run, session.recipe
     per_epoch = len(session.data.train)
     total = recipe.epochs * per_epoch
-    loop = _Loop(session, masks, plan, ghosts, total, snapshot)
+    loop = _Loop(session, masks, plan, ghosts, total, snapshot, warm)
     momentum: dict[str, Tensor] = {}
     if ghosts is not None and plan.fades:
         window = plan.window(total)
@@ -362,7 +363,7 @@ def fit(
     else:
         window = 0
     model, _ = loop.stage(model, name, window, total, momentum)
-    session.steps += total + recipe.warmup_steps
+    session.steps += total + warm
     session.losses += loop.losses(name, per_epoch)
     run.complete(name, model)
     return model
@@ -372,10 +373,17 @@ class _Loop:
     """The masked loop; a stage of it is a phase of the run."""
 
     def __init__(
-        self, session: Session, masks: Masks, plan: SparseRecipe, ghosts: Ghosts | None, total: int, snapshot: bool
+        self,
+        session: Session,
+        masks: Masks,
+        plan: SparseRecipe,
+        ghosts: Ghosts | None,
+        total: int,
+        snapshot: bool,
+        warm: int,
     ) -> None:
         self.session, self.masks, self.plan, self.ghosts = session, masks, plan, ghosts
-        self.total, self.snapshot = total, snapshot
+        self.total, self.snapshot, self.warm = total, snapshot, warm
 
     def stage(
         self, model: nn.Module, name: str, first: int, end: int, momentum: Mapping[str, Tensor]
@@ -393,7 +401,7 @@ class _Loop:
         keeper = MaskKeeper(plain, self.masks) if self.masks else None
         if self.snapshot and recipe.mask.rewind_epoch == 0 and not run.completed(name):
             run.save_weights("rewind", plain)
-        per_epoch, warm = len(data.train), recipe.warmup_steps if first == 0 else 0
+        per_epoch, warm = len(data.train), self.warm if first == 0 else 0
         stream = Stream(data.train)
         for turn in run.steps(name, end - first + warm, model=model, optimiser=optimiser):
             step = max(0, first + turn - warm)
@@ -430,7 +438,7 @@ class _Loop:
     def losses(self, name: str, per_epoch: int) -> list[float]:
         """Mean loss of every epoch over both stages."""
         run = self.session.run
-        values = [*run.logged(f"{name}-ghosts", "loss"), *run.logged(name, "loss")][self.session.recipe.warmup_steps :]
+        values = [*run.logged(f"{name}-ghosts", "loss"), *run.logged(name, "loss")][self.warm :]
         return [sum(values[i : i + per_epoch]) / per_epoch for i in range(0, len(values), per_epoch)]
 
 
