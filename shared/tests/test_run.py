@@ -127,6 +127,15 @@ def test_a_sweep_measures_the_recipe_it_is_given(tmp_path: Path) -> None:
     assert sweep(4, resume=True) == [40, 4]
 
 
+@pytest.mark.parametrize(("points", "seeds"), [([], 1), ([{}], 0)])
+def test_a_sweep_of_nothing_is_refused(points: list, seeds: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one point and one seed or more"):
+        compare_points(
+            "demo", "sweep", Recipe(), points, Metric("w"), Request(seeds=seeds), options(tmp_path), width_of
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_recipe_that_is_refused_leaves_its_name_free(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match="no such data"), Run("demo", Recipe(), options(tmp_path)):

@@ -109,6 +109,16 @@ def test_sparse_convolutions_give_the_same(arch: str, size: tuple[int, ...], tmp
         torch.testing.assert_close(sparsify(model)(x), model(x), atol=1e-5, rtol=1e-4)
 
 
+def test_convolutions_whose_padding_is_a_word_stay_dense() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding="same"), torch.nn.Conv2d(3, 3, 3, padding=1))
+    for conv in model:
+        torch.nn.init.zeros_(conv.weight)
+    sparse, x = sparsify(model), torch.randn(1, 2, 5, 5)
+    assert isinstance(sparse[0], torch.nn.Conv2d)
+    assert not isinstance(sparse[1], torch.nn.Conv2d)
+    torch.testing.assert_close(sparse(x), model(x).detach())
+
+
 def test_other_files_are_no_compact_files(tmp_path: Path) -> None:
     from tenfold_shared.checkpoint import save_weights  # noqa: PLC0415
 

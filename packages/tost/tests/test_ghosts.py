@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import one_hot
+from torch.optim.swa_utils import update_bn
 
 from tenfold_tost import (
     GhostActivation,
     Ghosts,
     GhostsRemainError,
+    Lrsi,
     Skips,
     Smoothing,
     Soft,
@@ -123,6 +125,14 @@ def test_smoothed_targets(classes: int) -> None:
         targets = true * (1 - a) + (1 - true) * a / (classes - 1)
         expected = -(targets * logits.log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(smoothed_cross_entropy(logits, labels, a), expected)
+
+
+def test_labels_are_not_smoothed_past_the_uniform_ones() -> None:
+    """With a = 1 - 1 / C every class gets the same; more would make a wrong one likelier."""
+    logits, labels = torch.randn(4, 5), torch.arange(4)
+    assert smoothed_cross_entropy(logits, labels, 0.8) == pytest.approx(float(-logits.log_softmax(1).mean()))
+    with pytest.raises(ValueError, match=r"5 classes .* \[0, 0\.8\]"):
+        smoothed_cross_entropy(logits, labels, 0.85)
 
 
 def test_smoothing_schedule() -> None:
@@ -260,6 +270,19 @@ def test_identity_skips_have_no_parameters(stride: int) -> None:
     torch.testing.assert_close(model.eval()(x), expected.relu())
 
 
+def test_statistics_of_skips_are_averaged_anew() -> None:
+    """`update_bn` asks every batch norm for the plain average over its batches; the skips' give it too."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+    batches = [torch.randn(4, 2, 6, 6) + i for i in range(3)]
+    Ghosts(model, SparseRecipe(soft=None, smoothing=None, lrsi=None), batches[0])
+    skip = ghost_skips(model)["0"]
+    nn.init.normal_(skip.jump.weight)
+    update_bn(batches, model)
+    with torch.no_grad():
+        expected = torch.stack([skip.jump(x).mean((0, 2, 3)) for x in batches]).mean(0)
+    torch.testing.assert_close(skip.norm.running_mean, expected)
+
+
 def test_the_released_ghosts_stay() -> None:
     recipe = SparseRecipe(Soft(beta0=2.0, constant=True), Skips(constant=True), None, None)
     model, x = create_model("digits_net"), torch.randn(2, 1, 8, 8)
@@ -302,6 +325,27 @@ def test_networks_without_a_place_for_ghosts_are_named(build, words: str) -> Non
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("fraction", [0.07, 0.14, 0.5, 1.0])
+def test_the_window_ends_where_the_ghosts_go(fraction: float) -> None:
+    """0.07 * 300 is a little more than 21 as the computer multiplies."""
+    recipe = SparseRecipe(soft=None, smoothing=None, lrsi=None, ghost_fraction=fraction)
+    ghosts = Ghosts(create_model("digits_net"), recipe, torch.zeros(1, 1, 8, 8))
+    window = recipe.window(300)
+    assert window == round(300 * fraction)
+    assert not any(ghosts.advance(step / 300) for step in range(window))
+    assert ghosts.advance(window / 300)
+
+
+def test_finalize_notices_a_hook_that_is_left() -> None:
+    model = create_model("digits_net")
+    ghosts = Ghosts(model, SparseRecipe(soft=None, smoothing=None, lrsi=None), torch.zeros(1, 1, 8, 8))
+    for module in list(model.modules()):
+        if hasattr(module, "ghost_skip"):
+            del module.ghost_skip
+    with pytest.raises(GhostsRemainError, match="hook"):
+        ghosts.finalize()
+
+
 def test_bad_recipes_are_refused() -> None:
     with pytest.raises(ValueError, match="longer than training"):
         SparseRecipe(ghost_fraction=1.5)
@@ -311,6 +355,10 @@ def test_bad_recipes_are_refused() -> None:
         Soft(beta0=0.0)
     with pytest.raises(ValueError, match="until"):
         Smoothing(until=2.0)
+    for wrong in (lambda: Skips(kind="convolution"), lambda: Skips(curve="cosin"), lambda: Soft(curve="expo"),
+                  lambda: Smoothing(curve="expo"), lambda: Lrsi(target="sgdm")):  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=r"convolution|cosin|expo|sgdm"):  # types are checked first
+            wrong()
     with pytest.raises(ValueError, match="lsri"):
         parse_techniques("soft+lsri")
     with pytest.raises(ValueError, match="example"):

@@ -214,6 +214,19 @@ def test_pruned_weights_stay_exactly_zero() -> None:
         assert all(torch.equal(mask, masks[name]) for name, mask in masks_from_zeros(model).items())
 
 
+def test_weights_without_a_gradient_are_passed_over() -> None:
+    """A frozen layer, or a step without any gradient; the others are masked all the same."""
+    model = create_model("digits_net")
+    masks = erk_masks(model, 0.2)
+    apply_masks(model, masks)
+    keeper = MaskKeeper(model, masks)
+    keeper.mask_gradients()
+    model[0].weight.requires_grad_(False)
+    model(torch.randn(4, 1, 8, 8)).sum().backward()
+    keeper.mask_gradients()
+    assert not bool((model[3].weight.grad * ~masks["3.weight"]).any())
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     model = create_model("digits_net")
     good = erk_masks(model, 0.2)
@@ -266,10 +279,20 @@ def test_bad_mask_files_are_refused(tmp_path: Path) -> None:
     model = create_model("digits_net")
     np.savez(tmp_path / "other.npz", **{"0.weight_mask": np.ones((2, 2))})
     np.savez(tmp_path / "none.npz", x=np.ones(3))
+    np.savez(tmp_path / "words.npz", x=np.array(["a", "b"]))
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.ones(3))
     (tmp_path / "broken.npz").write_bytes(b"PK no archive")
     torch.save(model.state_dict(), tmp_path / "dense.pt")
     torch.save({"0.popup_scores": torch.ones(16, 1, 3, 3)}, tmp_path / "scores.pt")
-    for file, words in (("other.npz", r"0\.weight"), ("none.npz", "no mask"), ("broken.npz", "broken"),
+    for file, words in (("other.npz", r"0\.weight"), ("none.npz", "no mask"), ("broken.npz", "broken"), ("words.npz", "words"), ("array.npz", "array"),
                         ("dense.pt", "masks nothing"), ("scores.pt", "density"), ("absent.pt", "absent")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             load_masks(tmp_path / file, model)
+
+
+def test_layers_without_a_mask_are_named(tmp_path: Path) -> None:
+    """A mask of a shallower network fits a deeper one of the family, of which it leaves half dense."""
+    save_masks(tmp_path / "mask.safetensors", erk_masks(create_model("oresnet20"), 0.2))
+    with pytest.warns(UserWarning, match=r"no mask for 12 layers of ThinResNet.*layer1\.3\.conv1\.weight"):
+        load_masks(tmp_path / "mask.safetensors", create_model("oresnet32"))

@@ -1,5 +1,6 @@
 """Numbers of the authors' released implementation: every .npz of TENFOLD_PARITY_DIR, by kind."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from tenfold_shared.testing import Fixture, load_fixture, parity_files
-from tenfold_tost.activations import ACTIVATIONS, pswish
+from tenfold_tost.activations import ACTIVATIONS, pswish, smooth_grad_relu, smooth_relu, softplus
 from tenfold_tost.ghosts import Ghosts, Skips, SparseRecipe
 from tenfold_tost.lrsi import Lrsi, ScaleAdam, learn_scales
 from tenfold_tost.masking import (
@@ -125,8 +126,14 @@ def batches(case: Fixture) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(tensor(case, f"in/x_{i}").double(), tensor(case, f"in/y_{i}")) for i in range(count)]
 
 
-ALIASES = {"smoothrelu_a200": "smooth_relu", "softplus_t1": "softplus", "softplus_t10": "softplus10"}
-ALIASES |= {"smoothgradrelu": "smooth_grad_relu"}
+def released_activation(name: str):
+    """The activation under a fixture's name, whose ending may state a parameter: smoothrelu_a200, softplus_t10."""
+    kind, _, parameter = name.partition("_")
+    if kind == "smoothrelu":
+        return lambda x: smooth_relu(x, float(parameter.removeprefix("a") or 200))
+    if kind == "softplus":
+        return lambda x: softplus(x, float(parameter.removeprefix("t") or 1))
+    return smooth_grad_relu if kind == "smoothgradrelu" else ACTIVATIONS[name]
 
 
 def check_activations(case: Fixture) -> None:
@@ -138,7 +145,7 @@ def check_activations(case: Fixture) -> None:
         elif name == "pswish_beta":
             y = pswish(x, float(case.meta["beta"]))
         else:
-            y = ACTIVATIONS[ALIASES.get(name, name)](x)
+            y = released_activation(name)(x)
         y.sum().backward()
         close(y, expected, 1e-12)
         close(x.grad, tensor(case, f"grad/{name}"), 1e-12)
@@ -227,7 +234,7 @@ def check_lrsi(case: Fixture) -> None:
         no_overlap=meta["batch_no_overlap"],
         mask_lookahead=False,
     )
-    report = learn_scales(model, batches(case), settings)
+    report = learn_scales(model, itertools.cycle(batches(case)), settings)  # the loader begins anew at its end
     assert report.constrained == tensor(case, "out/constraint_flags").tolist()
     for name, expected in entries(case, "out/alpha/").items():
         close(torch.tensor(report.scales[name]), expected, 1e-8)
@@ -237,7 +244,7 @@ def check_lrsi(case: Fixture) -> None:
 
 def check_scale_adam(case: Fixture) -> None:
     meta = case.meta
-    start = [tensor(case, "in/p1"), tensor(case, "in/p2"), torch.zeros(2)]
+    start = [tensor(case, "in/p1"), tensor(case, "in/p2"), torch.zeros_like(tensor(case, "in/g_p3_0"))]
     rate, floor = (torch.tensor([float(v) for v in meta[key]]) for key in ("lr", "min_scale"))
     both = [torch.cat([values, values[-1:]])[:3] for values in (rate, floor)]
     alive = torch.tensor([True, True, False])

@@ -1,5 +1,6 @@
 """Every recipe is built and stepped, every mask and technique runs, and a sparse network learns."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,14 +8,27 @@ import pytest
 import torch
 
 import tenfold_tost.data
+from tenfold_shared.claims import Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
 from tenfold_shared.run import Run, RunOptions
-from tenfold_tost import Ghosts, Lrsi, MaskKeeper, apply_masks, create_model, erk_masks, has_ghosts, masks_from_zeros
+from tenfold_tost import (
+    Ghosts,
+    Lrsi,
+    MaskKeeper,
+    apply_masks,
+    create_model,
+    erk_masks,
+    has_ghosts,
+    masks_from_zeros,
+    reproduce,
+    ticket_rounds,
+    to_official,
+)
 from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
 from tenfold_tost.data import DataConfig, load_data
-from tenfold_tost.evaluate import load_model, operations, zero_rates
+from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, operations, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
 from tenfold_tost.maskmaking import MaskConfig
 from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
@@ -94,6 +108,19 @@ def test_every_mask_trains(settings: dict, tmp_path: Path) -> None:
     assert result.steps == trainings * 4
 
 
+def test_steps_of_warm_up_leave_the_ticket_alone(tmp_path: Path) -> None:
+    """They are a control of the last training: the mask stays that of the other arms."""
+    mask = MaskConfig(method="omp", density=0.3)
+    found = []
+    for warm in (0, 3):
+        recipe = short(techniques="vanilla", epochs=1, milestones=[], mask=mask, warmup_steps=warm)
+        model, result = run(recipe, tmp_path / str(warm))
+        assert result.steps == 2 * 4 + warm
+        assert len(result.losses) == 1
+        found.append(masks_from_zeros(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_the_whole_recipe_ends_in_the_plain_network(tmp_path: Path) -> None:
     recipe = short(techniques="tost", recalibrate=2, warmup_steps=2, decay_norm=False, data=DataConfig(dev=200))
     model, result = run(recipe, tmp_path)
@@ -120,15 +147,67 @@ def test_momentum_outlives_the_ghosts(tmp_path: Path) -> None:
     assert all(bool(state[key].abs().sum() > 0) for key in momentum)
 
 
-def test_ghosts_that_stay_are_kept_in_the_checkpoint(tmp_path: Path) -> None:
-    recipe = short(techniques="soft+skip", soft=Soft(kind="mish", constant=True), skip=Skips(constant=True))
-    model, _ = run(recipe, tmp_path)
-    loaded, about = load_model(tmp_path / "tost" / "x")
-    assert about["soft"] == "mish"
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"techniques": "soft+skip", "soft": Soft(kind="mish", constant=True), "skip": Skips(constant=True)},
+        {"techniques": "soft", "soft": Soft(beta0=2.0, constant=True)},
+        {"techniques": "skip", "skip": Skips(kind="identity", constant=True)},
+    ],
+    ids=["mish and skips", "slope 2", "skips without parameters"],
+)
+def test_ghosts_that_stay_are_kept_in_the_checkpoint(changes: dict, tmp_path: Path) -> None:
+    """Their kind and slope too, which no key tells."""
+    model, _ = run(short(epochs=1, milestones=[], **changes), tmp_path)
+    loaded, _ = load_model(tmp_path / "tost" / "x")
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     with pytest.raises(UserError, match="keeps its ghosts"):
         finalize(tmp_path / "tost" / "x", tmp_path / "plain.safetensors")
+
+
+def test_what_the_verbs_write_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the authors' layout to ours and to the compact file; each evaluates to the same."""
+    model = create_model("digits_net")
+    apply_masks(model, erk_masks(model, 0.1))
+    torch.save(to_official(model), tmp_path / "model.pth.tar")
+    finalize(tmp_path / "model.pth.tar", tmp_path / "plain.safetensors")
+    export(tmp_path / "plain.safetensors", tmp_path / "compact.safetensors", batch=2, rounds=1)
+    capsys.readouterr()
+    lines = []
+    for name in ("model.pth.tar", "plain.safetensors", "compact.safetensors"):
+        evaluate(EvalConfig(tmp_path / name), options(tmp_path))
+        lines.append(json.loads(capsys.readouterr().out))
+    assert lines[0] == lines[1] == lines[2]
+    assert lines[0]["arch"] == "digits_net"
+
+
+def test_a_released_network_keeps_its_activation(tmp_path: Path) -> None:
+    """No key tells it, so it is said."""
+    model, x = create_model("oresnet20", activation="swish").eval(), torch.randn(2, 3, 16, 16)
+    torch.save(to_official(model), tmp_path / "model.pth.tar")
+    loaded, about = load_model(tmp_path / "model.pth.tar", "oresnet20", "swish")
+    assert about["arch"] == "oresnet20"
+    assert torch.equal(loaded.eval()(x), model(x))
+    torch.save(to_official(create_model("resnet20s")), tmp_path / "zoo.pth.tar")
+    with pytest.raises(UserError, match="no other activation than ReLU"):
+        load_model(tmp_path / "zoo.pth.tar", "resnet20s", "swish")
+
+
+def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(tmp_path: Path) -> None:
+    with Run("tost", short(), options(tmp_path)) as running:
+        data = load_data(DataConfig(), 64, running, evaluation_batch=100)
+        assert len(next(iter(data.evaluation.epoch(0)))[0]) == 100
+        assert len(load_data(DataConfig(), 64, running).evaluation) == 1
+
+
+def test_batch_norms_of_the_skips_are_decayed_as_the_others_are() -> None:
+    recipe, model = short(techniques="skip", decay_norm=False), create_model("digits_net")
+    ghosts = Ghosts(model, recipe.plan(), torch.zeros(1, 1, 8, 8))
+    groups = make_optimiser(model, recipe, recipe.plan()).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert sum(id(p) in decayed for p in ghosts.parameters()) == 6  # the convolutions of the six skips
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -171,6 +250,9 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"mask": lambda: MaskConfig(density=0.0)}, "density"),
         ({"mask": lambda: MaskConfig(method="file")}, "mask.file"),
         ({"mask": lambda: MaskConfig(method="random", density=0.001)}, "no weight in"),
+        ({"mask": lambda: MaskConfig(method="lth", percent=1.0)}, "mask.percent"),
+        ({"mask": lambda: MaskConfig(method="lth", scope="layer")}, "lth-layerwise"),
+        ({"skip": lambda: Skips(lr_factor=-1.0)}, "lr_factor"),
         ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
         ({"data": lambda: DataConfig(dev=2000)}, "2000"),
@@ -236,6 +318,54 @@ def test_the_verbs_around_training(tmp_path: Path, capsys: pytest.CaptureFixture
     assert distance["hamming_distance"] == 0.0
     with pytest.raises(UserError, match="makes no mask"):
         make_mask(short(mask=MaskConfig(method="dense")), options(tmp_path / "n"), mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arch": "resnet99"}, "resnet99"),
+        ({"mask": MaskConfig(method="omp", density=0.0005)}, "no weight in"),
+    ],
+    ids=["architecture", "empty layer"],
+)
+def test_masks_that_cannot_be_made_are_refused_in_a_sentence(changes: dict, words: str, tmp_path: Path) -> None:
+    recipe = short(epochs=1, milestones=[], **changes)
+    with pytest.raises(UserError, match=words):
+        make_mask(recipe, options(tmp_path), tmp_path / "mask.safetensors")
+
+
+def test_files_are_named_as_they_are_read(tmp_path: Path) -> None:
+    """By its name a file is read again; counts below one are refused too."""
+    with pytest.raises(UserError, match=r"--file .*mask\.pt: .*\.safetensors"):
+        make_mask(short(), options(tmp_path), tmp_path / "mask.pt")
+    with pytest.raises(UserError, match=r"--output .*plain\.pth"):
+        finalize(tmp_path / "x", tmp_path / "plain.pth")
+    with pytest.raises(UserError, match=r"--output .*pth\.tar"):
+        finalize(tmp_path / "x", tmp_path / "plain.safetensors", official=True)
+    with pytest.raises(UserError, match="rounds take 1"):
+        export(tmp_path / "x", tmp_path / "c.safetensors", rounds=0)
+
+
+def test_rounds_of_the_tickets_of_the_recipes_and_claims() -> None:
+    """As many as the paper's sparsities have, none for the last thousandth: 2.8 % after sixteen, 10.7 % after ten."""
+    mask = load_recipe("tenfold_tost", "cifar100-resnet18-tickets", Recipe).mask
+    assert len(ticket_rounds(mask.density, mask.percent)) == 16
+    arms = [arm for claim in load_claims("tenfold_tost").claims for arm in claim.arms.values()]
+    tickets = [arm.options["mask.density"] for arm in arms if arm.options.get("mask.method") == "lth"]
+    assert tickets
+    assert all(len(ticket_rounds(density)) == 10 for density in tickets)
+
+
+def test_a_gain_is_over_the_vanilla_arm_even_where_that_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`reproduce tickets-gain --arms tost`."""
+    claim = load_claims("tenfold_tost")["tickets-gain"]
+    values = {"tost": 71.0, "vanilla": 69.5}
+    monkeypatch.setattr(reproduce, "_measured", lambda arm, *_: Measurement(0.0, extras={"accuracy": values[arm.name]}))
+    alone = dataclasses.replace(claim, arms={"tost": claim.arms["tost"]})
+    measured = reproduce.measure(alone, claim.arms["tost"], 0, options=options(tmp_path), folder=tmp_path)
+    assert measured.value == 1.5
 
 
 def test_curvature_against_the_full_hessian() -> None:

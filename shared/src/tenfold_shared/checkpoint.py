@@ -31,8 +31,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         RunFailure: the file cannot be written (no space, no permission); the previous file is untouched.
 
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise RunFailure(f"cannot write {path}: {_reason(error)}; choose another place for it") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -43,9 +46,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else error.strerror
         raise RunFailure(
-            f"cannot write {path}: {reason}; the file before it is intact, free some space and resume with --resume"
+            f"cannot write {path}: {_reason(error)}; the file before it is intact, free some space and resume with --resume"
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -55,6 +57,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _reason(error: OSError) -> str | None:
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else error.strerror
 
 
 def write_text(path: Path, text: str) -> None:

@@ -287,6 +287,10 @@ def compare_points(
     ``<verb>.json`` in the folder ``<verb>-<name>`` has of every point the values by seed, their mean and its interval,
     the paired difference to the first of the points, and what ``also`` says of its measurements.
     """
+    if not points or request.seeds < 1:
+        raise UserError(
+            f"{verb} takes one point and one seed or more, got {len(points)} points and {request.seeds} seeds"
+        )
     folder = options.output / slug / f"{verb}-{options.name or 'recipe'}"
     path, digest = str(folder / "recipe.yaml"), config_digest(recipe)
     arms = {

@@ -83,35 +83,56 @@ def to_official(model: nn.Module, *, epoch: int = 0, acc: float = 0.0, best_acc:
     return {"epoch": epoch, "state_dict": state, "acc": acc, "best_acc": best_acc, "optimizer": {}}
 
 
-def restore(state: Mapping[str, Tensor], arch: str = "", soft: str | None = None) -> nn.Module:
-    """The network of a state dict under our names, with ghost skips if the state has them, and soft neurons if told.
+def restore(
+    state: Mapping[str, Tensor],
+    arch: str = "",
+    soft: str | None = None,
+    beta: float | None = None,
+    skip: str | None = None,
+    activation: str = "",
+) -> nn.Module:
+    """The network of a state dict under our names, with the ghosts that it was trained to keep.
+
+    Args:
+        state: weights; ghost skips with parameters are seen by their keys.
+        arch: the architecture; by default it is recognised from keys and shapes.
+        soft: kind of the soft neurons that were kept, which no key tells.
+        beta: their slope, of pswish.
+        skip: kind of the ghost skips that were kept, where they have no parameters.
+        activation: the activation that the network was built with in place of ReLU, which no key tells either.
 
     Raises:
         CheckpointError: no known architecture has these keys and shapes; what does not fit is listed.
 
     """
-    plain = {name: tensor for name, tensor in state.items() if f".{NAME}." not in name}
+    plain = without_skips(state)
     arch = arch or recognise_architecture(plain)
+    options = {"activation": activation} if activation else {}
     try:
-        model = create_model(arch, _classes(plain))
+        model = create_model(arch, _classes(plain), **options)
+    except TypeError as error:
+        raise CheckpointError(f"{arch} has no other activation than ReLU: leave out {activation!r}") from error
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     misfits = _misfits(_shapes(plain), _shapes(model.state_dict()))
     if misfits:
         raise _refuse(arch, misfits)
-    has_skips = len(plain) != len(state)
-    if has_skips or soft:
+    skip = "conv" if len(plain) != len(state) else skip
+    try:
         recipe = SparseRecipe(
-            soft=Soft(kind=soft, constant=True) if soft else None,  # type: ignore[arg-type]
-            skips=Skips(constant=True) if has_skips else None,
+            soft=Soft(kind=soft, beta0=beta or 1.0, beta_max=max(beta or 1.0, 10.0), constant=True) if soft else None,  # type: ignore[arg-type]
+            skips=Skips(kind=skip, constant=True) if skip else None,  # type: ignore[arg-type]
             smoothing=None,
             lrsi=None,
         )
-        Ghosts(model, recipe, torch.zeros(1, _channels(plain), 32, 32))
-        missing = [name for name in ghost_skips(model) if f"{name}.{NAME}.jump.weight" not in state]
-        if has_skips and missing:
-            raise _refuse(arch, [f"missing the skip around {name}" for name in missing])
+        Ghosts(model, recipe, torch.zeros(1, _channels(plain), 32, 32) if skip else None)
+    except ValueError as error:
+        raise CheckpointError(f"The checkpoint keeps ghosts that {arch} cannot have: {error}") from error
     own = model.state_dict()
+    if skip == "conv":
+        missing = [name for name in ghost_skips(model) if f"{name}.{NAME}.jump.weight" not in state]
+        if missing:
+            raise _refuse(arch, [f"missing the skip around {name}" for name in missing])
     misfits = _misfits(_shapes(state), _shapes(own))
     if misfits:
         raise _refuse(arch, misfits)
@@ -119,12 +140,21 @@ def restore(state: Mapping[str, Tensor], arch: str = "", soft: str | None = None
     return model
 
 
-def load_official_checkpoint(source: str | Path | Mapping[str, Any], arch: str | None = None) -> nn.Module:
+def without_skips(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict, under our names, of the network without ghost skips."""
+    return {name: tensor for name, tensor in state.items() if f".{NAME}." not in name}
+
+
+def load_official_checkpoint(
+    source: str | Path | Mapping[str, Any], arch: str | None = None, activation: str = ""
+) -> nn.Module:
     """Build the network of a released checkpoint and load it; ghost skips, which the release keeps, are attached.
 
     Args:
         source: a file, or what was loaded from one.
         arch: the architecture; by default it is recognised from keys and shapes.
+        activation: the soft activation that it was trained with, such as "swish": the release keeps it for good, and no
+            key tells. ReLU by default.
 
     Raises:
         CheckpointError: not such a file; keys that do not fit, listed.
@@ -137,7 +167,7 @@ def load_official_checkpoint(source: str | Path | Mapping[str, Any], arch: str |
             raise CheckpointError("The checkpoint holds no state dict: expected names with tensors.")
     else:
         content = read_tensors(Path(source))
-    return restore(from_released(content), arch or "")
+    return restore(from_released(content), arch or "", activation=activation)
 
 
 def recognise_architecture(state: Mapping[str, Tensor]) -> str:

@@ -69,7 +69,9 @@ class Data(NamedTuple):
         return torch.zeros(2, *self.shape)
 
 
-def load_data(config: DataConfig, batch_size: int, run: Run, raw: bool = False) -> Data:
+def load_data(
+    config: DataConfig, batch_size: int, run: Run, raw: bool = False, evaluation_batch: int | None = None
+) -> Data:
     """The data set on the run's device, cut by its processes.
 
     Augmentation is the release's: random crops with 4 pixels of padding and flips (digits are rolled by at most one
@@ -80,6 +82,7 @@ def load_data(config: DataConfig, batch_size: int, run: Run, raw: bool = False) 
         batch_size: over all processes.
         run: for device, processes and seed.
         raw: leave pixels in [0, 1], for networks that normalise inside.
+        evaluation_batch: images at a time in evaluation, over all processes; default: a thousand in each.
 
     Raises:
         UserError: the data set is not there, or cannot be read; there are fewer than two classes.
@@ -104,7 +107,7 @@ def load_data(config: DataConfig, batch_size: int, run: Run, raw: bool = False) 
         return Batches(
             chosen.images,
             chosen.labels,
-            min(batch_size, len(chosen)) if training else EVALUATION_BATCH * run.world,
+            min(batch_size, len(chosen)) if training else evaluation_batch or EVALUATION_BATCH * run.world,
             seed=derived_seed(seed, purpose),
             shuffle=training,
             augment=augment if training else (),

@@ -13,8 +13,10 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.images import Batches
 from tenfold_shared.run import Run, RunOptions
 from tenfold_tost.activations import GhostActivation
-from tenfold_tost.compat import load_official_checkpoint, restore
+from tenfold_tost.compat import from_released, recognise_architecture, restore, without_skips
 from tenfold_tost.data import Data, DataConfig, load_data
+from tenfold_tost.export import expand_state
+from tenfold_tost.maskfiles import read_tensors
 from tenfold_tost.masking import prunable_weights, relaxed_zero_filters
 from tenfold_tost.models import normalizes_inside
 
@@ -28,9 +30,11 @@ class EvalConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The images."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images at a time, over all processes."""
     arch: str = ""
     """Architecture, where the checkpoint's keys do not tell."""
+    activation: str = ""
+    """The soft activation that a released network keeps, such as swish, which no key tells; default: ReLU."""
 
 
 @torch.inference_mode()
@@ -49,28 +53,39 @@ def weights_file(checkpoint: Path) -> Path:
     return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
 
 
-def load_model(checkpoint: Path, arch: str = "") -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint, with its ghosts if it was trained to keep them, and what the file says about itself.
+def load_model(checkpoint: Path, arch: str = "", activation: str = "") -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, with its ghosts if it was trained to keep them, and what the file says about itself,
+    its architecture at least.
+
+    Args:
+        checkpoint: a run's folder, a .safetensors file of ours, compact ones included, or one of the authors' layout.
+        arch: the architecture, where neither file nor keys tell.
+        activation: the soft activation that a released network keeps.
 
     Raises:
         UserError: unreadable, or of no known architecture (the keys that do not fit are named).
 
     """
     path = weights_file(checkpoint)
+    about: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        state, metadata = load_weights(path)
-        model = restore(state, arch or metadata.get("arch", ""), metadata.get("soft"))
-        return model, metadata
-    if not path.is_file():
+        state, about = load_weights(path)
+        if "csr_shapes" in about:
+            state = expand_state(state, about.pop("csr_shapes"))
+    elif path.is_file():
+        state = from_released(read_tensors(path))
+    else:
         raise UserError(f"no checkpoint at {path}: give a run's folder, a .safetensors or a .pth.tar file")
-    return load_official_checkpoint(path, arch or None), {"arch": arch or "recognised by its keys"}
+    about["arch"] = arch or about.get("arch", "") or recognise_architecture(without_skips(state))
+    kept = {name: about.get(name) for name in ("soft", "beta", "skip")}
+    return restore(state, about["arch"], **kept, activation=activation), about
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print accuracy, remaining weights and operations of a checkpoint as one JSON line."""
-    model, about = load_model(config.checkpoint, config.arch)
+    model, about = load_model(config.checkpoint, config.arch, config.activation)
     with Run.evaluation("tost", options) as run:
-        data = load_data(config.data, config.batch_size, run, normalizes_inside(model))
+        data = load_data(config.data, config.batch_size, run, normalizes_inside(model), config.batch_size)
         check_fit(model, data, config.data.name)
         model = run.prepare(model)
         reached = accuracy(model, data.evaluation, run).item()

@@ -110,11 +110,15 @@ class SparseConv2d(nn.Module):
 
 
 def sparsify(model: nn.Module, below: float = WORTH_IT) -> nn.Module:
-    """A copy for inference in which every convolution below a density is a `SparseConv2d`; grouped ones stay."""
+    """A copy for inference in which every convolution below a density is a `SparseConv2d`; grouped ones stay, and those
+    whose padding is no number of zeros.
+    """
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Conv2d) or child.groups != 1 or child.padding_mode != "zeros":
+            if not isinstance(child, nn.Conv2d) or child.groups != 1:
+                continue
+            if child.padding_mode != "zeros" or isinstance(child.padding, str):
                 continue
             if int(child.weight.count_nonzero()) < below * child.weight.numel():
                 setattr(parent, name, SparseConv2d(child))

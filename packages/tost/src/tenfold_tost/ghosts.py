@@ -10,7 +10,7 @@ ghosts.finalize(masks)                       # proves that the plain sparse netw
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,8 +19,14 @@ from tenfold_tost.activations import SOFT_KINDS, GhostActivation, SoftKind
 from tenfold_tost.lrsi import Lrsi
 from tenfold_tost.masking import masks_from_zeros
 from tenfold_tost.schedules import BetaCurve, SkipCurve, skip_strength, soft_state
-from tenfold_tost.skips import SkipKind, attach_skips, detach_skips, ghost_skips, set_strength
-from tenfold_tost.smoothing import smoothed_cross_entropy, smoothing_at
+from tenfold_tost.skips import SkipKind, attach_skips, detach_skips, ghost_skips, has_hooks, set_strength
+from tenfold_tost.smoothing import SmoothingCurve, smoothed_cross_entropy, smoothing_at
+
+
+def _check_choice(what: str, value: str, choices: Any) -> None:
+    """Refuse a value that is none of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"Unknown {what} {value!r}: choose one of {', '.join(get_args(choices))}.")
 
 
 @dataclasses.dataclass
@@ -42,6 +48,7 @@ class Soft:
         """Refuse what is no schedule."""
         if self.kind not in SOFT_KINDS:
             raise ValueError(f"Unknown soft neuron {self.kind!r}: choose one of {', '.join(SOFT_KINDS)}.")
+        _check_choice("curve of the soft neurons", self.curve, BetaCurve)
         if not 0.0 < self.beta0 <= self.beta_max:
             raise ValueError(f"The slope rises from beta0 > 0 to beta_max, got {self.beta0} and {self.beta_max}.")
 
@@ -59,6 +66,15 @@ class Skips:
     constant: bool = False
     """Keep strength 1 for good, as in the released code: the trained network keeps the skips."""
 
+    def __post_init__(self) -> None:
+        """Refuse a kind or curve that there is not, and a rate that climbs."""
+        _check_choice("kind of ghost skip", self.kind, SkipKind)
+        _check_choice("curve of the ghost skips", self.curve, SkipCurve)
+        if self.lr_factor < 0.0:
+            raise ValueError(
+                f"The learning rate of the skips is lr_factor >= 0 times the network's, got {self.lr_factor}."
+            )
+
 
 @dataclasses.dataclass
 class Smoothing:
@@ -68,11 +84,12 @@ class Smoothing:
     """What is taken from the true class."""
     until: float = 1.0
     """Fraction of training after which the labels are hard."""
-    curve: Literal["constant", "linear"] = "constant"
+    curve: SmoothingCurve = "constant"
     """Constant, or falling to zero."""
 
     def __post_init__(self) -> None:
         """Refuse what is no distribution."""
+        _check_choice("curve of the label smoothing", self.curve, SmoothingCurve)
         if not 0.0 <= self.a < 1.0 or not 0.0 < self.until <= 1.0:
             raise ValueError(f"Label smoothing takes a in [0, 1) and until in (0, 1], got {self.a} and {self.until}.")
 
@@ -107,6 +124,12 @@ class SparseRecipe:
     def stays(self) -> bool:
         """Whether any ghost is there for good, so that the trained network is not the plain one."""
         return any(ghost is not None and ghost.constant for ghost in (self.soft, self.skips))
+
+    def window(self, total: int) -> int:
+        """How many of `total` steps have the ghosts in: up to the one at which `Ghosts.advance` takes them out. (The
+        product with the fraction may be rounded to a little above that step.)
+        """
+        return next((step for step in range(total) if step / total / self.ghost_fraction >= 1.0), total)
 
     def loss(
         self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], progress: float
@@ -223,7 +246,7 @@ class Ghosts:
 
         """
         left = [type(m).__name__ for m in self.model.modules() if isinstance(m, GhostActivation)]
-        left += list(ghost_skips(self.model))
+        left += list(ghost_skips(self.model)) or ["a hook of theirs"] * has_hooks(self.model)
         if left or list(self.model.state_dict()) != self._keys:
             raise GhostsRemainError(f"The network is not the plain one: {', '.join(left) or 'other keys'} is in it.")
         if masks:

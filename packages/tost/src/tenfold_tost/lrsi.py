@@ -48,6 +48,8 @@ class Lrsi:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        if self.target not in ("sgd", "adam"):
+            raise ValueError(f"The learned scales look ahead with the target sgd or adam, got {self.target!r}.")
         if self.iters < 0 or self.lr <= 0 or self.eta <= 0 or self.gamma <= 0 or self.clip < 0 or self.min_scale < 0:
             raise ValueError(
                 "The learned scales take iters, clip and min_scale of at least 0 and lr, eta and gamma above 0, "

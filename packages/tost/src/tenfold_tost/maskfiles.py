@@ -1,7 +1,9 @@
 """Masks to and from files: whatever a pruning tool writes (section 4), named by weight."""
 
 import pickle
+import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from tenfold_tost.masking import CONVOLUTIONS, Masks, density, prunable_weights
 from tenfold_tost.pruning import keep_above
 
 MASK, ORIGINAL, SCORES = "_mask", "_orig", ".popup_scores"
+UNREADABLE = (  # what NumPy raises for the ways in which a file may be no archive of numbers
+    AttributeError, EOFError, OSError, TypeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
@@ -27,7 +32,8 @@ def load_masks(path: Path, model: nn.Module, keep: float | None = None, linear: 
 
     Read are: `<weight>_mask` entries, alone or beside `<weight>_orig` as torch.nn.utils.prune writes them; scores named
     `popup_scores`, ranked together at the density `keep`; entries named as the weights, boolean or integer; and
-    otherwise a pruned state dict, whose zeros are the mask. The file is .safetensors, .npz, or written by torch.save.
+    otherwise a pruned state dict, whose zeros are the mask. Layers that it leaves out stay dense, with a warning that names
+    them. The file is .safetensors, .npz, or written by torch.save.
 
     Raises:
         UserError: unreadable; nothing in it is a mask; scores without `keep`; names or shapes that do not fit.
@@ -46,6 +52,13 @@ def load_masks(path: Path, model: nn.Module, keep: float | None = None, linear: 
         raise UserError(
             f"the mask in {path} does not fit {type(model).__name__}: {', '.join(misfits[:8])} "
             "is no weight of it, or has another shape"
+        )
+    left_out = [name for name in prunable_weights(model, linear) if name not in masks]
+    if left_out:
+        shown = ", ".join(left_out[:8]) + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
+        warnings.warn(
+            f"{path} has no mask for {len(left_out)} layers of {type(model).__name__}, which stay dense: {shown}",
+            stacklevel=2,
         )
     if density(masks) == 1.0:
         raise UserError(f"{path} masks nothing: none of its weights is zero")
@@ -83,7 +96,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 state = {name: torch.from_numpy(file[name]) for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{path} is no readable .npz file of arrays ({error})") from error
     else:
         state = load_pickled_tensors(path)

@@ -92,9 +92,10 @@ class MaskKeeper:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """G <- g * M."""
-        gradients = [weight.grad for weight in self.weights]
-        torch._foreach_mul_([g for g in gradients if g is not None], self.masks)
+        """G <- g * M; weights without a gradient (frozen, or not reached) are passed over."""
+        found = [(w.grad, mask) for w, mask in zip(self.weights, self.masks, strict=True) if w.grad is not None]
+        if found:
+            torch._foreach_mul_([gradient for gradient, _ in found], [mask for _, mask in found])
 
     @torch.no_grad()
     def mask_weights(self) -> None:

@@ -29,6 +29,7 @@ from tenfold_tost.pruning import (
 MaskMethod = Literal[
     "dense", "lth", "lth-layerwise", "omp", "magnitude", "snip", "grasp", "synflow", "taylor", "random", "erk", "file"
 ]
+SCORED = ("magnitude", "snip", "grasp", "synflow", "taylor", "random")  # the methods that rank scores
 TICKETS = ("lth", "lth-layerwise", "omp")  # the methods that train before they cut
 
 
@@ -64,6 +65,13 @@ class MaskConfig:
             raise UserError("--mask.file belongs to --mask.method file, and that method needs it")
         if self.batches < 1:
             raise UserError(f"--mask.batches takes 1 or more, got {self.batches}")
+        if self.scope == "layer" and self.method not in SCORED:
+            raise UserError(
+                f"--mask.scope layer is for the methods that rank scores ({', '.join(SCORED)}), not for {self.method}; "
+                "tickets are cut layer by layer with --mask.method lth-layerwise"
+            )
+        if not 0.0 < self.percent < 1.0:
+            raise UserError(f"--mask.percent is the fraction that a round removes, between 0 and 1, got {self.percent}")
 
 
 def masks_at_initialisation(

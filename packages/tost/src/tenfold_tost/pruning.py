@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -48,7 +48,7 @@ def magnitude_cut(weights: Mapping[str, Tensor], percent: float = 0.2) -> tuple[
     flat = torch.cat([weight.detach().abs().flatten() for weight in weights.values()])
     alive = int(flat.count_nonzero())
     index = flat.numel() - alive + int(alive * percent)
-    threshold = flat.kthvalue(min(index, flat.numel() - 1) + 1).values
+    threshold = _kth(flat, min(index, flat.numel() - 1) + 1)
     return {name: weight.detach().abs() > threshold for name, weight in weights.items()}, float(threshold)
 
 
@@ -67,12 +67,17 @@ def layerwise_cut(weights: Mapping[str, Tensor], percent: float = 0.1) -> Masks:
     return masks
 
 
+def _kth(values: Shaped[Tensor, " n"], k: int) -> Shaped[Tensor, ""]:
+    """The k-th smallest; by sorting on a GPU, where earlier torch refuses `kthvalue` to `--deterministic`."""
+    return values.sort().values[k - 1] if values.is_cuda else values.kthvalue(k).values
+
+
 def _quantile(values: Float[Tensor, " n"], q: float) -> Float[Tensor, ""]:
     """Linearly interpolated quantile of any number of values (torch.quantile takes no more than 16 million)."""
     place = q * (values.numel() - 1)
     low = math.floor(place)
-    below = values.kthvalue(low + 1).values
-    above = values.kthvalue(min(low + 2, values.numel())).values
+    below = _kth(values, low + 1)
+    above = _kth(values, min(low + 2, values.numel()))
     return below + (above - below) * (place - low)
 
 
@@ -114,7 +119,7 @@ def _cut(scores: Mapping[str, Tensor], density: float, scope: Scope) -> Masks:
     for names in groups:
         flat = torch.cat([scores[name].flatten() for name in names])
         removed = int((1.0 - density) * flat.numel())
-        threshold = flat.kthvalue(removed).values if removed else flat.new_tensor(-torch.inf)
+        threshold = _kth(flat, removed) if removed else flat.new_tensor(-torch.inf)
         masks |= {name: scores[name] > threshold for name in names}
     return masks
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold_shared.claims import Arm, ArmResult, Claim, Measurement, Metric, Outcome
+from tenfold_shared.claims import Arm, ArmResult, Claim, Measurement, Metric, Outcome, load_claims
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
@@ -38,7 +38,8 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
     measured = _measured(arm, seed, options, folder)
     value = measured.extras["accuracy"]
     if claim.metric.name == "gain over vanilla":
-        value -= _measured(claim.arms[VANILLA], seed, options, folder).extras["accuracy"]
+        vanilla = load_claims("tenfold_tost")[claim.id].arms[VANILLA]  # --arms may have left it out of this claim
+        value -= _measured(vanilla, seed, options, folder).extras["accuracy"]
     return dataclasses.replace(measured, value=value)
 
 

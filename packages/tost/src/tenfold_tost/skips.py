@@ -76,7 +76,10 @@ def scaled_batch_norm(
         norm.num_batches_tracked.add_(1)
     mean, variance = (norm.running_mean, norm.running_var) if keeps or not norm.training else (None, None)
     gain, shift = norm.weight * alpha, norm.bias * alpha
-    return functional.batch_norm(z, mean, variance, gain, shift, norm.training, norm.momentum or 0.0, norm.eps)
+    momentum = norm.momentum
+    if momentum is None:  # a plain average over the batches so far, as `update_bn` asks for
+        momentum = 1.0 / float(norm.num_batches_tracked) if norm.training and keeps else 0.0  # type: ignore[arg-type]
+    return functional.batch_norm(z, mean, variance, gain, shift, norm.training, momentum, norm.eps)
 
 
 def identity_path(
@@ -209,6 +212,14 @@ def _remove_hooks(model: nn.Module) -> None:
         for hooks in both:
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hold | _Add)]:
                 del hooks[key]
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a hook of a ghost skip is on any module."""
+    hooks = (
+        hook for m in model.modules() for kind in (m._forward_pre_hooks, m._forward_hooks) for hook in kind.values()
+    )
+    return any(isinstance(hook, _Hold | _Add) for hook in hooks)
 
 
 def ghost_skips(model: nn.Module) -> dict[str, GhostSkip]:

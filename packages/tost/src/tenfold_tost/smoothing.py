@@ -6,6 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+SmoothingCurve = Literal["constant", "linear"]
+
 
 def smoothed_cross_entropy(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], a: float = 0.1
@@ -19,14 +21,17 @@ def smoothed_cross_entropy(
         labels: true classes.
         a: what is taken from the true class, in [0, 1 - 1 / C]; 0 is the plain cross entropy.
 
+    Raises:
+        ValueError: another `a`, which would make a wrong class likelier than the true one.
+
     """
     classes = logits.shape[1]
-    return cross_entropy(logits, labels, label_smoothing=min(1.0, a * classes / (classes - 1)))
+    if not 0.0 <= a * classes <= (classes - 1) * (1 + 1e-9):
+        raise ValueError(f"Labels of {classes} classes are smoothed by a in [0, {1 - 1 / classes:.3g}], got {a}.")
+    return cross_entropy(logits, labels, label_smoothing=min(1.0, a * classes / max(1, classes - 1)))
 
 
-def smoothing_at(
-    progress: float, a: float, until: float = 1.0, curve: Literal["constant", "linear"] = "constant"
-) -> float:
+def smoothing_at(progress: float, a: float, until: float = 1.0, curve: SmoothingCurve = "constant") -> float:
     """The smoothing a(t) at a fraction of training: constant or falling linearly up to `until`, 0 from there on."""
     if progress >= until:
         return 0.0

@@ -43,25 +43,34 @@ def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safet
     """
     if recipe.mask.method in ("dense", "file"):
         raise UserError(f"--mask.method {recipe.mask.method} makes no mask: choose another method")
+    _check_name("--file", file, ".safetensors")
     named = dataclasses.replace(options, name=f"{options.name or f'run-seed{options.seed}'}-mask")
     with Run("tost", recipe, named) as run:
-        with torch.device("meta"):
-            raw = normalizes_inside(create_model(recipe.arch))
-        session = Session(run, recipe, load_data(recipe.data, recipe.batch_size, run, raw))
-        model = session.fresh()
-        check_fit(model, session.data, recipe.data.name)
-        if recipe.mask.method in TICKETS:
-            model, masks = ticket(session)
-        else:
-            masks = session.mask(model)
         try:
+            with torch.device("meta"):
+                raw = normalizes_inside(create_model(recipe.arch))
+            session = Session(run, recipe, load_data(recipe.data, recipe.batch_size, run, raw))
+            model = session.fresh()
+            check_fit(model, session.data, recipe.data.name)
+            if recipe.mask.method in TICKETS:
+                model, masks = ticket(session)
+            else:
+                masks = session.mask(model)
             check_masks(model, masks)
-        except ValueError as error:
+        except UserError:
+            raise
+        except ValueError as error:  # of the method, as in training
             raise UserError(str(error)) from error
         if run.is_main:
             save_masks(file, masks)
             print("\n".join(mask_report(model, masks)))
             print(f"{100 * density(masks):.2f} % of the weights remain; written to {file}")
+
+
+def _check_name(option: str, path: Path, suffix: str) -> None:
+    """Refuse a name that would later be read as another kind of file than is written."""
+    if path.suffix != suffix:
+        raise UserError(f"{option} {path}: the file is read again by its name, which has to end in {suffix}")
 
 
 def analyse(*checkpoints: str, config: AnalyseConfig, options: RunOptions) -> None:
@@ -105,6 +114,10 @@ def finalize(checkpoint: Path, output: Path, official: bool = False) -> None:
 
     A network that was trained to keep its ghosts is refused: it is another function without them.
     """
+    if not official:
+        _check_name("--output", output, ".safetensors")
+    elif output.suffix in (".safetensors", ".npz"):
+        raise UserError(f"--output {output}: the authors' layout is a torch file: let its name end in .pth.tar")
     model, about = load_model(checkpoint)
     if has_ghosts(model):
         raise UserError(f"{checkpoint} keeps its ghosts, so it has no plain network: train with fading ghosts")
@@ -120,6 +133,9 @@ def export(checkpoint: Path, output: Path = Path("compact.safetensors"), batch: 
     """Write the sparse network without its zeros and print, as one JSON line, what that saves: bytes of the file, and
     the time of a batch with dense and with sparse convolutions, measured in turns.
     """
+    if batch < 1 or rounds < 1:
+        raise UserError(f"--batch and --rounds take 1 or more, got {batch} and {rounds}")
+    _check_name("--output", output, ".safetensors")
     model, about = load_model(checkpoint)
     if has_ghosts(model):
         raise UserError(f"{checkpoint} keeps its ghosts: only a plain network is exported")

@@ -7,7 +7,6 @@ a resumed run goes on in the middle of any of them.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,8 +47,8 @@ class Recipe:
     milestones: list[int] = dataclasses.field(default_factory=lambda: [15, 22])
     """Epochs (0-based) at which the learning rate falls to a tenth."""
     warmup_steps: int = 0
-    """Steps of training before the first epoch, on its batches, the rate rising linearly: a control that spends what the
-    learned scales cost."""
+    """Steps before the first epoch, on its batches, the rate rising linearly: a control that spends what the learned
+    scales cost; not in the training that finds a ticket, whose mask is every arm's."""
     momentum: float = 0.9
     """Momentum."""
     weight_decay: float = 2e-4
@@ -281,7 +280,7 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         check_masks(model, masks)
     session.steps += int(scales.get("iterations", 0))
     session.losses = []
-    model = fit(session, model, masks, "train", plan, ghosts=ghosts)
+    model = fit(session, model, masks, "train", plan, ghosts=ghosts, warm=recipe.warmup_steps)
     if not plan.stays:
         ghosts.finalize(masks)
     test = accuracy(model, data.evaluation, run).item()
@@ -297,9 +296,16 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         zero_rates=zero_rates(model, images),
         scales=scales,
     )
-    about = {"arch": recipe.arch, "classes": data.classes, "techniques": recipe.techniques, "accuracy": result.accuracy}
+    about: dict[str, Any] = {
+        "arch": recipe.arch,
+        "classes": data.classes,
+        "techniques": recipe.techniques,
+        "accuracy": result.accuracy,
+    }
     if plan.soft is not None and plan.soft.constant:
-        about["soft"] = plan.soft.kind
+        about |= {"soft": plan.soft.kind, "beta": plan.soft.beta0}
+    if plan.skips is not None and plan.skips.constant:
+        about["skip"] = plan.skips.kind
     run.save_weights("last", model, **about, density=result.density)
     return model, result
 
@@ -334,6 +340,7 @@ def fit(
     *,
     ghosts: Ghosts | None = None,
     snapshot: bool = False,
+    warm: int = 0,
 ) -> nn.Module:
     """Train from the weights given under a mask, first with the ghosts that fade, then without; one phase each.
 
@@ -342,10 +349,10 @@ def fit(
     run, recipe = session.run, session.recipe
     per_epoch = len(session.data.train)
     total = recipe.epochs * per_epoch
-    loop = _Loop(session, masks, plan, ghosts, total, snapshot)
+    loop = _Loop(session, masks, plan, ghosts, total, snapshot, warm)
     momentum: dict[str, Tensor] = {}
     if ghosts is not None and plan.fades:
-        window = min(total, math.ceil(plan.ghost_fraction * total))
+        window = plan.window(total)
         model, optimiser = loop.stage(model, f"{name}-ghosts", 0, window, {})
         ghosts.detach()
         if recipe.recalibrate:
@@ -356,7 +363,7 @@ def fit(
     else:
         window = 0
     model, _ = loop.stage(model, name, window, total, momentum)
-    session.steps += total + recipe.warmup_steps
+    session.steps += total + warm
     session.losses += loop.losses(name, per_epoch)
     run.complete(name, model)
     return model
@@ -366,10 +373,17 @@ class _Loop:
     """The masked loop; a stage of it is a phase of the run."""
 
     def __init__(
-        self, session: Session, masks: Masks, plan: SparseRecipe, ghosts: Ghosts | None, total: int, snapshot: bool
+        self,
+        session: Session,
+        masks: Masks,
+        plan: SparseRecipe,
+        ghosts: Ghosts | None,
+        total: int,
+        snapshot: bool,
+        warm: int,
     ) -> None:
         self.session, self.masks, self.plan, self.ghosts = session, masks, plan, ghosts
-        self.total, self.snapshot = total, snapshot
+        self.total, self.snapshot, self.warm = total, snapshot, warm
 
     def stage(
         self, model: nn.Module, name: str, first: int, end: int, momentum: Mapping[str, Tensor]
@@ -387,7 +401,7 @@ class _Loop:
         keeper = MaskKeeper(plain, self.masks) if self.masks else None
         if self.snapshot and recipe.mask.rewind_epoch == 0 and not run.completed(name):
             run.save_weights("rewind", plain)
-        per_epoch, warm = len(data.train), recipe.warmup_steps if first == 0 else 0
+        per_epoch, warm = len(data.train), self.warm if first == 0 else 0
         stream = Stream(data.train)
         for turn in run.steps(name, end - first + warm, model=model, optimiser=optimiser):
             step = max(0, first + turn - warm)
@@ -424,23 +438,29 @@ class _Loop:
     def losses(self, name: str, per_epoch: int) -> list[float]:
         """Mean loss of every epoch over both stages."""
         run = self.session.run
-        values = [*run.logged(f"{name}-ghosts", "loss"), *run.logged(name, "loss")][self.session.recipe.warmup_steps :]
+        values = [*run.logged(f"{name}-ghosts", "loss"), *run.logged(name, "loss")][self.warm :]
         return [sum(values[i : i + per_epoch]) / per_epoch for i in range(0, len(values), per_epoch)]
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe, plan: SparseRecipe) -> torch.optim.SGD:
-    """SGD with a group each for the network, for batch norm where it is not decayed, and for the ghost skips."""
+    """SGD with a group each for the network and for the ghost skips, and one more for the batch norms of each where they
+    are not decayed.
+    """
     skips = {id(p) for module in model.modules() if isinstance(module, GhostSkip) for p in module.parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"network": [], "norm": [], "skips": []}
+    groups: dict[str, list[nn.Parameter]] = {"network": [], "norm": [], "skips": [], "skip norm": []}
     for module in model.modules():
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not recipe.decay_norm
         for parameter in module.parameters(recurse=False):
-            groups["skips" if id(parameter) in skips else "norm" if norm else "network"].append(parameter)
+            if id(parameter) in skips:
+                groups["skip norm" if norm else "skips"].append(parameter)
+            else:
+                groups["norm" if norm else "network"].append(parameter)
     factor = plan.skips.lr_factor if plan.skips is not None else 1.0
     settings = {
         "network": {"factor": 1.0},
         "norm": {"factor": 1.0, "weight_decay": 0.0},
         "skips": {"factor": factor},
+        "skip norm": {"factor": factor, "weight_decay": 0.0},
     }
     chosen = [{"params": params, **settings[kind]} for kind, params in groups.items() if params]
     return torch.optim.SGD(chosen, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
