@@ -90,11 +90,14 @@ def prepare_views(
 
 def readable_maps(maps: FeatureMaps) -> FeatureMaps:
     """The maps with a pixel's channels side by side: on a CPU they are sampled several times faster, but not with their
-    gradient.
+    gradient. Half precision becomes single here, once: `sample_views` needs it.
     """
-    coarse = maps.coarse.contiguous(memory_format=torch.channels_last)
-    fine = coarse if maps.fine is maps.coarse else maps.fine.contiguous(memory_format=torch.channels_last)
-    return FeatureMaps(coarse, fine)
+
+    def readable(x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous(memory_format=torch.channels_last)
+
+    coarse = readable(maps.coarse)
+    return FeatureMaps(coarse, coarse if maps.fine is maps.coarse else readable(maps.fine))
 
 
 def render_level(
