@@ -14,7 +14,7 @@ from tenfold_gnt.experiments import OFFSETS, UNSEEN, DataConfig, capture, judged
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.network import parameter_count
 from tenfold_gnt.train import Rays, Recipe, run_recipe
-from tenfold_gnt.video import RenderConfig, render, write_ply, write_video
+from tenfold_gnt.video import RenderConfig, claim_folder, read_poses, render, write_ply, write_video
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -118,6 +118,10 @@ def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
         (Recipe, {"steps": 0}, "steps"),
         (RenderConfig, {"checkpoint": Path("x"), "path": "poses"}, "--poses"),
         (RenderConfig, {"checkpoint": Path("x"), "resize": 0.0}, "resize"),
+        (RenderConfig, {"checkpoint": Path("x"), "elevation": 90.0}, "elevation"),
+        (RenderConfig, {"checkpoint": Path("x"), "radius": 0.0}, "radius"),
+        (RenderConfig, {"checkpoint": Path("x"), "importance": -1}, "importance"),
+        (RenderConfig, {"checkpoint": Path("x"), "confident": 2.0}, "confident"),
     ],
 )
 def test_configurations_that_cannot_be(kind: type, values: dict, words: str) -> None:
@@ -194,6 +198,50 @@ def test_the_authors_checkpoint_is_rendered(tmp_path: Path) -> None:
     np.save(poses, np.zeros((3, 3)))
     with pytest.raises(UserError, match="4, 4"):
         render(RenderConfig(file, TINY, path="poses", poses=poses), dataclasses.replace(options, name="other"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (np.zeros((3, 3)), "4, 4"),
+        (np.zeros((0, 4, 4)), "at least one"),
+        (np.stack([np.eye(4), 2 * np.eye(4)]), "view 001 has a pose whose .* not a rotation"),
+        (np.full((1, 4, 4), np.nan), "not finite"),
+        (np.full((1, 4, 4), "a"), "of numbers"),
+        ({"poses": np.eye(4)[None]}, "of numbers"),
+    ],
+)
+def test_poses_that_are_none(content: object, words: str, tmp_path: Path) -> None:
+    """The file is named, and what is wrong with it."""
+    file = tmp_path / "poses.npy"
+    with file.open("wb") as opened:
+        np.savez(opened, **content) if isinstance(content, dict) else np.save(opened, content)
+    with pytest.raises(UserError, match=rf"poses\.npy.*{words}"):
+        read_poses(file)
+
+
+class SecondOfTwo(Run):
+    """A run as the second of two processes has it."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.rank, self.world, self.is_main = 1, 2, False
+
+
+def test_a_second_process_renders_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the folder that the first has begun; folders and sizes that cannot be are refused before."""
+    run = trained(tmp_path)
+    config = RenderConfig(run, TINY, path="circle", frames=2, samples=4, video="none")
+    options = RunOptions(output=tmp_path, name="shared", device="cpu", quiet=True)
+    claim_folder(tmp_path / "gnt" / "shared", config, resume=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("tenfold_gnt.video.Run", SecondOfTwo)
+        render(config, options)
+    assert [path.name for path in (tmp_path / "gnt" / "shared" / "frames").iterdir()] == ["0001.npz"]
+    with pytest.raises(UserError, match="choose another --output"):
+        render(config, dataclasses.replace(options, output=run / "config.yaml"))
+    with pytest.raises(UserError, match=r"--resize 0\.01 leaves no pixel of 20x20"):
+        render(dataclasses.replace(config, resize=0.01), dataclasses.replace(options, name="none"))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])

@@ -6,6 +6,7 @@ of a source image is computed once, whatever the number of frames.
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.progress import Progress
 from tenfold_shared.run import Run, RunOptions
 from tenfold_shared.scenes import (
+    CameraSet,
     LLFFPoses,
     Scene,
     circle_path,
@@ -81,8 +83,14 @@ class RenderConfig:
         """Refuse what cannot be rendered."""
         if self.frames < 1 or self.samples < 2 or self.tile_rows < 1 or self.fps < 1:
             raise UserError("--frames, --tile_rows and --fps take 1 or more, --samples 2 or more")
-        if self.resize <= 0:
-            raise UserError(f"--resize takes a positive factor, got {self.resize}")
+        if self.importance < 0 or self.memory_mb < 0:
+            raise UserError(f"--importance and --memory_mb take 0 or more, got {self.importance} and {self.memory_mb}")
+        if self.resize <= 0 or self.radius <= 0:
+            raise UserError(f"--resize and --radius are positive, got {self.resize} and {self.radius}")
+        if not -90 < self.elevation < 90:
+            raise UserError(f"--elevation lies between -90 and 90 degrees, got {self.elevation}: no side is up there")
+        if not 0 <= self.confident <= 1:
+            raise UserError(f"--confident lies in [0, 1], got {self.confident}")
         if self.path == "poses" and self.poses is None:
             raise UserError("--path poses needs --poses FILE, a .npy of OpenCV camera-to-world matrices [N, 4, 4]")
 
@@ -125,8 +133,10 @@ def render(config: RenderConfig, options: RunOptions) -> None:
     model, about = load_model(config.checkpoint)
     frames = path_frames(config)
     folder = options.output / "gnt" / (options.name or f"render-{config.path}")
-    claim_folder(folder, config, resume=options.resume)
     with Run.evaluation("gnt", options) as run:
+        if run.is_main:
+            claim_folder(folder, config, resume=options.resume)
+        run.accelerator.wait_for_everyone()
         model = model.to(run.device).eval()
         progress = Progress(enabled=run.is_main and not options.quiet)
         progress.start("frames", len(frames))
@@ -148,9 +158,13 @@ def claim_folder(folder: Path, config: RenderConfig, *, resume: bool) -> None:
     """Start a folder, or go on with one of the same configuration.
 
     Raises:
-        UserError: it holds frames and `resume` is off, or frames of another configuration.
+        UserError: it cannot be used, holds frames and `resume` is off, or holds frames of another configuration.
 
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}; choose another --output") from error
     about = folder / "render.json"
     text: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     if about.exists():
@@ -201,19 +215,25 @@ def _judged_frame(target: Target, config: RenderConfig) -> Frame:
 
 
 def _resized(camera: Tensor, config: RenderConfig) -> Tensor:
-    return resize_camera(camera, config.resize) if config.resize != 1 else camera
+    resized = resize_camera(camera, config.resize) if config.resize != 1 else camera
+    if resized[:2].min() < 1:
+        raise UserError(f"--resize {config.resize} leaves no pixel of {int(camera[1])}x{int(camera[0])}: take more")
+    return resized
 
 
 def read_poses(path: Path | None) -> np.ndarray:
     """OpenCV camera-to-world matrices [N, 4, 4] of a .npy file."""
     assert path is not None
     try:
-        poses = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--poses {path} is no readable .npy file ({error})") from error
-    if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not np.isfinite(poses).all():
-        raise UserError(f"--poses {path} needs finite matrices [N, 4, 4], got an array of shape {poses.shape}")
-    return poses
+        poses = np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"--poses {path} is no readable .npy file of numbers ({error})") from error
+    if poses.ndim != 3 or poses.shape[1:] != (4, 4):
+        raise UserError(f"--poses {path} needs matrices [N, 4, 4], got an array of shape {poses.shape}")
+    try:
+        return CameraSet(np.tile(np.eye(3), (len(poses), 1, 1)), poses, 1, 1).camera_to_world
+    except UserError as error:
+        raise UserError(f"--poses {path}: {error}") from error
 
 
 def render_frame(
