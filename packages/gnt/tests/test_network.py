@@ -428,7 +428,18 @@ def test_pixels_are_distinct_and_central():
     assert pixels[:, 0].max() <= 26
     assert pixels[:, 1].min() >= 2
     assert pixels[:, 1].max() <= 17
+    middle = choose_pixels(20, 31, 200, torch.Generator().manual_seed(0), centre=0.01)
+    assert middle.unique(dim=0).tolist() == [[15, 9], [15, 10]]
     assert rays_in_step(2048, 10, 8) == 2560
+    assert rays_in_step(1, 10, 12) == 1
+
+
+def test_position_codes_reach_as_far_as_there_are_samples():
+    torch.manual_seed(0)
+    long = IBRNet(CHANNELS).eval()
+    short = IBRNet(CHANNELS, samples=SAMPLES - 2).eval()
+    short.load_state_dict(long.state_dict())
+    torch.testing.assert_close(short(*inputs()).rgb, long(*inputs()).rgb)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
