@@ -13,6 +13,7 @@ from tenfold_gnt.evaluate import Scores, load_model, mean_scores
 from tenfold_gnt.experiments import OFFSETS, UNSEEN, DataConfig, capture, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.network import parameter_count
+from tenfold_gnt.objective import Optimisation
 from tenfold_gnt.train import Rays, Recipe, run_recipe
 from tenfold_gnt.video import RenderConfig, claim_folder, read_poses, render, write_ply, write_video
 from tenfold_shared.cli import load_recipe, recipes
@@ -111,6 +112,11 @@ def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
     [
         (DataConfig, {"sources": 1}, r"data\.sources"),
         (DataConfig, {"near": 3.0, "far": 2.0}, "near < far"),
+        (DataConfig, {"factor": 0}, r"data\.factor"),
+        (DataConfig, {"scenes": 51}, "50 or fewer"),
+        (Optimisation, {"decay_every": 0}, r"optimisation\.decay_every"),
+        (Optimisation, {"network_rate": -1.0}, "network_rate"),
+        (Recipe, {"network": NetworkConfig(fine=True)}, r"rays\.importance"),
         (NetworkConfig, {"width": 12}, "multiple of 8"),
         (NetworkConfig, {"dropout": 1.0}, "dropout"),
         (Rays, {"samples": 1}, "samples"),
@@ -131,9 +137,11 @@ def test_configurations_that_cannot_be(kind: type, values: dict, words: str) -> 
 
 
 def test_too_few_views_for_the_sources(tmp_path: Path) -> None:
-    """More sources than the scene has views."""
+    """More sources than the scene has views, and pictures too small for the features."""
     with pytest.raises(UserError, match="source views"):
         trained(tmp_path, data=dataclasses.replace(TINY, sources=9))
+    with pytest.raises(UserError, match="at least 5 pixels for these features, got 4x4"):
+        trained(tmp_path, data=dataclasses.replace(TINY, size=4))
 
 
 def test_scores_are_averaged_over_the_views_that_have_them() -> None:

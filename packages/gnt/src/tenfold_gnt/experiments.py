@@ -83,8 +83,13 @@ class DataConfig:
         """Refuse what no data set has."""
         if self.sources < LEAST_SOURCES:
             raise UserError(f"--data.sources takes {LEAST_SOURCES} or more views, got {self.sources}")
-        if min(self.scenes, self.views, self.size) < 1:
-            raise UserError("--data.scenes, --data.views and --data.size take 1 or more")
+        if min(self.scenes, self.views, self.size, self.factor) < 1:
+            raise UserError("--data.scenes, --data.views, --data.size and --data.factor take 1 or more")
+        if self.unseen and self.scenes > UNSEEN["validation"][0]:
+            raise UserError(
+                f"--data.scenes {self.scenes}: the tables from number {UNSEEN['validation'][0]} on are judged on; "
+                f"train on {UNSEEN['validation'][0]} or fewer"
+            )
         if min(self.near, self.far) < 0 or (self.near and self.far and self.near >= self.far):
             raise UserError(f"--data.near and --data.far need 0 < near < far, got {self.near} and {self.far}")
 

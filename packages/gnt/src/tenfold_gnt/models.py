@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold_gnt.baselines import IBRNet, NeRF, OneStageTransformer, VolumeRenderedGNT
-from tenfold_gnt.features import FeatureMaps, InstanceNorm, ResUNet, join
+from tenfold_gnt.features import FeatureMaps, InstanceNorm, ResUNet, join, refuse_small
 from tenfold_gnt.network import GNT
 from tenfold_gnt.render import Model
 from tenfold_shared.errors import UserError
@@ -68,7 +68,8 @@ class SmallUNet(nn.Module):
         self.head = nn.Conv2d(64, channels, 3, 1, 1, padding_mode="reflect")
 
     def forward(self, images: Float[Tensor, "views 3 height width"]) -> FeatureMaps:
-        """Maps of half the size."""
+        """Maps of half the size; images of sides below 5 are refused."""
+        refuse_small(images, 5)
         x, skip = images, images
         for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             x = F.relu(norm(convolution(x)))

@@ -72,6 +72,8 @@ class Recipe:
                 raise UserError(f"--{name} takes 1 or more, got {getattr(self, name)}")
         if self.memory_mb < 0:
             raise UserError(f"--memory_mb takes 0 or more, got {self.memory_mb}")
+        if self.network.fine and not self.rays.importance:
+            raise UserError("--network.fine is a second network for the importance pass: add --rays.importance")
         if self.rays.importance and not self.network.fine and self.network.features == "small":
             raise UserError("--rays.importance needs the full feature network: --network.features resunet")
 
