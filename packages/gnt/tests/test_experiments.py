@@ -16,6 +16,7 @@ from tenfold_gnt.network import parameter_count
 from tenfold_gnt.objective import Optimisation
 from tenfold_gnt.train import Rays, Recipe, run_recipe
 from tenfold_gnt.video import RenderConfig, claim_folder, read_poses, render, write_ply, write_video
+from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -162,8 +163,23 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
     second = trained(tmp_path, "second", init=first, optimisation=dataclasses.replace(recipe.optimisation, **still))
     one, two = (load_model(run)[0].state_dict() for run in (first, second))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    with pytest.raises(UserError, match="another network"):
-        trained(tmp_path, "third", init=first, network=NetworkConfig(width=16, depth=1, features="small"))
+    with pytest.raises(
+        UserError, match=r"--init .* does not fit the recipe's network; missing: .* and \d+ more"
+    ) as told:
+        trained(tmp_path, "third", init=first, network=NetworkConfig(width=16, depth=4, features="small"))
+    assert len(str(told.value)) < 2000
+    single = dataclasses.replace(recipe.network, double_projection=False)
+    with pytest.raises(UserError, match=r"needs --network\.double_projection true"):
+        trained(tmp_path, "fourth", init=first, network=single)
+
+
+@pytest.mark.parametrize("network", ["slak", {"kind": "x"}, {"width": 16, "features": "small"}])
+def test_files_of_other_networks_are_refused(network: object, tmp_path: Path) -> None:
+    """Another package's weights, or ours under a wrong name."""
+    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(2)}, {"network": network})
+    with pytest.raises(UserError, match=r"w\.safetensors does not (say|fit).*") as told:
+        load_model(tmp_path / "w.safetensors")
+    assert len(str(told.value)) < 1000
 
 
 def test_rendering_is_resumed_by_tile(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold_gnt.baselines import nearest_view
-from tenfold_gnt.compat import load_official_checkpoint
+from tenfold_gnt.compat import load_official_checkpoint, refuse_misfits
 from tenfold_gnt.data import TargetViews
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.metrics import constant_depth_error, depth_scores, lpips, psnr, ssim
@@ -122,13 +122,13 @@ def load_model(checkpoint: Path) -> tuple[Model, dict[str, Any]]:
         official = load_official_checkpoint(path)
         return Model(official.features, official.coarse, official.fine), {"step": official.step, "inverse": True}
     state, about = load_weights(path)
-    if "network" not in about:
+    known = {field.name for field in dataclasses.fields(NetworkConfig)}
+    network = about.get("network")
+    if not isinstance(network, dict) or not network.keys() <= known:
         raise UserError(f"{path} does not say which network it holds: it was not written by tenfold-gnt")
-    model = create_model(NetworkConfig(**about["network"]))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit its network: {' '.join(str(error).split())}") from error
+    model = create_model(NetworkConfig(**network))
+    refuse_misfits(state, model.state_dict(), str(path), f"{network.get('name')} network that it names")
+    model.load_state_dict(state)
     return model, about
 
 

@@ -28,7 +28,9 @@ def refuse_small(images: Float[Tensor, "views 3 height width"], smallest: int) -
     """
     height, width = images.shape[-2:]
     if min(height, width) < smallest:
-        raise UserError(f"source images need sides of at least {smallest} pixels for these features, got {width}x{height}")
+        raise UserError(
+            f"source images need sides of at least {smallest} pixels for these features, got {width}x{height}"
+        )
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:

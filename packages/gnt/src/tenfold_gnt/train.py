@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tenfold_gnt.compat import refuse_misfits
 from tenfold_gnt.evaluate import Scores, load_model, mean_scores, score_targets
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
@@ -154,11 +155,14 @@ def initial_model(recipe: Recipe) -> Model:
     """
     model = create_model(recipe.network)
     if recipe.init is not None:
-        start, _ = load_model(recipe.init)
-        try:
-            model.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            raise UserError(f"--init {recipe.init} holds another network than the recipe's ({error})") from error
+        start, about = load_model(recipe.init)
+        refuse_misfits(start.state_dict(), model.state_dict(), f"--init {recipe.init}", "recipe's network")
+        held = about.get("network", {}).get("double_projection", True)
+        if recipe.network.double_projection != held:  # other values from the same weights
+            raise UserError(
+                f"--init {recipe.init} needs --network.double_projection {str(held).lower()}, as it was trained"
+            )
+        model.load_state_dict(start.state_dict())
     return model
 
 
