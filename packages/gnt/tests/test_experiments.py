@@ -2,21 +2,25 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tenfold_gnt.compat import save_official_checkpoint
-from tenfold_gnt.evaluate import Scores, load_model, mean_scores
+from tenfold_gnt.evaluate import EvalConfig, Scores, evaluate, load_model, mean_scores
 from tenfold_gnt.experiments import OFFSETS, UNSEEN, DataConfig, capture, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.network import parameter_count
 from tenfold_gnt.objective import Optimisation
+from tenfold_gnt.reproduce import measure
 from tenfold_gnt.train import Rays, Recipe, run_recipe
 from tenfold_gnt.video import RenderConfig, claim_folder, read_poses, render, write_ply, write_video
 from tenfold_shared.checkpoint import save_weights
+from tenfold_shared.claims import Metric, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -149,10 +153,13 @@ def test_scores_are_averaged_over_the_views_that_have_them() -> None:
     """A view without true depth does not spoil the mean of the others."""
     nan = float("nan")
     rows = [Scores(20.0, 0.5, 18.0, 15.0, nan, nan, nan), Scores(22.0, 0.7, 20.0, 17.0, 0.3, 0.5, 0.4)]
-    mean = mean_scores(rows)
+    mean = mean_scores(rows, ["a", "a"])
     assert mean.psnr == 21.0
     assert mean.depth_error == 0.3
     assert "correlation 0.50" in mean.sentence()
+    uneven = mean_scores([rows[0], rows[1], rows[1]], ["a", "b", "b"])  # every scene counts once
+    assert uneven.psnr == 21.0
+    assert uneven.depth_error == 0.3
 
 
 def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
@@ -286,12 +293,48 @@ def test_points_file(tmp_path: Path) -> None:
 
 def test_evaluation_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the protocol that the numbers are of."""
-    from tenfold_gnt.evaluate import EvalConfig, evaluate  # noqa: PLC0415
-
     run = trained(tmp_path)
     capsys.readouterr()
     evaluate(EvalConfig(run, TINY, samples=6, stride=2), RunOptions(output=tmp_path, device="cpu"))
     told = json.loads(capsys.readouterr().out)
     assert told["protocol"] == "official (stride 2)"
     assert told["judged_views"] == 3
+    assert (told["split"], told["importance"]) == ("test", 0)
     assert np.isfinite(told["psnr"])
+    assert dataclasses.replace(TINY, judge="validation").judged_split == "validation"
+    cross = DataConfig(name="cross-scene", judged="nerf_synthetic")
+    assert (cross.judged_name, cross.judged_split) == ("nerf_synthetic", "every 8th view of val")
+    assert DataConfig(name="llff_test", scene="fern").judged_split == "held-out views"
+
+
+def test_a_second_network_is_not_left_out(tmp_path: Path) -> None:
+    """A checkpoint with one is judged and rendered with an importance pass or not at all."""
+    network = NetworkConfig(name="nerf", fine=True)
+    run = trained(tmp_path, network=network, rays=dataclasses.replace(RAYS, importance=4))
+    options = RunOptions(output=tmp_path, device="cpu", quiet=True)
+    with pytest.raises(UserError, match="add --importance"):
+        evaluate(EvalConfig(run, TINY, samples=6), options)
+    with pytest.raises(UserError, match="add --importance"):
+        render(RenderConfig(run, TINY, samples=6), options)
+
+
+def test_lpips_is_measured_from_the_kept_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are not needed for training; without them the sentence says where they belong."""
+    known = load_claims("tenfold_gnt").select(["mini-one-table"], None)[0]
+    small = {"steps": 2, "judge_every": 2, "data.size": 20, "data.views": 6, "rays.count": 8, "rays.judged_samples": 6}
+    arm = dataclasses.replace(known.arms["gnt"], options={**known.arms["gnt"].options, **small})
+    claim = dataclasses.replace(known, metric=Metric("LPIPS", higher_is_better=False))
+    options = RunOptions(output=tmp_path, device="cpu", quiet=True)
+
+    def offline(*_, **__) -> torch.Tensor:
+        raise OSError("no network")
+
+    library = SimpleNamespace(learned_perceptual_image_patch_similarity=offline)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", library)
+    with pytest.raises(UserError, match=r"vgg16-397923af\.pth"):
+        measure(claim, arm, 0, options=options, folder=tmp_path)
+    library.learned_perceptual_image_patch_similarity = lambda *_, normalize, **__: torch.tensor(0.5 - normalize / 4)
+    measured = measure(claim, arm, 0, options=options, folder=tmp_path)
+    assert measured.value == 0.5
+    assert measured.extras["scores"]["lpips"] == 0.25
+    assert len(measured.extras["history"]) == 1

@@ -94,6 +94,19 @@ class DataConfig:
             raise UserError(f"--data.near and --data.far need 0 < near < far, got {self.near} and {self.far}")
 
 
+    @property
+    def judged_name(self) -> str:
+        """The data set judged on."""
+        return self.judged if self.name == "cross-scene" else self.name
+
+    @property
+    def judged_split(self) -> str:
+        """What of it is judged on, in words."""
+        if self.judged_name == "nerf_synthetic":
+            return f"every 8th view of {self.split}" if self.split == "val" else self.split
+        return self.judge if self.name == "tabletop" else "held-out views"
+
+
 class Target(NamedTuple):
     """A view to be judged on: where it is, and the scene whose views it may be rendered from."""
 
@@ -144,10 +157,9 @@ def judged_targets(config: DataConfig) -> list[Target]:
     if config.name == "capture":
         pool, test = capture(config)
         return [Target(test, i, pool, "dist") for i in range(len(test))]
-    name = config.judged if config.name == "cross-scene" else config.name
     return [
         Target(test, i, pool, method)
-        for pool, test, method in held_out(replace(config, name=name))
+        for pool, test, method in held_out(replace(config, name=config.judged_name))
         for i in range(len(test))
     ]
 

@@ -11,7 +11,7 @@ import numpy as np
 from tenfold_gnt.baselines import nearest_view
 from tenfold_gnt.evaluate import load_model, render_target
 from tenfold_gnt.experiments import judged_targets
-from tenfold_gnt.train import Recipe, run_recipe
+from tenfold_gnt.train import Recipe, judge, run_recipe
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.errors import UserError
@@ -49,6 +49,8 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
     name = f"{arm.key}-seed{seed}"
     measured = once(name, folder, lambda: _run_arm(arm, name, options, folder))
     score = "nearest_psnr" if arm.name == "nearest" else VALUES[claim.metric.name]
+    if score == "lpips_01":  # not part of training, which shall not need its weights
+        measured = once(f"{name}-lpips", folder, lambda: _with_lpips(arm, name, measured, options, folder))
     return dataclasses.replace(measured, value=measured.extras["scores"][score])
 
 
@@ -64,6 +66,16 @@ def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurem
             "run": name,
         }
         return Measurement(result.scores.psnr, extras=about, **run.usage())
+
+
+def _with_lpips(arm: Arm, name: str, measured: Measurement, options: RunOptions, folder: Path) -> Measurement:
+    """The measurement with the scores of the run's network again, LPIPS among them."""
+    recipe = load_recipe("tenfold_gnt", str(arm.recipe), Recipe, **arm.options)
+    model, _ = load_model(folder / "runs" / name)
+    with Run.evaluation("gnt", options) as run:
+        scores = judge(run, model.to(run.device), recipe, judged_targets(recipe.data), stride=1, with_lpips=True)
+    known = {key: value for key, value in dataclasses.asdict(scores).items() if not math.isnan(value)}
+    return dataclasses.replace(measured, extras={**measured.extras, "scores": known})
 
 
 def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], seeds: int = 1, jobs: int = 0) -> None:

@@ -175,8 +175,10 @@ def average_gradients(run: Run, model: Model, targets: int) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def judge(run: Run, model: Model, recipe: Recipe, targets: list[Target], stride: int) -> Scores:
-    """Mean scores over the judged views."""
+def judge(
+    run: Run, model: Model, recipe: Recipe, targets: list[Target], stride: int, *, with_lpips: bool = False
+) -> Scores:
+    """Mean scores over the judged scenes."""
     rays = recipe.rays
     table = score_targets(
         run,
@@ -187,5 +189,6 @@ def judge(run: Run, model: Model, recipe: Recipe, targets: list[Target], stride:
         importance=rays.importance,
         inverse=rays.inverse,
         stride=stride,
+        with_lpips=with_lpips,
     )
-    return mean_scores(table)
+    return mean_scores(table, [target.scene.name for target in targets])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tenfold_gnt.cameras import pack_cameras, pixel_grid, resize_camera
 from tenfold_gnt.data import packed_cameras
-from tenfold_gnt.evaluate import load_model
+from tenfold_gnt.evaluate import load_model, refuse_idle_network
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.features import FeatureMaps
 from tenfold_gnt.projection import source_views
@@ -131,6 +131,7 @@ class SourceCache:
 def render(config: RenderConfig, options: RunOptions) -> None:
     """Render a path of cameras with a checkpoint."""
     model, about = load_model(config.checkpoint)
+    refuse_idle_network(model, config.importance, config.checkpoint)
     frames = path_frames(config)
     folder = options.output / "gnt" / (options.name or f"render-{config.path}")
     with Run.evaluation("gnt", options) as run:
