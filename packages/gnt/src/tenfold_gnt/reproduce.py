@@ -84,6 +84,10 @@ def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], see
     The points, best first, with their paired difference to the first, are printed and written to ``sweep.json`` in the
     run's folder. What the claims are judged on is never looked at.
     """
+    if recipe.data.name != "tabletop":
+        raise UserError(
+            f"sweep chooses values on views kept for that, which {recipe.data.name} does not have: --data.name tabletop"
+        )
     if recipe.data.judge != "validation":
         raise UserError("sweep chooses values, which the judged views must not do: add --data.judge validation")
     request = Request(seeds=seeds, jobs=jobs)
