@@ -245,7 +245,8 @@ def test_realestate(tmp_path, scene):
         if view != 1:
             write_image(base / "frames" / "abc" / f"{1000 + view}.png", scene.rgb(view))
     (base / "cameras").mkdir()
-    (base / "cameras" / "abc.txt").write_text("\n".join(lines))
+    for name in ("abc", "gone"):  # a whole video disappears as well
+        (base / "cameras" / f"{name}.txt").write_text("\n".join(lines))
     (back,) = realestate_scenes(tmp_path)
     assert back.cameras.names == ("1000", "1002")
     assert back.rgb(0).shape == (450, 800, 3)

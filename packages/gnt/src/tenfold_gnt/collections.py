@@ -311,8 +311,10 @@ def scene_folders(root: Path, name: str) -> list[Path]:
 def realestate_scenes(root: Path) -> list[Scene]:
     """Videos of the RealEstate10K subset: `RealEstate10K-subset/cameras/*.txt` with `frames/<same name>/`.
 
+    Videos of which no frames are there (they disappear) are left out.
+
     Raises:
-        UserError: the folder is missing, or a video is damaged.
+        UserError: the folder is missing, no video has frames, or one is damaged.
 
     """
     base = root / "RealEstate10K-subset"
@@ -320,4 +322,7 @@ def realestate_scenes(root: Path) -> list[Scene]:
     if not files:
         source = drive("1IgJIeCPPZ8UZ529rN8dw9ihNi1E9K0hL")
         raise UserError(f"RealEstate10K camera files are not in {base}/cameras; get them from {source}")
-    return [read_realestate_scene(file, base / "frames" / file.stem) for file in files]
+    kept = [file for file in files if (base / "frames" / file.stem).is_dir()]
+    if not kept:
+        raise UserError(f"no video of {base}/cameras has its frames in {base}/frames, in a folder of its name")
+    return [read_realestate_scene(file, base / "frames" / file.stem) for file in kept]

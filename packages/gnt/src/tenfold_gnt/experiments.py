@@ -58,8 +58,8 @@ class DataConfig:
     """Cross-scene: the scenes judged on."""
     split: Literal["val", "test"] = "val"
     """NeRF-synthetic: what is judged on; the published numbers are from every 8th view of val."""
-    factor: int = 4
-    """LLFF captures: how much smaller than the photographs the images are."""
+    factor: int = 0
+    """LLFF captures and Shiny: how much smaller than the photographs the images are; 0 takes 4, for Shiny 8."""
     near: float = 0.0
     """Capture: depth of the first sample; 0 takes what the files say."""
     far: float = 0.0
@@ -83,8 +83,8 @@ class DataConfig:
         """Refuse what no data set has."""
         if self.sources < LEAST_SOURCES:
             raise UserError(f"--data.sources takes {LEAST_SOURCES} or more views, got {self.sources}")
-        if min(self.scenes, self.views, self.size, self.factor) < 1:
-            raise UserError("--data.scenes, --data.views, --data.size and --data.factor take 1 or more")
+        if min(self.scenes, self.views, self.size) < 1 or self.factor < 0:
+            raise UserError("--data.scenes, --data.views and --data.size take 1 or more, --data.factor 0 or more")
         if self.unseen and self.scenes > UNSEEN["validation"][0]:
             raise UserError(
                 f"--data.scenes {self.scenes}: the tables from number {UNSEEN['validation'][0]} on are judged on; "
@@ -93,6 +93,11 @@ class DataConfig:
         if min(self.near, self.far) < 0 or (self.near and self.far and self.near >= self.far):
             raise UserError(f"--data.near and --data.far need 0 < near < far, got {self.near} and {self.far}")
 
+
+    @property
+    def reduction(self) -> int:
+        """The factor, or the published one of the data set."""
+        return self.factor or (8 if self.name == "shiny" else 4)
 
     @property
     def judged_name(self) -> str:
@@ -205,10 +210,8 @@ def held_out(config: DataConfig) -> list[tuple[Scene, Scene, Distance]]:
     if config.name == "nerf_synthetic":
         skip = 8 if config.split == "val" else 1
         return [(read_blender(f, "train"), read_blender(f, config.split, skip=skip), "vector") for f in folders]
-    read: Callable[[Path], Scene] = (
-        read_shiny_scene if config.name == "shiny" else lambda folder: read_llff_scene(folder, config.factor)
-    )
-    return [(*read(folder).split(), "dist") for folder in folders]
+    read: Callable[[Path, int], Scene] = read_shiny_scene if config.name == "shiny" else read_llff_scene
+    return [(*read(folder, config.reduction).split(), "dist") for folder in folders]
 
 
 def capture(config: DataConfig) -> tuple[Scene, Scene]:
@@ -225,13 +228,14 @@ def capture(config: DataConfig) -> tuple[Scene, Scene]:
         judged = "test" if (folder / "transforms_test.json").is_file() else "val"
         parts = [read_blender(folder, "train"), read_blender(folder, judged)]
     elif (folder / "poses_bounds.npy").is_file():
-        parts = list(read_llff_scene(folder, config.factor).split())
+        parts = list(read_llff_scene(folder, config.reduction).split())
     elif (folder / "transforms.json").is_file():
         parts = list(read_nerfstudio(folder).split())
     elif folder.is_dir():
-        parts = list(widened(read_colmap(folder), 0.9, 1.5).split())
+        scene = read_colmap(folder)
+        parts = list((scene if scene.cameras.bounds is None else widened(scene, 0.9, 1.5)).split())
     else:
-        raise UserError(f"the capture {folder} does not exist")
+        raise UserError(f"the capture {folder} is no folder")
     train, judged_views = (_with_bounds(part, config) for part in parts)
     return train, judged_views
 
