@@ -304,6 +304,8 @@ def test_confidence_and_occlusion():
     torch.testing.assert_close(
         confidence_of(torch.cat([uniform, certain])), torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0
     )
+    assert confidence_of(torch.zeros(2, 8)).tolist() == [0.0, 0.0]  # a composited ray that meets nothing
+    torch.testing.assert_close(confidence_of(certain / 4), torch.tensor([0.25]))
     weights = torch.zeros(1, 5, 3)
     weights[0, :, 1], weights[0, 0, 2], weights[0, 1, 0] = 0.5, 0.9, 0.8
     assert occlusion_of(weights).tolist() == [1]
