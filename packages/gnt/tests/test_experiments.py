@@ -72,6 +72,15 @@ def test_parameter_counts(config: NetworkConfig, features: int, network: int) ->
     assert parameter_count(model.coarse) == network
 
 
+def test_volume_rendering_has_the_options_of_its_tokens() -> None:
+    """The arm differs from GNT in the ray transformer alone, whatever the view transformer's options."""
+    config = NetworkConfig(width=16, depth=3, features="small", position_every=1, double_projection=False)
+    arms = [create_model(dataclasses.replace(config, name=name)).coarse for name in ("gnt", "volren")]
+    mlps = [sorted(arm.position_mlps) for arm in arms]
+    assert mlps == [["0", "1", "2"]] * 2
+    assert not any(block.attention.double_projection for arm in arms for block in arm.view_blocks)
+
+
 def test_what_is_judged_is_never_trained_on() -> None:
     """Scenes and poses for training, for choosing values and for the test are apart."""
     assert not set(UNSEEN["test"]) & set(UNSEEN["validation"])

@@ -24,11 +24,11 @@ class NetworkConfig:
     """gnt; volren: volume rendering in place of the ray transformer; dot: dot-product view attention; one-stage: one
     transformer over all tokens; ibrnet and nerf: earlier methods."""
     width: int = 64
-    """Width of the tokens."""
+    """Width of the tokens; ibrnet and nerf have their published sizes."""
     depth: int = 4
-    """Pairs of view and ray blocks: 4 for single scenes, 8 across scenes."""
+    """Pairs of view and ray blocks: 4 for single scenes, 8 across scenes; not of ibrnet and nerf."""
     dropout: float = 0.1
-    """In all blocks."""
+    """In all blocks; not of ibrnet and nerf."""
     features: Literal["resunet", "small"] = "resunet"
     """Feature network: the paper's, or the miniature's."""
     channels: int = 32
@@ -36,9 +36,9 @@ class NetworkConfig:
     fine: bool = False
     """A second network (and feature map) for the importance pass."""
     position_every: int = 2
-    """Positions join the tokens after every n-th view block: 2 as released, 1 as in the paper."""
+    """gnt, volren, dot: positions join the tokens after every n-th view block: 2 as released, 1 as in the paper."""
     double_projection: bool = True
-    """Values of the view attention are projected from the keys, as released; otherwise from the features."""
+    """gnt, volren: values of the view attention are projected from the keys, as released; otherwise from the features."""
 
     def __post_init__(self) -> None:
         """Refuse networks that cannot be."""
@@ -111,9 +111,8 @@ def _network(config: NetworkConfig) -> nn.Module:
         return IBRNet(config.channels)
     if config.name == "one-stage":
         return OneStageTransformer(**shape, dropout=config.dropout)
-    if config.name == "volren":
-        return VolumeRenderedGNT(**shape, dropout=config.dropout)
-    return GNT(
+    kind = VolumeRenderedGNT if config.name == "volren" else GNT
+    return kind(
         **shape,
         dropout=config.dropout,
         position_every=config.position_every,
