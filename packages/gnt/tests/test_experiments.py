@@ -350,11 +350,16 @@ def test_evaluation_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert DataConfig(name="llff_test", scene="fern").judged_split == "held-out views"
 
 
-def test_a_second_network_is_not_left_out(tmp_path: Path) -> None:
-    """A checkpoint with one is judged and rendered with an importance pass or not at all."""
+def test_a_second_network_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint with one is judged and rendered with an importance pass or not at all; --compile is of both."""
     network = NetworkConfig(name="nerf", fine=True)
     run = trained(tmp_path, network=network, rays=dataclasses.replace(RAYS, importance=4))
     options = RunOptions(output=tmp_path, device="cpu", quiet=True)
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    evaluate(EvalConfig(run, TINY, samples=4, importance=2), dataclasses.replace(options, compile=True))
+    render(RenderConfig(run, TINY, samples=4, importance=2, video="none"), dataclasses.replace(options, compile=True))
+    assert len(compiled) == 4
     with pytest.raises(UserError, match="add --importance"):
         evaluate(EvalConfig(run, TINY, samples=6), options)
     with pytest.raises(UserError, match="add --importance"):

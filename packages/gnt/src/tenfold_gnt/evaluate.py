@@ -83,6 +83,8 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the mean scores of a checkpoint with the protocol they are of, as one JSON line."""
     model, about = load_model(config.checkpoint)
     refuse_idle_network(model, config.importance, config.checkpoint)
+    if options.compile:
+        model.compile_networks()
     targets = judged_targets(config.data)
     with Run.evaluation("gnt", options) as run:
         table = score_targets(

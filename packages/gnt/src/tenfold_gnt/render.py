@@ -59,6 +59,12 @@ class Model(nn.Module):
         """The network of the importance pass."""
         return self.coarse if self.fine is None else self.fine
 
+    def compile_networks(self) -> None:
+        """Have torch.compile make what renders rays, at its first call."""
+        for network in (self.coarse, self.fine):
+            if network is not None:
+                network.compile()
+
 
 class Level(NamedTuple):
     """One pass over rays: colours, weights of the samples, their expected depth, the depths, weights of the views."""

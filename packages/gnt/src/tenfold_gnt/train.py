@@ -113,7 +113,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[Model, Result]:
     seed_everything(run.options.seed, "init")
     model = initial_model(recipe).to(run.device)
     if run.options.compile:
-        model.coarse.compile()
+        model.compile_networks()
     optimiser, scheduler = build_optimiser(model, recipe.optimisation, recipe.steps)
     model.train()
     for step in run.steps("train", recipe.steps, model=model, optimiser=optimiser, scheduler=scheduler):

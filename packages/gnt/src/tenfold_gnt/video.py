@@ -132,6 +132,8 @@ def render(config: RenderConfig, options: RunOptions) -> None:
     """Render a path of cameras with a checkpoint."""
     model, about = load_model(config.checkpoint)
     refuse_idle_network(model, config.importance, config.checkpoint)
+    if options.compile:
+        model.compile_networks()
     frames = path_frames(config)
     folder = options.output / "gnt" / (options.name or f"render-{config.path}")
     with Run.evaluation("gnt", options) as run:
