@@ -100,7 +100,7 @@ class DataConfig:
         return self.factor or (8 if self.name == "shiny" else 4)
 
     @property
-    def judged_name(self) -> str:
+    def judged_name(self) -> DataName:
         """The data set judged on."""
         return self.judged if self.name == "cross-scene" else self.name
 
