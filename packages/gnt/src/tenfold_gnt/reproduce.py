@@ -1,12 +1,14 @@
 """The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from tenfold_gnt.baselines import nearest_view
 from tenfold_gnt.evaluate import load_model, render_target
@@ -41,7 +43,7 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     if not claims and request.scale == "mini" and not request.seeds:
         claims = QUICK
         options = dataclasses.replace(options, name=options.name or "reproduce-mini")
-    reproduce_claims("gnt", claims, request, options, measure, figures)
+    reproduce_claims("gnt", claims, request, options, measure, functools.partial(figures, options=options))
 
 
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
@@ -97,7 +99,9 @@ def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], see
 # -- figures --------------------------------------------------------------------------------------------------------------
 
 
-def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+def figures(
+    claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path, *, options: RunOptions
+) -> list[ReportFigure]:
     """Held-out views beside the truth, with depth; and the course of training. Of the claim with most arms."""
     import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
@@ -108,7 +112,8 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
         return []
     drawn = []
     with figure_style():
-        figure = _pictures(claim, runs, folder)
+        with Run.evaluation("gnt", options) as run:
+            figure = _pictures(claim, runs, folder, run.device)
         drawn.append(
             ReportFigure(
                 figure,
@@ -136,7 +141,7 @@ def _extras(outcome: Outcome, arm: str) -> list[Mapping[str, Any]]:
     return [extras for value, extras in zip(result.values, result.extras, strict=True) if value is not None]
 
 
-def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
+def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path, device: torch.device) -> Any:
     """One row a judged view: truth, nearest, arms, true depth, depths of the arms."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
@@ -144,14 +149,14 @@ def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
     recipe = load_recipe("tenfold_gnt", str(arm.recipe), Recipe, **arm.options)
     targets = judged_targets(recipe.data)
     targets = targets[:: max(1, len(targets) // PICTURES)][:PICTURES]
-    models = {name: load_model(folder / "runs" / run)[0] for name, run in runs.items()}
+    models = {name: load_model(folder / "runs" / run)[0].to(device) for name, run in runs.items()}
     columns = ["truth", "nearest", *models, "true depth", *(f"{name} depth" for name in models)]
     figure, axes = plt.subplots(
         len(targets), len(columns), figsize=(1.35 * len(columns), 1.45 * len(targets)), layout="constrained"
     )
     axes = np.atleast_2d(axes)
     for row, target in zip(axes, targets, strict=True):
-        views = target.views(recipe.data.sources)
+        views = target.views(recipe.data.sources).to(device)
         rays = recipe.rays
         found = {
             name: render_target(model, views, rays.judged_samples, rays.importance, inverse=rays.inverse)
@@ -159,8 +164,8 @@ def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
         }
         shown = [views.rgb, nearest_view(views.camera, views.images, views.cameras), *(p.rgb for p in found.values())]
         for cell, picture in zip(row, shown, strict=False):
-            cell.imshow(np.clip(picture.numpy(), 0, 1))
-        depths = [p.depth.numpy() for p in found.values()]
+            cell.imshow(np.clip(picture.numpy(force=True), 0, 1))
+        depths = [p.depth.numpy(force=True) for p in found.values()]
         truth = None if target.scene.depth is None else target.scene.depth[target.view]
         for cell, depth in zip(row[len(shown) :], [truth, *depths], strict=True):
             if depth is not None:
