@@ -224,6 +224,13 @@ def test_attention_sums_to_one_also_in_training():
     assert (released.sum(-1) - 1).abs().max() > 1e-3
 
 
+def test_no_rays_have_no_colours():
+    samples, points, directions = inputs()
+    none = ViewSamples(*(x[:0] for x in samples))
+    rays = small().eval()(none, points[:0], directions[:0], return_weights=True, return_view_weights=True)
+    assert [tuple(x.shape) for x in rays] == [(0, 3), (0, SAMPLES), (0, SAMPLES, VIEWS)]
+
+
 def test_position_every_block_and_dot_attention():
     samples, points, directions = inputs()
     assert len(small(position_every=1).position_mlps) == 3

@@ -121,7 +121,7 @@ def sample_views(
     grid = (2 * pixels / size - 1).flatten(1, 2)[:, :, None]
     colours = grid_sample(sources.images, grid, align_corners=True)[..., 0]
     # Positions in half precision would be off by a good part of a map's pixel: the maps are brought to theirs.
-    precise = torch.promote_types(features.dtype, grid.dtype)
+    precise = torch.promote_types(features.dtype, torch.float32)
     maps = grid_sample(features.to(precise), grid.to(precise), align_corners=True)[..., 0]
     # One packed copy to [points, views, channels]: everything after it reads whole rows.
     rgb_feat = torch.cat([colours.to(maps.dtype), maps], 1).permute(2, 0, 1).contiguous()
