@@ -18,13 +18,23 @@ from tenfold_gnt.network import parameter_count
 from tenfold_gnt.objective import Optimisation
 from tenfold_gnt.reproduce import measure, sweep
 from tenfold_gnt.train import Rays, Recipe, run_recipe
-from tenfold_gnt.video import RenderConfig, claim_folder, read_poses, render, write_ply, write_video
+from tenfold_gnt.video import RenderConfig, claim_folder, path_frames, read_poses, render, write_ply, write_video
 from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.claims import Metric, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_shared.scenes import tabletop_views, write_blender, write_colmap, write_llff
+from tenfold_shared.scenes import (
+    LLFFPoses,
+    opencv_from_opengl,
+    opengl_from_opencv,
+    read_llff,
+    spiral_path,
+    tabletop_views,
+    write_blender,
+    write_colmap,
+    write_llff,
+)
 
 TINY = DataConfig(sources=3, scenes=1, views=6, size=20, unseen=False)
 RAYS = Rays(count=8, samples=6, judged_samples=6, inverse=False)
@@ -140,6 +150,14 @@ def test_values_are_chosen_on_what_is_kept_for_that(tmp_path: Path) -> None:
     data = dataclasses.replace(recipe.data, judge="validation")
     with pytest.raises(UserError, match="which llff_test does not have"):
         sweep(dataclasses.replace(recipe, data=data), RunOptions(output=tmp_path), [{"steps": 1}])
+
+
+def test_judged_views_of_another_size_are_refused(tmp_path: Path) -> None:
+    """A capture whose splits differ cannot be compared with its sources."""
+    for split, size in (("train", 20), ("test", 16)):
+        write_blender(tmp_path, tabletop_views(0, 6, size), split)
+    with pytest.raises(UserError, match="20x20 in its training views and 16x16 in those judged"):
+        capture(DataConfig(name="capture", root=tmp_path))
 
 
 def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
@@ -294,6 +312,20 @@ def test_poses_that_are_none(content: object, words: str, tmp_path: Path) -> Non
         read_poses(file)
 
 
+def test_the_spiral_is_that_of_the_captures_bounds(tmp_path: Path) -> None:
+    """Not of those that the sampler is given, which are wider; the video's far depth is 1.5 times the capture's."""
+    folder = tmp_path / "nerf_llff_data" / "fern"
+    write_llff(folder, tabletop_views(0, 16, 20))
+    data = DataConfig(name="llff_test", root=tmp_path, scene="fern", sources=3, factor=1)
+    frames = path_frames(RenderConfig(Path("x"), data, path="spiral", frames=5))
+    scene = read_llff(folder, 1)
+    bounds, train = np.array(scene.cameras.bounds), scene.split()[0].cameras
+    poses = LLFFPoses(opengl_from_opencv(train.camera_to_world), np.tile(bounds, (len(train), 1)), np.ones(len(train)))
+    expected = opencv_from_opengl(spiral_path(poses, 5))
+    np.testing.assert_allclose([frame.camera[18:].view(4, 4).numpy() for frame in frames], expected, atol=1e-5)
+    np.testing.assert_allclose([frames[0].near, frames[0].far], bounds * [0.9, 1.5], rtol=1e-6)
+
+
 class SecondOfTwo(Run):
     """A run as the second of two processes has it."""
 
@@ -356,7 +388,11 @@ def test_a_second_network_is_not_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     run = trained(tmp_path, network=network, rays=dataclasses.replace(RAYS, importance=4))
     options = RunOptions(output=tmp_path, device="cpu", quiet=True)
     compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+
+    def record(network: torch.nn.Module) -> None:
+        compiled.append(network)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", record)
     evaluate(EvalConfig(run, TINY, samples=4, importance=2), dataclasses.replace(options, compile=True))
     render(RenderConfig(run, TINY, samples=4, importance=2, video="none"), dataclasses.replace(options, compile=True))
     assert len(compiled) == 4

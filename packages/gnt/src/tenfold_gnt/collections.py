@@ -29,6 +29,7 @@ LLFF_TEST_SCENES = {
 }
 LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
+LLFF_NEAR, LLFF_FAR, LLFF_VIDEO_FAR = 0.9, 1.6, 1.5  # what the protocol multiplies a capture's bounds by
 GOOGLE_RADIUS = 0.5 * np.sqrt(2) * 1.1
 GOOGLE_VIEWS = 250
 REALESTATE_SIZE = (450, 800)
@@ -48,9 +49,9 @@ def widened(scene: Scene, near: float, far: float) -> Scene:
     return Scene(scene.name, cameras, scene.images, scene.depth)
 
 
-def read_llff_scene(folder: Path, factor: int = 4, *, far: float = 1.6) -> Scene:
+def read_llff_scene(folder: Path, factor: int = 4, *, far: float = LLFF_FAR) -> Scene:
     """A forward-facing capture: bounds x 0.9 and x 1.6 (1.5 for videos and the IBRNet collection)."""
-    return widened(read_llff(folder, factor), 0.9, far)
+    return widened(read_llff(folder, factor), LLFF_NEAR, far)
 
 
 def read_ibrnet_scene(folder: Path) -> Scene:
@@ -85,7 +86,7 @@ def read_shiny_scene(folder: Path, factor: int = 8) -> Scene:
         matrices[:, [0, 1], [0, 1]] = shape[[2, 3]] / factor
         matrices[:, [0, 1], [2, 2]] = shape[[4, 5]] / factor
         cameras = CameraSet(matrices, cameras.camera_to_world, height, width, cameras.names, cameras.near, cameras.far)
-    return widened(Scene(folder.name, cameras, ImageFiles(paths, (height, width))), 0.9, 1.6)
+    return widened(Scene(folder.name, cameras, ImageFiles(paths, (height, width))), LLFF_NEAR, LLFF_FAR)
 
 
 def read_google_scene(folder: Path) -> Scene | None:

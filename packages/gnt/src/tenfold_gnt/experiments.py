@@ -93,7 +93,6 @@ class DataConfig:
         if min(self.near, self.far) < 0 or (self.near and self.far and self.near >= self.far):
             raise UserError(f"--data.near and --data.far need 0 < near < far, got {self.near} and {self.far}")
 
-
     @property
     def reduction(self) -> int:
         """The factor, or the published one of the data set."""
@@ -218,7 +217,7 @@ def capture(config: DataConfig) -> tuple[Scene, Scene]:
     """Training and judged views of a capture in whatever layout its folder has.
 
     Raises:
-        UserError: no folder, no known layout, or no depths.
+        UserError: no folder, no known layout, no depths, or images of different sizes.
 
     """
     if config.root is None:
@@ -237,6 +236,12 @@ def capture(config: DataConfig) -> tuple[Scene, Scene]:
     else:
         raise UserError(f"the capture {folder} is no folder")
     train, judged_views = (_with_bounds(part, config) for part in parts)
+    sizes = [f"{part.cameras.width}x{part.cameras.height}" for part in (train, judged_views)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the images of the capture {folder} need one size: it has {sizes[0]} in its training views and {sizes[1]} "
+            "in those judged"
+        )
     return train, judged_views
 
 

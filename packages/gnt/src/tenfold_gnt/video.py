@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tenfold_gnt.cameras import pack_cameras, pixel_grid, resize_camera
+from tenfold_gnt.collections import LLFF_FAR, LLFF_NEAR, LLFF_VIDEO_FAR
 from tenfold_gnt.data import packed_cameras
 from tenfold_gnt.evaluate import load_model, refuse_idle_network
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
@@ -192,9 +193,14 @@ def path_frames(config: RenderConfig) -> list[Frame]:
     cameras = pool.cameras
     bounds = cameras.bounds
     assert bounds is not None
+    near, far = bounds
     if config.path == "spiral":
+        own = near, far
+        if config.data.name in ("llff_test", "shiny"):  # the path follows from the capture's bounds, not the sampler's
+            own = near / LLFF_NEAR, far / LLFF_FAR
+            far = own[1] * LLFF_VIDEO_FAR
         poses = LLFFPoses(
-            opengl_from_opencv(cameras.camera_to_world), np.tile(bounds, (len(pool), 1)), cameras.intrinsics[:, 0, 0]
+            opengl_from_opencv(cameras.camera_to_world), np.tile(own, (len(pool), 1)), cameras.intrinsics[:, 0, 0]
         )
         path = opencv_from_opengl(spiral_path(poses, config.frames))
     elif config.path == "circle":
@@ -203,7 +209,6 @@ def path_frames(config: RenderConfig) -> list[Frame]:
         path = read_poses(config.poses)
     matrix = torch.from_numpy(cameras.intrinsics[:1]).float().expand(len(path), 3, 3)
     packed = pack_cameras(matrix, torch.from_numpy(path).float(), cameras.height, cameras.width)
-    near, far = map(float, bounds)
     return [Frame(_resized(camera, config), near, far, pool, targets[0].method, None) for camera in packed]
 
 
