@@ -301,8 +301,12 @@ def test_nmr(tmp_path, scene):
     back = read_nmr_scene(tmp_path)
     assert_same_world(scene.subset([0, 1, 2]), back)
     assert back.cameras.bounds == (2.0, 4.0)
+    whole = (tmp_path / "cameras.npz").read_bytes()
     np.savez(tmp_path / "cameras.npz", nothing=1)
     with pytest.raises(UserError, match="world_mat_i"):
+        read_nmr_scene(tmp_path)
+    (tmp_path / "cameras.npz").write_bytes(whole[:500])
+    with pytest.raises(UserError, match="not a zip file"):
         read_nmr_scene(tmp_path)
 
 

@@ -3,6 +3,7 @@
 Near and far are what the sampler is given: already widened where the protocol widens the captures' bounds.
 """
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,7 @@ def read_nmr_scene(folder: Path) -> Scene:
         with np.load(folder / "cameras.npz", allow_pickle=False) as stored:
             world = np.stack([np.vstack([stored[f"world_mat_{i}"][:3], [0, 0, 0, 1]]) for i in range(len(paths))])
             camera = np.stack([stored[f"camera_mat_{i}"] for i in range(len(paths))])
-    except (FileNotFoundError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}/cameras.npz needs world_mat_i and camera_mat_i of every image ({error})") from error
     matrices = np.tile(np.eye(3), (len(paths), 1, 1))
     matrices[:, 0, 0], matrices[:, 1, 1] = camera[:, 0, 0] * width / 2, camera[:, 1, 1] * height / 2
