@@ -437,6 +437,22 @@ def test_missing_and_damaged_files_are_named(tmp_path, table):
         normalise_llff(np.zeros((3, 15)))
 
 
+def test_camera_files_of_other_content_are_named(tmp_path, table):
+    write_blender(tmp_path, table)
+    write_nerfstudio(tmp_path, table)
+    for name, read in (("transforms_train", read_blender), ("transforms", read_nerfstudio)):
+        file = tmp_path / f"{name}.json"
+        meta = json.loads(file.read_text())
+        for content in ([1], {"frames": 3}, {"frames": [3]}):
+            file.write_text(json.dumps(content))
+            with pytest.raises(UserError, match=rf"{name}\.json holds no dictionary with a list of frames"):
+                read(tmp_path)
+        meta["frames"][2]["transform_matrix"][1][2] = "x"
+        file.write_text(json.dumps(meta))
+        with pytest.raises(UserError, match=rf"{name}\.json has something else where a number belongs"):
+            read(tmp_path)
+
+
 def test_llff_refuses_cameras_it_cannot_hold(tmp_path, table):
     moved = table.cameras.intrinsics.copy()
     moved[:, 0, 2] += 3

@@ -245,7 +245,8 @@ def test_realestate(tmp_path, scene):
         if view != 1:
             write_image(base / "frames" / "abc" / f"{1000 + view}.png", scene.rgb(view))
     (base / "cameras").mkdir()
-    (base / "cameras" / "abc.txt").write_text("\n".join(lines))
+    for name in ("abc", "gone"):  # a whole video disappears as well
+        (base / "cameras" / f"{name}.txt").write_text("\n".join(lines))
     (back,) = realestate_scenes(tmp_path)
     assert back.cameras.names == ("1000", "1002")
     assert back.rgb(0).shape == (450, 800, 3)
@@ -300,8 +301,12 @@ def test_nmr(tmp_path, scene):
     back = read_nmr_scene(tmp_path)
     assert_same_world(scene.subset([0, 1, 2]), back)
     assert back.cameras.bounds == (2.0, 4.0)
+    whole = (tmp_path / "cameras.npz").read_bytes()
     np.savez(tmp_path / "cameras.npz", nothing=1)
     with pytest.raises(UserError, match="world_mat_i"):
+        read_nmr_scene(tmp_path)
+    (tmp_path / "cameras.npz").write_bytes(whole[:500])
+    with pytest.raises(UserError, match="not a zip file"):
         read_nmr_scene(tmp_path)
 
 

@@ -2,23 +2,39 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tenfold_gnt.compat import save_official_checkpoint
-from tenfold_gnt.evaluate import Scores, load_model, mean_scores
+from tenfold_gnt.evaluate import EvalConfig, Scores, evaluate, load_model, mean_scores
 from tenfold_gnt.experiments import OFFSETS, UNSEEN, DataConfig, capture, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.network import parameter_count
+from tenfold_gnt.objective import Optimisation
+from tenfold_gnt.reproduce import measure, sweep
 from tenfold_gnt.train import Rays, Recipe, run_recipe
-from tenfold_gnt.video import RenderConfig, render, write_ply, write_video
+from tenfold_gnt.video import RenderConfig, claim_folder, path_frames, read_poses, render, write_ply, write_video
+from tenfold_shared.checkpoint import save_weights
+from tenfold_shared.claims import Metric, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_shared.scenes import tabletop_views, write_blender, write_llff
+from tenfold_shared.scenes import (
+    LLFFPoses,
+    opencv_from_opengl,
+    opengl_from_opencv,
+    read_llff,
+    spiral_path,
+    tabletop_views,
+    write_blender,
+    write_colmap,
+    write_llff,
+)
 
 TINY = DataConfig(sources=3, scenes=1, views=6, size=20, unseen=False)
 RAYS = Rays(count=8, samples=6, judged_samples=6, inverse=False)
@@ -66,6 +82,15 @@ def test_parameter_counts(config: NetworkConfig, features: int, network: int) ->
     assert parameter_count(model.coarse) == network
 
 
+def test_volume_rendering_has_the_options_of_its_tokens() -> None:
+    """The arm differs from GNT in the ray transformer alone, whatever the view transformer's options."""
+    config = NetworkConfig(width=16, depth=3, features="small", position_every=1, double_projection=False)
+    arms = [create_model(dataclasses.replace(config, name=name)).coarse for name in ("gnt", "volren")]
+    mlps = [sorted(arm.position_mlps) for arm in arms]
+    assert mlps == [["0", "1", "2"]] * 2
+    assert not any(block.attention.double_projection for arm in arms for block in arm.view_blocks)
+
+
 def test_what_is_judged_is_never_trained_on() -> None:
     """Scenes and poses for training, for choosing values and for the test are apart."""
     assert not set(UNSEEN["test"]) & set(UNSEEN["validation"])
@@ -93,9 +118,51 @@ def test_a_capture_is_read_in_its_layout(layout: str, tmp_path: Path) -> None:
     assert trained(tmp_path, data=config, judge_stride=8).is_dir()
 
 
+def test_depths_may_be_given_where_the_files_have_none(tmp_path: Path) -> None:
+    """A COLMAP model without points."""
+    write_colmap(tmp_path, tabletop_views(0, 10, 20))
+    with pytest.raises(UserError, match=r"give --data\.near and --data\.far"):
+        capture(DataConfig(name="capture", root=tmp_path))
+    train, test = capture(DataConfig(name="capture", root=tmp_path, near=2.0, far=5.0))
+    assert train.cameras.bounds == test.cameras.bounds == (2.0, 5.0)
+
+
+def test_the_factor_is_that_of_the_option_or_the_published_one(tmp_path: Path) -> None:
+    """Shiny's pictures are reduced by 8 where nothing is said, the captures of LLFF by 4."""
+    write_llff(tmp_path / "shiny" / "cd", tabletop_views(0, 9, 24))
+    folder = tmp_path / "shiny" / "cd"
+    raw = np.load(folder / "poses_bounds.npy")
+    rows = raw[:, :15].reshape(-1, 3, 5)
+    np.save(folder / "poses_bounds.npy", np.concatenate([rows[:, :, :4].reshape(-1, 12), raw[:, 15:]], 1))
+    np.save(folder / "hwf_cxcy.npy", rows[0, :, 4] * 8)
+    config = DataConfig(name="shiny", root=tmp_path, scene="cd")
+    for factor in (0, 2):
+        (folder / "images").rename(folder / f"images_{factor or 8}")
+        cameras = judged_targets(dataclasses.replace(config, factor=factor))[0].scene.cameras
+        assert cameras.intrinsics[0, 0, 0] == pytest.approx(rows[0, 2, 4] * 8 / (factor or 8))
+        (folder / f"images_{factor or 8}").rename(folder / "images")
+    assert DataConfig(name="llff_test").reduction == 4
+
+
+def test_values_are_chosen_on_what_is_kept_for_that(tmp_path: Path) -> None:
+    """Only the tables have views for choosing: elsewhere they would be chosen on the test views."""
+    recipe = load_recipe("tenfold_gnt", "llff-gnt", Recipe)
+    data = dataclasses.replace(recipe.data, judge="validation")
+    with pytest.raises(UserError, match="which llff_test does not have"):
+        sweep(dataclasses.replace(recipe, data=data), RunOptions(output=tmp_path), [{"steps": 1}])
+
+
+def test_judged_views_of_another_size_are_refused(tmp_path: Path) -> None:
+    """A capture whose splits differ cannot be compared with its sources."""
+    for split, size in (("train", 20), ("test", 16)):
+        write_blender(tmp_path, tabletop_views(0, 6, size), split)
+    with pytest.raises(UserError, match="20x20 in its training views and 16x16 in those judged"):
+        capture(DataConfig(name="capture", root=tmp_path))
+
+
 def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
     """One sentence: what, where."""
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is no folder"):
         training_set(DataConfig(name="capture", root=tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data\.root"):
         training_set(DataConfig(name="capture"))
@@ -111,6 +178,11 @@ def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
     [
         (DataConfig, {"sources": 1}, r"data\.sources"),
         (DataConfig, {"near": 3.0, "far": 2.0}, "near < far"),
+        (DataConfig, {"factor": -1}, r"data\.factor"),
+        (DataConfig, {"scenes": 51}, "50 or fewer"),
+        (Optimisation, {"decay_every": 0}, r"optimisation\.decay_every"),
+        (Optimisation, {"network_rate": -1.0}, "network_rate"),
+        (Recipe, {"network": NetworkConfig(fine=True)}, r"rays\.importance"),
         (NetworkConfig, {"width": 12}, "multiple of 8"),
         (NetworkConfig, {"dropout": 1.0}, "dropout"),
         (Rays, {"samples": 1}, "samples"),
@@ -118,6 +190,10 @@ def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
         (Recipe, {"steps": 0}, "steps"),
         (RenderConfig, {"checkpoint": Path("x"), "path": "poses"}, "--poses"),
         (RenderConfig, {"checkpoint": Path("x"), "resize": 0.0}, "resize"),
+        (RenderConfig, {"checkpoint": Path("x"), "elevation": 90.0}, "elevation"),
+        (RenderConfig, {"checkpoint": Path("x"), "radius": 0.0}, "radius"),
+        (RenderConfig, {"checkpoint": Path("x"), "importance": -1}, "importance"),
+        (RenderConfig, {"checkpoint": Path("x"), "confident": 2.0}, "confident"),
     ],
 )
 def test_configurations_that_cannot_be(kind: type, values: dict, words: str) -> None:
@@ -127,19 +203,24 @@ def test_configurations_that_cannot_be(kind: type, values: dict, words: str) -> 
 
 
 def test_too_few_views_for_the_sources(tmp_path: Path) -> None:
-    """More sources than the scene has views."""
+    """More sources than the scene has views, and pictures too small for the features."""
     with pytest.raises(UserError, match="source views"):
         trained(tmp_path, data=dataclasses.replace(TINY, sources=9))
+    with pytest.raises(UserError, match="at least 5 pixels for these features, got 4x4"):
+        trained(tmp_path, data=dataclasses.replace(TINY, size=4))
 
 
 def test_scores_are_averaged_over_the_views_that_have_them() -> None:
     """A view without true depth does not spoil the mean of the others."""
     nan = float("nan")
     rows = [Scores(20.0, 0.5, 18.0, 15.0, nan, nan, nan), Scores(22.0, 0.7, 20.0, 17.0, 0.3, 0.5, 0.4)]
-    mean = mean_scores(rows)
+    mean = mean_scores(rows, ["a", "a"])
     assert mean.psnr == 21.0
     assert mean.depth_error == 0.3
     assert "correlation 0.50" in mean.sentence()
+    uneven = mean_scores([rows[0], rows[1], rows[1]], ["a", "b", "b"])  # every scene counts once
+    assert uneven.psnr == 21.0
+    assert uneven.depth_error == 0.3
 
 
 def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
@@ -150,8 +231,23 @@ def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:
     second = trained(tmp_path, "second", init=first, optimisation=dataclasses.replace(recipe.optimisation, **still))
     one, two = (load_model(run)[0].state_dict() for run in (first, second))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    with pytest.raises(UserError, match="another network"):
-        trained(tmp_path, "third", init=first, network=NetworkConfig(width=16, depth=1, features="small"))
+    with pytest.raises(
+        UserError, match=r"--init .* does not fit the recipe's network; missing: .* and \d+ more"
+    ) as told:
+        trained(tmp_path, "third", init=first, network=NetworkConfig(width=16, depth=4, features="small"))
+    assert len(str(told.value)) < 2000
+    single = dataclasses.replace(recipe.network, double_projection=False)
+    with pytest.raises(UserError, match=r"needs --network\.double_projection true"):
+        trained(tmp_path, "fourth", init=first, network=single)
+
+
+@pytest.mark.parametrize("network", ["slak", {"kind": "x"}, {"width": 16, "features": "small"}])
+def test_files_of_other_networks_are_refused(network: object, tmp_path: Path) -> None:
+    """Another package's weights, or ours under a wrong name."""
+    save_weights(tmp_path / "w.safetensors", {"a": torch.zeros(2)}, {"network": network})
+    with pytest.raises(UserError, match=r"w\.safetensors does not (say|fit).*") as told:
+        load_model(tmp_path / "w.safetensors")
+    assert len(str(told.value)) < 1000
 
 
 def test_rendering_is_resumed_by_tile(tmp_path: Path) -> None:
@@ -196,6 +292,64 @@ def test_the_authors_checkpoint_is_rendered(tmp_path: Path) -> None:
         render(RenderConfig(file, TINY, path="poses", poses=poses), dataclasses.replace(options, name="other"))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (np.zeros((3, 3)), "4, 4"),
+        (np.zeros((0, 4, 4)), "at least one"),
+        (np.stack([np.eye(4), 2 * np.eye(4)]), "view 001 has a pose whose .* not a rotation"),
+        (np.full((1, 4, 4), np.nan), "not finite"),
+        (np.full((1, 4, 4), "a"), "of numbers"),
+        ({"poses": np.eye(4)[None]}, "of numbers"),
+    ],
+)
+def test_poses_that_are_none(content: object, words: str, tmp_path: Path) -> None:
+    """The file is named, and what is wrong with it."""
+    file = tmp_path / "poses.npy"
+    with file.open("wb") as opened:
+        np.savez(opened, **content) if isinstance(content, dict) else np.save(opened, content)
+    with pytest.raises(UserError, match=rf"poses\.npy.*{words}"):
+        read_poses(file)
+
+
+def test_the_spiral_is_that_of_the_captures_bounds(tmp_path: Path) -> None:
+    """Not of those that the sampler is given, which are wider; the video's far depth is 1.5 times the capture's."""
+    folder = tmp_path / "nerf_llff_data" / "fern"
+    write_llff(folder, tabletop_views(0, 16, 20))
+    data = DataConfig(name="llff_test", root=tmp_path, scene="fern", sources=3, factor=1)
+    frames = path_frames(RenderConfig(Path("x"), data, path="spiral", frames=5))
+    scene = read_llff(folder, 1)
+    bounds, train = np.array(scene.cameras.bounds), scene.split()[0].cameras
+    poses = LLFFPoses(opengl_from_opencv(train.camera_to_world), np.tile(bounds, (len(train), 1)), np.ones(len(train)))
+    expected = opencv_from_opengl(spiral_path(poses, 5))
+    np.testing.assert_allclose([frame.camera[18:].view(4, 4).numpy() for frame in frames], expected, atol=1e-5)
+    np.testing.assert_allclose([frames[0].near, frames[0].far], bounds * [0.9, 1.5], rtol=1e-6)
+
+
+class SecondOfTwo(Run):
+    """A run as the second of two processes has it."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.rank, self.world, self.is_main = 1, 2, False
+
+
+def test_a_second_process_renders_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the folder that the first has begun; folders and sizes that cannot be are refused before."""
+    run = trained(tmp_path)
+    config = RenderConfig(run, TINY, path="circle", frames=2, samples=4, video="none")
+    options = RunOptions(output=tmp_path, name="shared", device="cpu", quiet=True)
+    claim_folder(tmp_path / "gnt" / "shared", config, resume=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("tenfold_gnt.video.Run", SecondOfTwo)
+        render(config, options)
+    assert [path.name for path in (tmp_path / "gnt" / "shared" / "frames").iterdir()] == ["0001.npz"]
+    with pytest.raises(UserError, match="choose another --output"):
+        render(config, dataclasses.replace(options, output=run / "config.yaml"))
+    with pytest.raises(UserError, match=r"--resize 0\.01 leaves no pixel of 20x20"):
+        render(dataclasses.replace(config, resize=0.01), dataclasses.replace(options, name="none"))
+
+
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
 def test_videos(suffix: str, tmp_path: Path) -> None:
     """Frames of an odd size make a file in either format."""
@@ -214,12 +368,57 @@ def test_points_file(tmp_path: Path) -> None:
 
 def test_evaluation_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the protocol that the numbers are of."""
-    from tenfold_gnt.evaluate import EvalConfig, evaluate  # noqa: PLC0415
-
     run = trained(tmp_path)
     capsys.readouterr()
     evaluate(EvalConfig(run, TINY, samples=6, stride=2), RunOptions(output=tmp_path, device="cpu"))
     told = json.loads(capsys.readouterr().out)
     assert told["protocol"] == "official (stride 2)"
     assert told["judged_views"] == 3
+    assert (told["split"], told["importance"]) == ("test", 0)
     assert np.isfinite(told["psnr"])
+    assert dataclasses.replace(TINY, judge="validation").judged_split == "validation"
+    cross = DataConfig(name="cross-scene", judged="nerf_synthetic")
+    assert (cross.judged_name, cross.judged_split) == ("nerf_synthetic", "every 8th view of val")
+    assert DataConfig(name="llff_test", scene="fern").judged_split == "held-out views"
+
+
+def test_a_second_network_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint with one is judged and rendered with an importance pass or not at all; --compile is of both."""
+    network = NetworkConfig(name="nerf", fine=True)
+    run = trained(tmp_path, network=network, rays=dataclasses.replace(RAYS, importance=4))
+    options = RunOptions(output=tmp_path, device="cpu", quiet=True)
+    compiled: list[torch.nn.Module] = []
+
+    def record(network: torch.nn.Module) -> None:
+        compiled.append(network)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", record)
+    evaluate(EvalConfig(run, TINY, samples=4, importance=2), dataclasses.replace(options, compile=True))
+    render(RenderConfig(run, TINY, samples=4, importance=2, video="none"), dataclasses.replace(options, compile=True))
+    assert len(compiled) == 4
+    with pytest.raises(UserError, match="add --importance"):
+        evaluate(EvalConfig(run, TINY, samples=6), options)
+    with pytest.raises(UserError, match="add --importance"):
+        render(RenderConfig(run, TINY, samples=6), options)
+
+
+def test_lpips_is_measured_from_the_kept_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are not needed for training; without them the sentence says where they belong."""
+    known = load_claims("tenfold_gnt").select(["mini-one-table"], None)[0]
+    small = {"steps": 2, "judge_every": 2, "data.size": 20, "data.views": 6, "rays.count": 8, "rays.judged_samples": 6}
+    arm = dataclasses.replace(known.arms["gnt"], options={**known.arms["gnt"].options, **small})
+    claim = dataclasses.replace(known, metric=Metric("LPIPS", higher_is_better=False))
+    options = RunOptions(output=tmp_path, device="cpu", quiet=True)
+
+    def offline(*_, **__) -> torch.Tensor:
+        raise OSError("no network")
+
+    library = SimpleNamespace(learned_perceptual_image_patch_similarity=offline)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", library)
+    with pytest.raises(UserError, match=r"vgg16-397923af\.pth"):
+        measure(claim, arm, 0, options=options, folder=tmp_path)
+    library.learned_perceptual_image_patch_similarity = lambda *_, normalize, **__: torch.tensor(0.5 - normalize / 4)
+    measured = measure(claim, arm, 0, options=options, folder=tmp_path)
+    assert measured.value == 0.5
+    assert measured.extras["scores"]["lpips"] == 0.25
+    assert len(measured.extras["history"]) == 1

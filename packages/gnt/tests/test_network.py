@@ -15,15 +15,7 @@ from tenfold_gnt.baselines import (
     nearest_view,
 )
 from tenfold_gnt.cameras import pixel_grid
-from tenfold_gnt.compat import (
-    CheckpointError,
-    load_official_checkpoint,
-    load_official_state,
-    official_feature_state,
-    official_network_key,
-    official_network_state,
-    save_official_checkpoint,
-)
+from tenfold_gnt.compat import load_official_state, official_network_key
 from tenfold_gnt.data import evaluation_views
 from tenfold_gnt.dropout import dropout
 from tenfold_gnt.encoding import encode
@@ -42,7 +34,6 @@ from tenfold_gnt.ray_transformer import RayAttention
 from tenfold_gnt.render import Model, prepare_views, rays_per_chunk, render_picture, render_pixels, render_rays
 from tenfold_gnt.seen_views import seen_views
 from tenfold_gnt.view_transformer import SubtractionAttention
-from tenfold_shared.errors import UserError
 from tenfold_shared.scenes import tabletop_views
 
 RAYS, SAMPLES, VIEWS, CHANNELS = 3, 6, 5, 8
@@ -233,6 +224,13 @@ def test_attention_sums_to_one_also_in_training():
     assert (released.sum(-1) - 1).abs().max() > 1e-3
 
 
+def test_no_rays_have_no_colours():
+    samples, points, directions = inputs()
+    none = ViewSamples(*(x[:0] for x in samples))
+    rays = small().eval()(none, points[:0], directions[:0], return_weights=True, return_view_weights=True)
+    assert [tuple(x.shape) for x in rays] == [(0, 3), (0, SAMPLES), (0, SAMPLES, VIEWS)]
+
+
 def test_position_every_block_and_dot_attention():
     samples, points, directions = inputs()
     assert len(small(position_every=1).position_mlps) == 3
@@ -313,6 +311,8 @@ def test_confidence_and_occlusion():
     torch.testing.assert_close(
         confidence_of(torch.cat([uniform, certain])), torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0
     )
+    assert confidence_of(torch.zeros(2, 8)).tolist() == [0.0, 0.0]  # a composited ray that meets nothing
+    torch.testing.assert_close(confidence_of(certain / 4), torch.tensor([0.25]))
     weights = torch.zeros(1, 5, 3)
     weights[0, :, 1], weights[0, 0, 2], weights[0, 1, 0] = 0.5, 0.9, 0.8
     assert occlusion_of(weights).tolist() == [1]
@@ -428,46 +428,15 @@ def test_pixels_are_distinct_and_central():
     assert pixels[:, 0].max() <= 26
     assert pixels[:, 1].min() >= 2
     assert pixels[:, 1].max() <= 17
+    middle = choose_pixels(20, 31, 200, torch.Generator().manual_seed(0), centre=0.01)
+    assert middle.unique(dim=0).tolist() == [[15, 9], [15, 10]]
     assert rays_in_step(2048, 10, 8) == 2560
+    assert rays_in_step(1, 10, 12) == 1
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def test_official_layout_round_trip(tmp_path):
+def test_position_codes_reach_as_far_as_there_are_samples():
     torch.manual_seed(0)
-    coarse, fine, features = GNT(16, 5, 8), GNT(16, 5, 8), ResUNet(8, 8, single_net=False)
-    path = tmp_path / "model_720000.pth"
-    save_official_checkpoint(path, coarse, features, fine, {"optimizer": {"a": 1}})
-    loaded = load_official_checkpoint(path)
-    assert loaded.step == 720_000
-    assert loaded.coarse.depth == 5
-    assert not loaded.features.single_net
-    assert loaded.training_state == {"optimizer": {"a": 1}}
-    for ours, theirs in ((coarse, loaded.coarse), (fine, loaded.fine), (features, loaded.features)):
-        for key, value in ours.state_dict().items():
-            assert torch.equal(value, theirs.state_dict()[key])
-
-
-def test_official_order_is_that_of_the_straightforward_modules():
-    assert list(official_network_state(GNT(16, 3))) == list(straightforward.Network(16, 3).state_dict())
-    assert list(official_feature_state(ResUNet())) == list(straightforward.FeatureNet().state_dict())
-
-
-def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
-    state = official_network_state(GNT(16, 2, 8))
-    with pytest.raises(CheckpointError, match=r"missing: .*view_crosstrans\.2"):
-        load_official_state(GNT(16, 3, 8), state)
-    with pytest.raises(CheckpointError, match=r"of another shape: .*instead of"):
-        load_official_state(GNT(24, 2, 8), state)
-    with pytest.raises(UserError, match="no checkpoint at"):
-        load_official_checkpoint(tmp_path / "none.pth")
-    (tmp_path / "bad.pth").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"bad\.pth is truncated or corrupted"):
-        load_official_checkpoint(tmp_path / "bad.pth")
-    torch.save({"net_coarse": state}, tmp_path / "part.pth")
-    with pytest.raises(CheckpointError, match="lacks feature_net"):
-        load_official_checkpoint(tmp_path / "part.pth")
-    torch.save({"net_coarse": {"a": torch.zeros(1)}, "feature_net": {}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="no GNT network"):
-        load_official_checkpoint(tmp_path / "other.pth")
+    long = IBRNet(CHANNELS).eval()
+    short = IBRNet(CHANNELS, samples=SAMPLES - 2).eval()
+    short.load_state_dict(long.state_dict())
+    torch.testing.assert_close(short(*inputs()).rgb, long(*inputs()).rgb)

@@ -261,9 +261,10 @@ def render(f: Fixture) -> None:
 def train_steps(f: Fixture) -> None:
     cfg = f.cfg
     state = f.under("state/")
-    features = ResUNet()
+    channels = state["rgbfeat_fc.0.weight"].shape[1] - 3
+    features = ResUNet(channels)
     load_official_state(features, formula_weights(official_feature_state(features), cfg["feature_weights"]))
-    network = network_for({**cfg, "in_feat_ch": state["rgbfeat_fc.0.weight"].shape[1] - 3}, state)
+    network = network_for({**cfg, "in_feat_ch": channels}, state)
     model = Model(features, network).eval()  # dropout is off in the recording
     settings = Optimisation(cfg["lr_feature"], cfg["lr_gnt"], cfg["step_size"], cfg["gamma"])
     optimiser, scheduler = build_optimiser(model, settings)

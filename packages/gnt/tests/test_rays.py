@@ -72,6 +72,26 @@ def test_projection_and_sampling_against_loops():
                 torch.testing.assert_close(found.ray_diff[r, s, v], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_keep_their_precision_under_autocast(dtype):
+    """Rays, pixels, directions and colours are those of full precision; features are their rounded maps there."""
+    scene = tabletop_views(0, count=3, size=96)
+    cameras = packed_cameras(scene)
+    images, features = torch.from_numpy(scene.all_rgb()), torch.rand(3, 4, 24, 24, dtype=torch.float32)
+
+    def found(maps):
+        sources = source_views(images[1:], cameras[1:])
+        origins, directions = rays_through(cameras[0], pixel_grid(96, 96, 5))
+        points = points_at(origins, directions, depth_samples(2.0, 5.0, len(origins), 4, like=directions))
+        return [directions, *project(points, sources.projection), *sample_views(points, origins[0], sources, maps)]
+
+    exact = found(features[1:])
+    with torch.autocast("cpu", dtype=dtype):
+        reduced = found(features[1:].to(dtype))
+    for one, other in zip(exact, reduced, strict=True):
+        torch.testing.assert_close(other.to(one), one, rtol=1e-5, atol=4e-3 if one is exact[3] else 1e-5)
+
+
 def test_gradients_reach_features_only():
     scene = tabletop_views(0, count=2, size=20)
     features = torch.rand(2, 4, 8, 8, requires_grad=True)

@@ -11,6 +11,11 @@ from torch import Tensor
 CAMERA_SIZE = 34
 
 
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context in which products keep their precision: autocast would move pixels by whole ones."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def pack_cameras(
     intrinsics: Float[Tensor, "*batch 3 3"], camera_to_world: Float[Tensor, "*batch 4 4"], height: int, width: int
 ) -> Float[Tensor, "*batch 34"]:
@@ -48,8 +53,9 @@ def rays_through(
     pixels = pixels.to(camera)
     homogeneous = torch.cat([pixels, torch.ones_like(pixels[:, :1])], -1)
     pose = pose_of(camera)
-    turn = pose[:3, :3] @ torch.linalg.inv(intrinsics_of(camera)[:3, :3])
-    return pose[:3, 3].expand(len(pixels), 3), homogeneous @ turn.T
+    with full_precision(camera):
+        turn = pose[:3, :3] @ torch.linalg.inv(intrinsics_of(camera)[:3, :3])
+        return pose[:3, 3].expand(len(pixels), 3), homogeneous @ turn.T
 
 
 def resize_camera(camera: Float[Tensor, "*batch 34"], factor: float) -> Float[Tensor, "*batch 34"]:

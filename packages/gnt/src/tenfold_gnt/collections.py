@@ -3,6 +3,7 @@
 Near and far are what the sampler is given: already widened where the protocol widens the captures' bounds.
 """
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ LLFF_TEST_SCENES = {
 }
 LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
+LLFF_NEAR, LLFF_FAR, LLFF_VIDEO_FAR = 0.9, 1.6, 1.5  # what the protocol multiplies a capture's bounds by
 GOOGLE_RADIUS = 0.5 * np.sqrt(2) * 1.1
 GOOGLE_VIEWS = 250
 REALESTATE_SIZE = (450, 800)
@@ -48,9 +50,9 @@ def widened(scene: Scene, near: float, far: float) -> Scene:
     return Scene(scene.name, cameras, scene.images, scene.depth)
 
 
-def read_llff_scene(folder: Path, factor: int = 4, *, far: float = 1.6) -> Scene:
+def read_llff_scene(folder: Path, factor: int = 4, *, far: float = LLFF_FAR) -> Scene:
     """A forward-facing capture: bounds x 0.9 and x 1.6 (1.5 for videos and the IBRNet collection)."""
-    return widened(read_llff(folder, factor), 0.9, far)
+    return widened(read_llff(folder, factor), LLFF_NEAR, far)
 
 
 def read_ibrnet_scene(folder: Path) -> Scene:
@@ -85,7 +87,7 @@ def read_shiny_scene(folder: Path, factor: int = 8) -> Scene:
         matrices[:, [0, 1], [0, 1]] = shape[[2, 3]] / factor
         matrices[:, [0, 1], [2, 2]] = shape[[4, 5]] / factor
         cameras = CameraSet(matrices, cameras.camera_to_world, height, width, cameras.names, cameras.near, cameras.far)
-    return widened(Scene(folder.name, cameras, ImageFiles(paths, (height, width))), 0.9, 1.6)
+    return widened(Scene(folder.name, cameras, ImageFiles(paths, (height, width))), LLFF_NEAR, LLFF_FAR)
 
 
 def read_google_scene(folder: Path) -> Scene | None:
@@ -221,7 +223,7 @@ def read_nmr_scene(folder: Path) -> Scene:
         with np.load(folder / "cameras.npz", allow_pickle=False) as stored:
             world = np.stack([np.vstack([stored[f"world_mat_{i}"][:3], [0, 0, 0, 1]]) for i in range(len(paths))])
             camera = np.stack([stored[f"camera_mat_{i}"] for i in range(len(paths))])
-    except (FileNotFoundError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}/cameras.npz needs world_mat_i and camera_mat_i of every image ({error})") from error
     matrices = np.tile(np.eye(3), (len(paths), 1, 1))
     matrices[:, 0, 0], matrices[:, 1, 1] = camera[:, 0, 0] * width / 2, camera[:, 1, 1] * height / 2
@@ -311,8 +313,10 @@ def scene_folders(root: Path, name: str) -> list[Path]:
 def realestate_scenes(root: Path) -> list[Scene]:
     """Videos of the RealEstate10K subset: `RealEstate10K-subset/cameras/*.txt` with `frames/<same name>/`.
 
+    Videos of which no frames are there (they disappear) are left out.
+
     Raises:
-        UserError: the folder is missing, or a video is damaged.
+        UserError: the folder is missing, no video has frames, or one is damaged.
 
     """
     base = root / "RealEstate10K-subset"
@@ -320,4 +324,7 @@ def realestate_scenes(root: Path) -> list[Scene]:
     if not files:
         source = drive("1IgJIeCPPZ8UZ529rN8dw9ihNi1E9K0hL")
         raise UserError(f"RealEstate10K camera files are not in {base}/cameras; get them from {source}")
-    return [read_realestate_scene(file, base / "frames" / file.stem) for file in files]
+    kept = [file for file in files if (base / "frames" / file.stem).is_dir()]
+    if not kept:
+        raise UserError(f"no video of {base}/cameras has its frames in {base}/frames, in a folder of its name")
+    return [read_realestate_scene(file, base / "frames" / file.stem) for file in kept]

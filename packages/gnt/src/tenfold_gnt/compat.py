@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tenfold_gnt.features import ResUNet
 from tenfold_gnt.network import GNT
+from tenfold_gnt.view_transformer import SubtractionAttention
 from tenfold_shared.checkpoint import load_pickled_tensors
 from tenfold_shared.errors import UserError
 
@@ -129,20 +130,30 @@ def load_official_state(module: nn.Module, state: Mapping[str, Tensor], where: s
         rename = official_network_key if isinstance(module, GNT) else official_block_key
     own = module.state_dict()
     names = {rename(key): key for key in own}
+    refuse_misfits(state, {key: own[ours] for key, ours in names.items()}, where, type(module).__name__)
+    module.load_state_dict({ours: state[key] for key, ours in names.items()})
+
+
+def refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, what: str) -> None:
+    """Refuse a state whose keys or shapes are not those expected; up to eight of each kind are listed.
+
+    Raises:
+        CheckpointError: such a state.
+
+    """
     problems = []
-    for title, keys in (("missing", names.keys() - state.keys()), ("unknown", state.keys() - names.keys())):
+    for title, keys in (("missing", expected.keys() - state.keys()), ("unknown", state.keys() - expected.keys())):
         if keys:
             problems.append(f"{title}: {_listing(keys)}")
     shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[ours].shape)}"
-        for key, ours in names.items()
-        if key in state and state[key].shape != own[ours].shape
+        f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
     ]
     if shapes:
         problems.append(f"of another shape: {_listing(shapes)}")
     if problems:
-        raise CheckpointError(f"{where} does not fit the {type(module).__name__}; {'; '.join(problems)}")
-    module.load_state_dict({ours: state[key] for key, ours in names.items()})
+        raise CheckpointError(f"{where} does not fit the {what}; {'; '.join(problems)}")
 
 
 def _listing(items: Iterable[str]) -> str:
@@ -166,8 +177,14 @@ def network_shape(state: Mapping[str, Tensor]) -> dict[str, int]:
         raise CheckpointError(f"the file holds no GNT network ({error} is missing)") from error
     if not depth or not mixed:
         raise CheckpointError("the file holds no GNT network (no view_crosstrans or q_fcs blocks)")
-    every = mixed[1] - mixed[0] if len(mixed) > 1 else 2
+    if width % 8 or channels < 1:
+        raise CheckpointError(f"the file holds no GNT network: one of width {width} with {channels} feature channels")
+    every = mixed[1] - mixed[0] if len(mixed) > 1 else max(2, depth)
     return {"width": width, "depth": depth, "feature_channels": channels, "position_every": every}
+
+
+def _is_state(state: object) -> bool:
+    return isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
 class OfficialCheckpoint:
@@ -186,11 +203,14 @@ class OfficialCheckpoint:
         for key in ("net_coarse", "feature_net"):
             if key not in content:
                 raise CheckpointError(f"{name} lacks {key}; a released checkpoint holds net_coarse and feature_net")
+        for key in ("net_coarse", "net_fine", "feature_net"):
+            if key in content and not _is_state(content[key]):
+                raise CheckpointError(f"{key} of {name} is no dictionary of tensors")
         shape = network_shape(content["net_coarse"])
         self.coarse = self._network(content["net_coarse"], f"net_coarse of {name}")
         self.fine = self._network(content["net_fine"], f"net_fine of {name}") if "net_fine" in content else None
         channels, total = shape["feature_channels"], len(content["feature_net"].get("out_conv.bias", ()))
-        fine = total - channels
+        fine = max(total - channels, 0)
         self.features = ResUNet(channels, fine or channels, single_net=fine == 0)
         load_official_state(self.features, content["feature_net"], f"feature_net of {name}")
         number = re.search(r"(\d{6,})\.pth$", name)
@@ -215,6 +235,11 @@ def load_official_checkpoint(path: Path | str) -> OfficialCheckpoint:
     return OfficialCheckpoint(load_pickled_tensors(path), path.name)
 
 
+def _is_released(network: GNT) -> bool:
+    attention = [block.attention for block in network.view_blocks]
+    return type(network) is GNT and all(isinstance(a, SubtractionAttention) and a.double_projection for a in attention)
+
+
 def save_official_checkpoint(
     path: Path | str,
     coarse: GNT,
@@ -222,7 +247,18 @@ def save_official_checkpoint(
     fine: GNT | None = None,
     training_state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write networks in the released layout; `training_state` may hold `optimizer` and `scheduler` states."""
+    """Write networks in the released layout; `training_state` may hold `optimizer` and `scheduler` states.
+
+    Raises:
+        CheckpointError: an ablation, which would be read as another function.
+
+    """
+    for network in (coarse, fine):
+        if network is not None and not _is_released(network):
+            raise CheckpointError(
+                "the released layout holds networks with subtraction attention, values projected from the keys and ray "
+                "transformers; keep another one with safetensors"
+            )
     content = {**(training_state or {}), "net_coarse": official_network_state(coarse)}
     content["feature_net"] = official_feature_state(features)
     if fine is not None:

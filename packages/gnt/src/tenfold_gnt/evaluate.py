@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold_gnt.baselines import nearest_view
-from tenfold_gnt.compat import load_official_checkpoint
+from tenfold_gnt.compat import load_official_checkpoint, refuse_misfits
 from tenfold_gnt.data import TargetViews
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.metrics import constant_depth_error, depth_scores, lpips, psnr, ssim
@@ -82,6 +82,9 @@ class EvalConfig:
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the mean scores of a checkpoint with the protocol they are of, as one JSON line."""
     model, about = load_model(config.checkpoint)
+    refuse_idle_network(model, config.importance, config.checkpoint)
+    if options.compile:
+        model.compile_networks()
     targets = judged_targets(config.data)
     with Run.evaluation("gnt", options) as run:
         table = score_targets(
@@ -96,13 +99,16 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             with_lpips=config.lpips,
         )
         if run.is_main:
-            found = {k: v for k, v in dataclasses.asdict(mean_scores(table)).items() if not math.isnan(v)}
+            scores = mean_scores(table, [target.scene.name for target in targets])
+            found = {k: v for k, v in dataclasses.asdict(scores).items() if not math.isnan(v)}
             protocol = {
-                "data": config.data.name,
-                "split": config.data.split if config.data.name == "nerf_synthetic" else "test",
+                "data": config.data.judged_name,
+                "scene": config.data.scene or "all",
+                "split": config.data.judged_split,
                 "judged_views": len(targets),
                 "sources": config.data.sources,
                 "samples": config.samples,
+                "importance": config.importance,
                 "protocol": {1: "full (stride 1)", 2: "official (stride 2)"}.get(
                     config.stride, f"stride {config.stride}"
                 ),
@@ -122,14 +128,28 @@ def load_model(checkpoint: Path) -> tuple[Model, dict[str, Any]]:
         official = load_official_checkpoint(path)
         return Model(official.features, official.coarse, official.fine), {"step": official.step, "inverse": True}
     state, about = load_weights(path)
-    if "network" not in about:
+    known = {field.name for field in dataclasses.fields(NetworkConfig)}
+    network = about.get("network")
+    if not isinstance(network, dict) or not network.keys() <= known:
         raise UserError(f"{path} does not say which network it holds: it was not written by tenfold-gnt")
-    model = create_model(NetworkConfig(**about["network"]))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit its network: {' '.join(str(error).split())}") from error
+    model = create_model(NetworkConfig(**network))
+    refuse_misfits(state, model.state_dict(), str(path), f"{network.get('name')} network that it names")
+    model.load_state_dict(state)
     return model, about
+
+
+def refuse_idle_network(model: Model, importance: int, checkpoint: Path) -> None:
+    """Refuse to leave out the second network of a checkpoint.
+
+    Raises:
+        UserError: it has one, and no importance pass is asked for.
+
+    """
+    if model.fine is not None and not importance:
+        raise UserError(
+            f"{checkpoint} holds a second network, for the importance pass: add --importance, as many as it was "
+            "trained with (and as many --samples)"
+        )
 
 
 def score_targets(
@@ -198,8 +218,15 @@ def score_picture(
     return row
 
 
-def mean_scores(table: Sequence[Scores]) -> Scores:
-    """Means over views; of every score, over the views that have it."""
-    names = [field.name for field in dataclasses.fields(Scores)]
-    columns = torch.tensor([[getattr(row, name) for name in names] for row in table], dtype=torch.float64)
-    return Scores(**dict(zip(names, columns.nanmean(0).tolist(), strict=True)))
+def mean_scores(table: Sequence[Scores], scenes: Sequence[str]) -> Scores:
+    """Means over the views of a scene, then over the scenes; of every score, over those that have it.
+
+    Args:
+        table: scores of views.
+        scenes: the scene of each.
+
+    """
+    fields = [field.name for field in dataclasses.fields(Scores)]
+    columns = torch.tensor([[getattr(row, name) for name in fields] for row in table], dtype=torch.float64)
+    of_scenes = [columns[[scene == one for scene in scenes]].nanmean(0) for one in dict.fromkeys(scenes)]
+    return Scores(**dict(zip(fields, torch.stack(of_scenes).nanmean(0).tolist(), strict=True)))

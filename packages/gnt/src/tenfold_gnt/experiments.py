@@ -58,8 +58,8 @@ class DataConfig:
     """Cross-scene: the scenes judged on."""
     split: Literal["val", "test"] = "val"
     """NeRF-synthetic: what is judged on; the published numbers are from every 8th view of val."""
-    factor: int = 4
-    """LLFF captures: how much smaller than the photographs the images are."""
+    factor: int = 0
+    """LLFF captures and Shiny: how much smaller than the photographs the images are; 0 takes 4, for Shiny 8."""
     near: float = 0.0
     """Capture: depth of the first sample; 0 takes what the files say."""
     far: float = 0.0
@@ -83,10 +83,32 @@ class DataConfig:
         """Refuse what no data set has."""
         if self.sources < LEAST_SOURCES:
             raise UserError(f"--data.sources takes {LEAST_SOURCES} or more views, got {self.sources}")
-        if min(self.scenes, self.views, self.size) < 1:
-            raise UserError("--data.scenes, --data.views and --data.size take 1 or more")
+        if min(self.scenes, self.views, self.size) < 1 or self.factor < 0:
+            raise UserError("--data.scenes, --data.views and --data.size take 1 or more, --data.factor 0 or more")
+        if self.unseen and self.scenes > UNSEEN["validation"][0]:
+            raise UserError(
+                f"--data.scenes {self.scenes}: the tables from number {UNSEEN['validation'][0]} on are judged on; "
+                f"train on {UNSEEN['validation'][0]} or fewer"
+            )
         if min(self.near, self.far) < 0 or (self.near and self.far and self.near >= self.far):
             raise UserError(f"--data.near and --data.far need 0 < near < far, got {self.near} and {self.far}")
+
+    @property
+    def reduction(self) -> int:
+        """The factor, or the published one of the data set."""
+        return self.factor or (8 if self.name == "shiny" else 4)
+
+    @property
+    def judged_name(self) -> DataName:
+        """The data set judged on."""
+        return self.judged if self.name == "cross-scene" else self.name
+
+    @property
+    def judged_split(self) -> str:
+        """What of it is judged on, in words."""
+        if self.judged_name == "nerf_synthetic":
+            return f"every 8th view of {self.split}" if self.split == "val" else self.split
+        return self.judge if self.name == "tabletop" else "held-out views"
 
 
 class Target(NamedTuple):
@@ -139,10 +161,9 @@ def judged_targets(config: DataConfig) -> list[Target]:
     if config.name == "capture":
         pool, test = capture(config)
         return [Target(test, i, pool, "dist") for i in range(len(test))]
-    name = config.judged if config.name == "cross-scene" else config.name
     return [
         Target(test, i, pool, method)
-        for pool, test, method in held_out(replace(config, name=name))
+        for pool, test, method in held_out(replace(config, name=config.judged_name))
         for i in range(len(test))
     ]
 
@@ -188,17 +209,15 @@ def held_out(config: DataConfig) -> list[tuple[Scene, Scene, Distance]]:
     if config.name == "nerf_synthetic":
         skip = 8 if config.split == "val" else 1
         return [(read_blender(f, "train"), read_blender(f, config.split, skip=skip), "vector") for f in folders]
-    read: Callable[[Path], Scene] = (
-        read_shiny_scene if config.name == "shiny" else lambda folder: read_llff_scene(folder, config.factor)
-    )
-    return [(*read(folder).split(), "dist") for folder in folders]
+    read: Callable[[Path, int], Scene] = read_shiny_scene if config.name == "shiny" else read_llff_scene
+    return [(*read(folder, config.reduction).split(), "dist") for folder in folders]
 
 
 def capture(config: DataConfig) -> tuple[Scene, Scene]:
     """Training and judged views of a capture in whatever layout its folder has.
 
     Raises:
-        UserError: no folder, no known layout, or no depths.
+        UserError: no folder, no known layout, no depths, or images of different sizes.
 
     """
     if config.root is None:
@@ -208,14 +227,21 @@ def capture(config: DataConfig) -> tuple[Scene, Scene]:
         judged = "test" if (folder / "transforms_test.json").is_file() else "val"
         parts = [read_blender(folder, "train"), read_blender(folder, judged)]
     elif (folder / "poses_bounds.npy").is_file():
-        parts = list(read_llff_scene(folder, config.factor).split())
+        parts = list(read_llff_scene(folder, config.reduction).split())
     elif (folder / "transforms.json").is_file():
         parts = list(read_nerfstudio(folder).split())
     elif folder.is_dir():
-        parts = list(widened(read_colmap(folder), 0.9, 1.5).split())
+        scene = read_colmap(folder)
+        parts = list((scene if scene.cameras.bounds is None else widened(scene, 0.9, 1.5)).split())
     else:
-        raise UserError(f"the capture {folder} does not exist")
+        raise UserError(f"the capture {folder} is no folder")
     train, judged_views = (_with_bounds(part, config) for part in parts)
+    sizes = [f"{part.cameras.width}x{part.cameras.height}" for part in (train, judged_views)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the images of the capture {folder} need one size: it has {sizes[0]} in its training views and {sizes[1]} "
+            "in those judged"
+        )
     return train, judged_views
 
 

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold_shared.errors import UserError
+
 SMALLEST_SIDE = 17  # below, the deepest map is one pixel wide: reflect padding and instance norm fail on it
 
 
@@ -15,6 +17,20 @@ class FeatureMaps(NamedTuple):
 
     coarse: Float[Tensor, "views coarse_channels h w"]
     fine: Float[Tensor, "views fine_channels h w"]
+
+
+def refuse_small(images: Float[Tensor, "views 3 height width"], smallest: int) -> None:
+    """Refuse images whose smaller side has fewer than `smallest` pixels.
+
+    Raises:
+        UserError: such images.
+
+    """
+    height, width = images.shape[-2:]
+    if min(height, width) < smallest:
+        raise UserError(
+            f"source images need sides of at least {smallest} pixels for these features, got {width}x{height}"
+        )
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
@@ -98,11 +114,10 @@ class ResUNet(nn.Module):
             images: in [0, 1], not normalised, each side at least 17.
 
         Raises:
-            ValueError: images too small.
+            UserError: images too small.
 
         """
-        if min(images.shape[-2:]) < SMALLEST_SIDE:
-            raise ValueError(f"source images need sides of at least {SMALLEST_SIDE}, got {tuple(images.shape[-2:])}")
+        refuse_small(images, SMALLEST_SIDE)
         x1 = self.layer1(F.relu(self.stem_norm(self.stem(images))))
         x2 = self.layer2(x1)
         x3 = self.layer3(x2)

@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from tenfold_shared.errors import UserError
+
 PSNR_FLOOR = 1e-6
 
 
@@ -56,15 +58,20 @@ def lpips(
         as_published: pass [0, 1] where the network expects [-1, 1], as the published numbers were made (`lpips_01`).
 
     Raises:
-        RuntimeError: the weights are not there and cannot be fetched.
+        UserError: the weights are not there and cannot be fetched.
 
     """
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity  # noqa: PLC0415 - heavy
 
     first, second = (x.permute(2, 0, 1)[None].float().clamp(0, 1) for x in (image, truth))
-    if as_published:  # torchmetrics maps [0, 1] to [-1, 1] only if it is told to
-        return learned_perceptual_image_patch_similarity(first, second, net_type="vgg", normalize=False)
-    return learned_perceptual_image_patch_similarity(first, second, net_type="vgg", normalize=True)
+    # torchmetrics maps [0, 1] to [-1, 1] only if it is told to.
+    try:
+        return learned_perceptual_image_patch_similarity(first, second, net_type="vgg", normalize=not as_published)
+    except OSError as error:
+        raise UserError(
+            f"LPIPS needs torchvision's VGG weights, which are not in {torch.hub.get_dir()}/checkpoints and cannot be "
+            f"fetched ({error}): put vgg16-397923af.pth there, or leave LPIPS out"
+        ) from error
 
 
 def depth_scores(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold_gnt.baselines import IBRNet, NeRF, OneStageTransformer, VolumeRenderedGNT
-from tenfold_gnt.features import FeatureMaps, InstanceNorm, ResUNet, join
+from tenfold_gnt.features import FeatureMaps, InstanceNorm, ResUNet, join, refuse_small
 from tenfold_gnt.network import GNT
 from tenfold_gnt.render import Model
 from tenfold_shared.errors import UserError
@@ -24,11 +24,11 @@ class NetworkConfig:
     """gnt; volren: volume rendering in place of the ray transformer; dot: dot-product view attention; one-stage: one
     transformer over all tokens; ibrnet and nerf: earlier methods."""
     width: int = 64
-    """Width of the tokens."""
+    """Width of the tokens; ibrnet and nerf have their published sizes."""
     depth: int = 4
-    """Pairs of view and ray blocks: 4 for single scenes, 8 across scenes."""
+    """Pairs of view and ray blocks: 4 for single scenes, 8 across scenes; not of ibrnet and nerf."""
     dropout: float = 0.1
-    """In all blocks."""
+    """In all blocks; not of ibrnet and nerf."""
     features: Literal["resunet", "small"] = "resunet"
     """Feature network: the paper's, or the miniature's."""
     channels: int = 32
@@ -36,9 +36,9 @@ class NetworkConfig:
     fine: bool = False
     """A second network (and feature map) for the importance pass."""
     position_every: int = 2
-    """Positions join the tokens after every n-th view block: 2 as released, 1 as in the paper."""
+    """gnt, volren, dot: positions join the tokens after every n-th view block: 2 as released, 1 as in the paper."""
     double_projection: bool = True
-    """Values of the view attention are projected from the keys, as released; otherwise from the features."""
+    """gnt, volren: values of the view attention are projected from the keys, as released; otherwise from the features."""
 
     def __post_init__(self) -> None:
         """Refuse networks that cannot be."""
@@ -68,7 +68,8 @@ class SmallUNet(nn.Module):
         self.head = nn.Conv2d(64, channels, 3, 1, 1, padding_mode="reflect")
 
     def forward(self, images: Float[Tensor, "views 3 height width"]) -> FeatureMaps:
-        """Maps of half the size."""
+        """Maps of half the size; images of sides below 5 are refused."""
+        refuse_small(images, 5)
         x, skip = images, images
         for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             x = F.relu(norm(convolution(x)))
@@ -110,9 +111,8 @@ def _network(config: NetworkConfig) -> nn.Module:
         return IBRNet(config.channels)
     if config.name == "one-stage":
         return OneStageTransformer(**shape, dropout=config.dropout)
-    if config.name == "volren":
-        return VolumeRenderedGNT(**shape, dropout=config.dropout)
-    return GNT(
+    kind = VolumeRenderedGNT if config.name == "volren" else GNT
+    return kind(
         **shape,
         dropout=config.dropout,
         position_every=config.position_every,

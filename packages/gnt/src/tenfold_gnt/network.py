@@ -146,10 +146,15 @@ def depth_of(weights: Float[Tensor, "rays samples"], depths: Float[Tensor, "rays
 
 
 def confidence_of(weights: Float[Tensor, "rays samples"]) -> Float[Tensor, " rays"]:
-    """1 - entropy of the weights over its maximum log S: 1 where one sample has all weight, 0 for uniform weights."""
-    share = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    """1 - entropy of the weights over its maximum log S: 1 where one sample has all weight, 0 for uniform weights.
+
+    Weights of compositing may sum to less than 1, on rays that meet little: the result is that share of it.
+    """
+    total = weights.sum(-1)
+    share = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)[..., None]
     entropy = -torch.xlogy(share, share).sum(-1)
-    return 1 - entropy / torch.log(torch.tensor(float(weights.shape[-1]), dtype=weights.dtype, device=weights.device))
+    most = torch.log(torch.tensor(float(weights.shape[-1]), dtype=weights.dtype, device=weights.device))
+    return (1 - entropy / most) * total.clamp(max=1)
 
 
 def occlusion_of(view_weights: Float[Tensor, "rays samples views"]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tenfold_gnt.projection import ViewSamples, sample_views, source_views
 from tenfold_gnt.render import Model, Sampling, rays_per_chunk
 from tenfold_gnt.sampling import depth_samples, importance_samples, points_at
+from tenfold_shared.errors import UserError
 
 # Tensors of a chunk alive in forward plus backward, for a budget given in bytes.
 TRAINING_TENSORS = 40
@@ -55,6 +56,15 @@ class Optimisation:
     """Factor of a decay."""
     schedule: Literal["step", "cosine"] = "step"
     """Halved every so often as in the paper, or a cosine down to a tenth over all steps."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no optimiser takes."""
+        rates = self.feature_rate, self.network_rate, self.decay
+        if self.decay_every < 1 or not all(0 <= rate < math.inf for rate in rates):
+            raise UserError(
+                "--optimisation.decay_every takes 1 or more, --optimisation.feature_rate, network_rate and decay "
+                f"numbers of 0 or more, got {self.decay_every} and {', '.join(map(str, rates))}"
+            )
 
 
 def build_optimiser(
@@ -222,8 +232,10 @@ def train_step(
 
 
 def rays_in_step(rays: int, wanted_views: int, views: int) -> int:
-    """int(N_rand · num_source_views / V): more rays when a step has fewer source views than the recipe names."""
-    return int(rays * wanted_views / views)
+    """int(N_rand · num_source_views / V), at least one: more rays when a step has fewer source views than the recipe
+    names.
+    """
+    return max(1, int(rays * wanted_views / views))
 
 
 def choose_pixels(
@@ -241,10 +253,12 @@ def choose_pixels(
         width: of the image.
         count: at most the number of pixels to draw from; more draws all.
         generator: on the device where the pixels are wanted.
-        centre: keep a border of (1 - centre) / 2 of each side free; 0.8 in the released code's "center" mode.
+        centre: keep a border of (1 - centre) / 2 of each side free, but for a pixel or two in the middle; 0.8 in the
+            released code's "center" mode.
 
     """
-    top, left = (round(side * (1 - centre) / 2) if centre is not None else 0 for side in (height, width))
+    border = 0.0 if centre is None else (1 - centre) / 2
+    top, left = (min(round(side * border), (side - 1) // 2) for side in (height, width))
     rows, columns = height - 2 * top, width - 2 * left
     index = torch.randperm(rows * columns, generator=generator, device=generator.device)[:count]
     return torch.stack([index % columns + left, index // columns + top], -1)

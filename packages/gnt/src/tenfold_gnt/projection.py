@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from tenfold_gnt.cameras import intrinsics_of, pose_of
+from tenfold_gnt.cameras import full_precision, intrinsics_of, pose_of
 
 SMALLEST_DEPTH = 1e-8
 LARGEST_PIXEL = 1e6
@@ -43,7 +43,8 @@ def source_views(images: Float[Tensor, "views height width 3"], cameras: Float[T
     if len(images) == 0:
         raise ValueError("rendering needs at least one source view, got none")
     poses = pose_of(cameras)
-    projection = intrinsics_of(cameras) @ torch.linalg.inv(poses)
+    with full_precision(cameras):
+        projection = intrinsics_of(cameras) @ torch.linalg.inv(poses)
     return SourceViews(images.permute(0, 3, 1, 2), projection, poses[:, :3, 3], images.shape[1], images.shape[2])
 
 
@@ -69,7 +70,8 @@ def project(
 
     Positions are q_xy / max(q_z, 1e-8) with q = K inv(c2w) [p, 1], clamped to ±1e6.
     """
-    homogeneous = torch.einsum("vij,...j->v...i", projection[:, :3, :3], points)
+    with full_precision(points):
+        homogeneous = torch.einsum("vij,...j->v...i", projection[:, :3, :3], points)
     homogeneous = homogeneous + projection[:, :3, 3].view(-1, *[1] * (points.ndim - 1), 3)
     pixels = homogeneous[..., :2] / homogeneous[..., 2:].clamp(min=SMALLEST_DEPTH)
     return pixels.clamp(-LARGEST_PIXEL, LARGEST_PIXEL), homogeneous[..., 2] > 0
@@ -118,7 +120,9 @@ def sample_views(
     size = pixels.new_tensor([sources.width - 1.0, sources.height - 1.0])
     grid = (2 * pixels / size - 1).flatten(1, 2)[:, :, None]
     colours = grid_sample(sources.images, grid, align_corners=True)[..., 0]
-    maps = grid_sample(features, grid.to(features.dtype), align_corners=True)[..., 0]
+    # Positions in half precision would be off by a good part of a map's pixel: the maps are brought to theirs.
+    precise = torch.promote_types(features.dtype, torch.float32)
+    maps = grid_sample(features.to(precise), grid.to(precise), align_corners=True)[..., 0]
     # One packed copy to [points, views, channels]: everything after it reads whole rows.
     rgb_feat = torch.cat([colours.to(maps.dtype), maps], 1).permute(2, 0, 1).contiguous()
     mask = (inside(pixels, sources.height, sources.width) & in_front).permute(1, 2, 0)

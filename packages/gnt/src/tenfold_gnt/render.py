@@ -59,6 +59,12 @@ class Model(nn.Module):
         """The network of the importance pass."""
         return self.coarse if self.fine is None else self.fine
 
+    def compile_networks(self) -> None:
+        """Have torch.compile make what renders rays, at its first call."""
+        for network in (self.coarse, self.fine):
+            if network is not None:
+                network.compile()
+
 
 class Level(NamedTuple):
     """One pass over rays: colours, weights of the samples, their expected depth, the depths, weights of the views."""
@@ -90,11 +96,14 @@ def prepare_views(
 
 def readable_maps(maps: FeatureMaps) -> FeatureMaps:
     """The maps with a pixel's channels side by side: on a CPU they are sampled several times faster, but not with their
-    gradient.
+    gradient. Half precision becomes single here, once: `sample_views` needs it.
     """
-    coarse = maps.coarse.contiguous(memory_format=torch.channels_last)
-    fine = coarse if maps.fine is maps.coarse else maps.fine.contiguous(memory_format=torch.channels_last)
-    return FeatureMaps(coarse, fine)
+
+    def readable(x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous(memory_format=torch.channels_last)
+
+    coarse = readable(maps.coarse)
+    return FeatureMaps(coarse, coarse if maps.fine is maps.coarse else readable(maps.fine))
 
 
 def render_level(

@@ -1,17 +1,19 @@
 """The paper's claims: which arms are run, which numbers are compared, and the figures its reader knows."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from tenfold_gnt.baselines import nearest_view
 from tenfold_gnt.evaluate import load_model, render_target
 from tenfold_gnt.experiments import judged_targets
-from tenfold_gnt.train import Recipe, run_recipe
+from tenfold_gnt.train import Recipe, judge, run_recipe
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.errors import UserError
@@ -41,7 +43,7 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     if not claims and request.scale == "mini" and not request.seeds:
         claims = QUICK
         options = dataclasses.replace(options, name=options.name or "reproduce-mini")
-    reproduce_claims("gnt", claims, request, options, measure, figures)
+    reproduce_claims("gnt", claims, request, options, measure, functools.partial(figures, options=options))
 
 
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
@@ -49,6 +51,8 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
     name = f"{arm.key}-seed{seed}"
     measured = once(name, folder, lambda: _run_arm(arm, name, options, folder))
     score = "nearest_psnr" if arm.name == "nearest" else VALUES[claim.metric.name]
+    if score == "lpips_01":  # not part of training, which shall not need its weights
+        measured = once(f"{name}-lpips", folder, lambda: _with_lpips(arm, name, measured, options, folder))
     return dataclasses.replace(measured, value=measured.extras["scores"][score])
 
 
@@ -66,12 +70,26 @@ def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurem
         return Measurement(result.scores.psnr, extras=about, **run.usage())
 
 
+def _with_lpips(arm: Arm, name: str, measured: Measurement, options: RunOptions, folder: Path) -> Measurement:
+    """The measurement with the scores of the run's network again, LPIPS among them."""
+    recipe = load_recipe("tenfold_gnt", str(arm.recipe), Recipe, **arm.options)
+    model, _ = load_model(folder / "runs" / name)
+    with Run.evaluation("gnt", options) as run:
+        scores = judge(run, model.to(run.device), recipe, judged_targets(recipe.data), stride=1, with_lpips=True)
+    known = {key: value for key, value in dataclasses.asdict(scores).items() if not math.isnan(value)}
+    return dataclasses.replace(measured, extras={**measured.extras, "scores": known})
+
+
 def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], seeds: int = 1, jobs: int = 0) -> None:
     """Run a recipe at the points listed ('[{key: value}, ...]'), judged on tables or views held out for it.
 
     The points, best first, with their paired difference to the first, are printed and written to ``sweep.json`` in the
     run's folder. What the claims are judged on is never looked at.
     """
+    if recipe.data.name != "tabletop":
+        raise UserError(
+            f"sweep chooses values on views kept for that, which {recipe.data.name} does not have: --data.name tabletop"
+        )
     if recipe.data.judge != "validation":
         raise UserError("sweep chooses values, which the judged views must not do: add --data.judge validation")
     request = Request(seeds=seeds, jobs=jobs)
@@ -81,7 +99,9 @@ def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], see
 # -- figures --------------------------------------------------------------------------------------------------------------
 
 
-def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
+def figures(
+    claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path, *, options: RunOptions
+) -> list[ReportFigure]:
     """Held-out views beside the truth, with depth; and the course of training. Of the claim with most arms."""
     import matplotlib.pyplot as plt  # noqa: PLC0415 - slow to import, needed once the runs are done
 
@@ -92,7 +112,8 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
         return []
     drawn = []
     with figure_style():
-        figure = _pictures(claim, runs, folder)
+        with Run.evaluation("gnt", options) as run:
+            figure = _pictures(claim, runs, folder, run.device)
         drawn.append(
             ReportFigure(
                 figure,
@@ -120,7 +141,7 @@ def _extras(outcome: Outcome, arm: str) -> list[Mapping[str, Any]]:
     return [extras for value, extras in zip(result.values, result.extras, strict=True) if value is not None]
 
 
-def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
+def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path, device: torch.device) -> Any:
     """One row a judged view: truth, nearest, arms, true depth, depths of the arms."""
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
@@ -128,14 +149,14 @@ def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
     recipe = load_recipe("tenfold_gnt", str(arm.recipe), Recipe, **arm.options)
     targets = judged_targets(recipe.data)
     targets = targets[:: max(1, len(targets) // PICTURES)][:PICTURES]
-    models = {name: load_model(folder / "runs" / run)[0] for name, run in runs.items()}
+    models = {name: load_model(folder / "runs" / run)[0].to(device) for name, run in runs.items()}
     columns = ["truth", "nearest", *models, "true depth", *(f"{name} depth" for name in models)]
     figure, axes = plt.subplots(
         len(targets), len(columns), figsize=(1.35 * len(columns), 1.45 * len(targets)), layout="constrained"
     )
     axes = np.atleast_2d(axes)
     for row, target in zip(axes, targets, strict=True):
-        views = target.views(recipe.data.sources)
+        views = target.views(recipe.data.sources).to(device)
         rays = recipe.rays
         found = {
             name: render_target(model, views, rays.judged_samples, rays.importance, inverse=rays.inverse)
@@ -143,8 +164,8 @@ def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path) -> Any:
         }
         shown = [views.rgb, nearest_view(views.camera, views.images, views.cameras), *(p.rgb for p in found.values())]
         for cell, picture in zip(row, shown, strict=False):
-            cell.imshow(np.clip(picture.numpy(), 0, 1))
-        depths = [p.depth.numpy() for p in found.values()]
+            cell.imshow(np.clip(picture.numpy(force=True), 0, 1))
+        depths = [p.depth.numpy(force=True) for p in found.values()]
         truth = None if target.scene.depth is None else target.scene.depth[target.view]
         for cell, depth in zip(row[len(shown) :], [truth, *depths], strict=True):
             if depth is not None:

@@ -50,7 +50,7 @@ def seen_views(
     """Pack what the mask leaves; None where packing is of no use: most pairs are visible, the groups' sizes would have
     to be waited for (on a GPU), or shapes must not depend on values (when compiling).
     """
-    if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if mask.device.type != "cpu" or not mask.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     views = mask.shape[-2]
     seen = mask.reshape(-1, views) != 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tenfold_gnt.compat import refuse_misfits
 from tenfold_gnt.evaluate import Scores, load_model, mean_scores, score_targets
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
@@ -72,6 +73,8 @@ class Recipe:
                 raise UserError(f"--{name} takes 1 or more, got {getattr(self, name)}")
         if self.memory_mb < 0:
             raise UserError(f"--memory_mb takes 0 or more, got {self.memory_mb}")
+        if self.network.fine and not self.rays.importance:
+            raise UserError("--network.fine is a second network for the importance pass: add --rays.importance")
         if self.rays.importance and not self.network.fine and self.network.features == "small":
             raise UserError("--rays.importance needs the full feature network: --network.features resunet")
 
@@ -110,7 +113,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[Model, Result]:
     seed_everything(run.options.seed, "init")
     model = initial_model(recipe).to(run.device)
     if run.options.compile:
-        model.coarse.compile()
+        model.compile_networks()
     optimiser, scheduler = build_optimiser(model, recipe.optimisation, recipe.steps)
     model.train()
     for step in run.steps("train", recipe.steps, model=model, optimiser=optimiser, scheduler=scheduler):
@@ -152,11 +155,14 @@ def initial_model(recipe: Recipe) -> Model:
     """
     model = create_model(recipe.network)
     if recipe.init is not None:
-        start, _ = load_model(recipe.init)
-        try:
-            model.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            raise UserError(f"--init {recipe.init} holds another network than the recipe's ({error})") from error
+        start, about = load_model(recipe.init)
+        refuse_misfits(start.state_dict(), model.state_dict(), f"--init {recipe.init}", "recipe's network")
+        held = about.get("network", {}).get("double_projection", True)
+        if recipe.network.double_projection != held:  # other values from the same weights
+            raise UserError(
+                f"--init {recipe.init} needs --network.double_projection {str(held).lower()}, as it was trained"
+            )
+        model.load_state_dict(start.state_dict())
     return model
 
 
@@ -169,8 +175,10 @@ def average_gradients(run: Run, model: Model, targets: int) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def judge(run: Run, model: Model, recipe: Recipe, targets: list[Target], stride: int) -> Scores:
-    """Mean scores over the judged views."""
+def judge(
+    run: Run, model: Model, recipe: Recipe, targets: list[Target], stride: int, *, with_lpips: bool = False
+) -> Scores:
+    """Mean scores over the judged scenes."""
     rays = recipe.rays
     table = score_targets(
         run,
@@ -181,5 +189,6 @@ def judge(run: Run, model: Model, recipe: Recipe, targets: list[Target], stride:
         importance=rays.importance,
         inverse=rays.inverse,
         stride=stride,
+        with_lpips=with_lpips,
     )
-    return mean_scores(table)
+    return mean_scores(table, [target.scene.name for target in targets])

@@ -6,6 +6,7 @@ of a source image is computed once, whatever the number of frames.
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tenfold_gnt.cameras import pack_cameras, pixel_grid, resize_camera
+from tenfold_gnt.collections import LLFF_FAR, LLFF_NEAR, LLFF_VIDEO_FAR
 from tenfold_gnt.data import packed_cameras
-from tenfold_gnt.evaluate import load_model
+from tenfold_gnt.evaluate import load_model, refuse_idle_network
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.features import FeatureMaps
 from tenfold_gnt.projection import source_views
@@ -27,6 +29,7 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.progress import Progress
 from tenfold_shared.run import Run, RunOptions
 from tenfold_shared.scenes import (
+    CameraSet,
     LLFFPoses,
     Scene,
     circle_path,
@@ -81,8 +84,14 @@ class RenderConfig:
         """Refuse what cannot be rendered."""
         if self.frames < 1 or self.samples < 2 or self.tile_rows < 1 or self.fps < 1:
             raise UserError("--frames, --tile_rows and --fps take 1 or more, --samples 2 or more")
-        if self.resize <= 0:
-            raise UserError(f"--resize takes a positive factor, got {self.resize}")
+        if self.importance < 0 or self.memory_mb < 0:
+            raise UserError(f"--importance and --memory_mb take 0 or more, got {self.importance} and {self.memory_mb}")
+        if self.resize <= 0 or self.radius <= 0:
+            raise UserError(f"--resize and --radius are positive, got {self.resize} and {self.radius}")
+        if not -90 < self.elevation < 90:
+            raise UserError(f"--elevation lies between -90 and 90 degrees, got {self.elevation}: no side is up there")
+        if not 0 <= self.confident <= 1:
+            raise UserError(f"--confident lies in [0, 1], got {self.confident}")
         if self.path == "poses" and self.poses is None:
             raise UserError("--path poses needs --poses FILE, a .npy of OpenCV camera-to-world matrices [N, 4, 4]")
 
@@ -123,10 +132,15 @@ class SourceCache:
 def render(config: RenderConfig, options: RunOptions) -> None:
     """Render a path of cameras with a checkpoint."""
     model, about = load_model(config.checkpoint)
+    refuse_idle_network(model, config.importance, config.checkpoint)
+    if options.compile:
+        model.compile_networks()
     frames = path_frames(config)
     folder = options.output / "gnt" / (options.name or f"render-{config.path}")
-    claim_folder(folder, config, resume=options.resume)
     with Run.evaluation("gnt", options) as run:
+        if run.is_main:
+            claim_folder(folder, config, resume=options.resume)
+        run.accelerator.wait_for_everyone()
         model = model.to(run.device).eval()
         progress = Progress(enabled=run.is_main and not options.quiet)
         progress.start("frames", len(frames))
@@ -148,9 +162,13 @@ def claim_folder(folder: Path, config: RenderConfig, *, resume: bool) -> None:
     """Start a folder, or go on with one of the same configuration.
 
     Raises:
-        UserError: it holds frames and `resume` is off, or frames of another configuration.
+        UserError: it cannot be used, holds frames and `resume` is off, or holds frames of another configuration.
 
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}; choose another --output") from error
     about = folder / "render.json"
     text: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     if about.exists():
@@ -175,9 +193,14 @@ def path_frames(config: RenderConfig) -> list[Frame]:
     cameras = pool.cameras
     bounds = cameras.bounds
     assert bounds is not None
+    near, far = bounds
     if config.path == "spiral":
+        own = near, far
+        if config.data.name in ("llff_test", "shiny"):  # the path follows from the capture's bounds, not the sampler's
+            own = near / LLFF_NEAR, far / LLFF_FAR
+            far = own[1] * LLFF_VIDEO_FAR
         poses = LLFFPoses(
-            opengl_from_opencv(cameras.camera_to_world), np.tile(bounds, (len(pool), 1)), cameras.intrinsics[:, 0, 0]
+            opengl_from_opencv(cameras.camera_to_world), np.tile(own, (len(pool), 1)), cameras.intrinsics[:, 0, 0]
         )
         path = opencv_from_opengl(spiral_path(poses, config.frames))
     elif config.path == "circle":
@@ -186,7 +209,6 @@ def path_frames(config: RenderConfig) -> list[Frame]:
         path = read_poses(config.poses)
     matrix = torch.from_numpy(cameras.intrinsics[:1]).float().expand(len(path), 3, 3)
     packed = pack_cameras(matrix, torch.from_numpy(path).float(), cameras.height, cameras.width)
-    near, far = map(float, bounds)
     return [Frame(_resized(camera, config), near, far, pool, targets[0].method, None) for camera in packed]
 
 
@@ -201,19 +223,25 @@ def _judged_frame(target: Target, config: RenderConfig) -> Frame:
 
 
 def _resized(camera: Tensor, config: RenderConfig) -> Tensor:
-    return resize_camera(camera, config.resize) if config.resize != 1 else camera
+    resized = resize_camera(camera, config.resize) if config.resize != 1 else camera
+    if resized[:2].min() < 1:
+        raise UserError(f"--resize {config.resize} leaves no pixel of {int(camera[1])}x{int(camera[0])}: take more")
+    return resized
 
 
 def read_poses(path: Path | None) -> np.ndarray:
     """OpenCV camera-to-world matrices [N, 4, 4] of a .npy file."""
     assert path is not None
     try:
-        poses = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--poses {path} is no readable .npy file ({error})") from error
-    if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not np.isfinite(poses).all():
-        raise UserError(f"--poses {path} needs finite matrices [N, 4, 4], got an array of shape {poses.shape}")
-    return poses
+        poses = np.asarray(np.load(path, allow_pickle=False), dtype=np.float64)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"--poses {path} is no readable .npy file of numbers ({error})") from error
+    if poses.ndim != 3 or poses.shape[1:] != (4, 4):
+        raise UserError(f"--poses {path} needs matrices [N, 4, 4], got an array of shape {poses.shape}")
+    try:
+        return CameraSet(np.tile(np.eye(3), (len(poses), 1, 1)), poses, 1, 1).camera_to_world
+    except UserError as error:
+        raise UserError(f"--poses {path}: {error}") from error
 
 
 def render_frame(

@@ -136,7 +136,7 @@ class SubtractionAttention(nn.Module):
         mixed = features.flatten(0, -2) @ from_features.T
         mixed.addmm_(self.position_units(ray_diff).flatten(0, -2).to(mixed.dtype), from_position.T.to(mixed.dtype))
         width = features.shape[-1]
-        return mixed.view(*features.shape[:-1], -1).split([width, mixed.shape[-1] - width], -1)
+        return mixed.view(*features.shape[:-1], mixed.shape[-1]).split([width, mixed.shape[-1] - width], -1)
 
     def _weigh(
         self,

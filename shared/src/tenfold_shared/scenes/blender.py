@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,31 @@ def read_json(path: Path) -> Any:
         raise UserError(f"the camera file {path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"the camera file {path} is not valid JSON ({error}); fetch it again") from error
+
+
+def read_transforms(path: Path) -> dict[str, Any]:
+    """The parsed `transforms*.json`: a dictionary whose `frames`, if any, are dictionaries.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+
+    """
+    meta = read_json(path)
+    frames = (meta.get("frames") or []) if isinstance(meta, dict) else None
+    if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+        raise UserError(f"the camera file {path} holds no dictionary with a list of frames; fetch it again")
+    return meta
+
+
+@contextlib.contextmanager
+def numbers_of(path: Path | str) -> Iterator[None]:
+    """Whatever is no number where one belongs is told of with the camera file it stands in."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the camera file {path} has something else where a number belongs ({error})") from error
 
 
 def blender_cameras(meta: dict[str, Any], height: int, width: int, source: str = "transforms") -> CameraSet:
@@ -122,14 +148,15 @@ def read_blender(
     """
     folder = Path(folder)
     source = folder / f"transforms_{split}.json"
-    meta = read_json(source)
+    meta = read_transforms(source)
     meta["frames"] = (meta.get("frames") or [])[::skip]
     paths = [find_image(folder, str(frame.get("file_path", ""))) for frame in meta["frames"]]
     if not paths:
         raise UserError(f"{source} lists no frames")
     native = common_size(paths)
     height, width = size or native
-    cameras = blender_cameras({"w": native[1], "h": native[0], **meta}, height, width, str(source))
+    with numbers_of(source):
+        cameras = blender_cameras({"w": native[1], "h": native[0], **meta}, height, width, str(source))
     if cameras.near is None:
         cameras = cameras.with_bounds(BLENDER_NEAR, BLENDER_FAR)
     return Scene(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tenfold_shared.errors import UserError
-from tenfold_shared.scenes.blender import find_image, read_json
+from tenfold_shared.scenes.blender import find_image, numbers_of, read_transforms
 from tenfold_shared.scenes.cameras import CameraSet, intrinsics_matrix, opencv_from_opengl, opengl_from_opencv
 from tenfold_shared.scenes.views import ImageFiles, Scene, common_size, write_image
 
@@ -33,7 +33,7 @@ def read_nerfstudio(folder: Path | str, split: str | None = None) -> Scene:
     """
     source = Path(folder)
     source = source if source.suffix == ".json" else source / "transforms.json"
-    meta = read_json(source)
+    meta = read_transforms(source)
     frames = sorted(meta.get("frames") or [], key=lambda frame: str(frame.get("file_path", "")))
     if split is not None:
         listed = meta.get(f"{split}_filenames")
@@ -44,17 +44,20 @@ def read_nerfstudio(folder: Path | str, split: str | None = None) -> Scene:
         raise UserError(f"{source} lists no frames")
     paths = [find_image(source.parent, str(frame.get("file_path", ""))) for frame in frames]
     height, width = common_size(paths)
-    matrices = [
-        _intrinsics({**meta, **frame}, height, width, f"{path.name} in {source}")
-        for frame, path in zip(frames, paths, strict=True)
-    ]
-    for frame, path in zip(frames, paths, strict=True):
-        if np.shape(frame.get("transform_matrix", ())) != (4, 4):
-            raise UserError(f"{path.name} in {source} has no 4x4 transform_matrix")
-    poses = np.stack([opencv_from_opengl(np.array(frame["transform_matrix"])) for frame in frames])
-    cameras = CameraSet(np.stack(matrices), poses, height, width, tuple(str(frame["file_path"]) for frame in frames))
-    if "near" in meta and "far" in meta:
-        cameras = cameras.with_bounds(meta["near"], meta["far"])
+    with numbers_of(source):
+        matrices = [
+            _intrinsics({**meta, **frame}, height, width, f"{path.name} in {source}")
+            for frame, path in zip(frames, paths, strict=True)
+        ]
+        for frame, path in zip(frames, paths, strict=True):
+            if np.shape(frame.get("transform_matrix", ())) != (4, 4):
+                raise UserError(f"{path.name} in {source} has no 4x4 transform_matrix")
+        poses = np.stack([opencv_from_opengl(np.array(frame["transform_matrix"])) for frame in frames])
+        cameras = CameraSet(
+            np.stack(matrices), poses, height, width, tuple(str(frame["file_path"]) for frame in frames)
+        )
+        if "near" in meta and "far" in meta:
+            cameras = cameras.with_bounds(meta["near"], meta["far"])
     return Scene(source.parent.name, cameras, ImageFiles(paths, (height, width)))
 
 

@@ -18,7 +18,7 @@ class IBRNet(nn.Module):
 
     Args:
         feature_channels: C of the feature maps.
-        samples: the most samples a ray, for the position code over sample indices.
+        samples: samples a ray for which the position code over sample indices is kept; for more it is made anew.
 
     """
 
@@ -65,7 +65,8 @@ class IBRNet(nn.Module):
         mean, variance = moments(x, weight)
         pooled = torch.cat([mean.squeeze(2), variance.squeeze(2), weight.mean(2)], -1)
         tokens = self.geometry(pooled)
-        tokens = self.attention(tokens + self.code[: tokens.shape[1]].to(tokens), (count > 1).squeeze(-1))
+        code = self.code if tokens.shape[1] <= len(self.code) else sinusoid(tokens.shape[1], HIDDEN)
+        tokens = self.attention(tokens + code[: tokens.shape[1]].to(tokens), (count > 1).squeeze(-1))
         sigma = self.density(tokens).masked_fill(count < 1, 0.0)
         logits = self.blending(torch.cat([x, visible, ray_diff], -1)).masked_fill(mask == 0, -1e9)
         blend = logits.softmax(2)

@@ -1,6 +1,6 @@
 """Interval-free alpha compositing, and GNT with it in place of the ray transformer: the direct test of the claim."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,11 +57,14 @@ class NoRayMixing(nn.Module):
 class VolumeRenderedGNT(GNT):
     """GNT without ray transformers: every sample gets a colour and a density, composited on white.
 
-    The arm "volren": per sample LayerNorm, Linear(D, 4); colour by a sigmoid, density by softplus(· - 1).
+    The arm "volren": per sample LayerNorm, Linear(D, 4); colour by a sigmoid, density by softplus(· - 1). `options` are
+    the keyword arguments of `GNT`.
     """
 
-    def __init__(self, width: int = 64, depth: int = 4, feature_channels: int = 32, dropout: float = 0.1) -> None:
-        super().__init__(width, depth, feature_channels, dropout)
+    def __init__(
+        self, width: int = 64, depth: int = 4, feature_channels: int = 32, dropout: float = 0.1, **options: Any
+    ) -> None:
+        super().__init__(width, depth, feature_channels, dropout, **options)
         self.to_rgb = nn.Linear(width, 4)
 
     def ray_block(self, width: int, dropout: float) -> nn.Module:
