@@ -140,6 +140,22 @@ def test_the_stronger_attack_follows_the_last_task_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("heads", "terms"),
+    [
+        ("two", {"random", "balanced", "kd_aux", "kd_main"}),
+        ("random", {"random", "kd_main"}),
+        ("balanced", {"balanced", "kd_main"}),
+    ],
+)
+def test_a_single_classifier_sees_one_kind_of_batches(heads: str, terms: set[str], tmp_path: Path) -> None:
+    recipe = short(steps=1, heads=heads)
+    with Run("cilqud", recipe, options(tmp_path)) as run:
+        run_recipe(run, recipe)
+    lines = [json.loads(line) for line in (tmp_path / "cilqud" / "x" / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[-1]) - {"phase", "step", "seconds", "loss"} == terms
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"epochs": 0}, "--epochs"),

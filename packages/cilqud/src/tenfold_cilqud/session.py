@@ -290,7 +290,7 @@ def make_task(session: Session, index: int) -> Task:
     sizes = batch_composition(recipe.batch_size, max(index, 1), recipe.sub_batch)
     random = Stream(run, labelled, sizes.sub_batch if index else recipe.batch_size, f"random-{index}", data.augment)
     task = Task(index, session, new, anchors, teacher, random, [], recipe.sampler != "groups", held_out=held_out)
-    if index and recipe.method == "cil-qud":
+    if index and recipe.method == "cil-qud" and recipe.heads != "random":
         task.balanced = balanced_streams(session, index, new, anchors)
     if index and recipe.uses_pool:
         assert teacher is not None
