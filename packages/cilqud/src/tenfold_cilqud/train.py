@@ -17,7 +17,7 @@ from tenfold_cilqud.baselines import Walk
 from tenfold_cilqud.data import load_data
 from tenfold_cilqud.decisions import add_decision
 from tenfold_cilqud.evaluate import robust_accuracies, task_accuracies
-from tenfold_cilqud.methods import baseline, baseline_values, cil_qud, consolidation, finish
+from tenfold_cilqud.methods import baseline, cil_qud, consolidation, expert_loss, finish
 from tenfold_cilqud.models import IncrementalNet, create_model
 from tenfold_cilqud.objective import Terms
 from tenfold_cilqud.pools import open_pool, read_excluded
@@ -245,18 +245,9 @@ def train_task(task: Task, phase: str) -> None:
             fit(task, f"{phase}-train", task.steps, baseline)
         session.run.complete(f"{phase}-train", session.net)
         steps = max(1, round(EEIL_SHARE * task.steps))
-        fit(task, phase, steps, partial(balanced_stage, balanced_stream(task)), rate=EEIL_RATE)
+        fit(task, phase, steps, partial(baseline, stream=balanced_stream(task)), rate=EEIL_RATE)
     else:
         fit(task, phase, task.steps, baseline)
-
-
-def expert_loss(expert: IncrementalNet, task: Task, step: int) -> Terms:
-    """DMC's first stage: a second network on the new data alone, within the new block."""
-    batch, _ = task.random[step]
-    old = task.index * expert.classes_per_task
-    logits = expert(batch.x, task.seen, "main")[:, old:]
-    values = torch.nn.functional.cross_entropy(logits, batch.y - old, reduction="sum")
-    return {"expert": values / batch.total}
 
 
 def balanced_stream(task: Task) -> Stream:
@@ -268,15 +259,6 @@ def balanced_stream(task: Task) -> Stream:
     memory = type(memory)(memory.images.to(device), memory.labels.to(device))
     weights = class_weights(memory.labels)
     return Stream(session.run, memory, size, f"eeil-{task.index}", session.data.augment, weights)
-
-
-def balanced_stage(stream: Stream, task: Task, step: int) -> Terms:
-    """EEIL's loss on balanced samples."""
-    batch, _ = stream[step]
-    with torch.no_grad():
-        answers = task.teacher(batch.x, task.index, "main") if task.teacher is not None else None
-    logits = task.session.net(batch.x, task.seen, "main")
-    return {"classification": baseline_values("eeil", False, logits, batch.y, answers).sum() / batch.total}
 
 
 # -- a stage ----------------------------------------------------------------------------------------------------------------
