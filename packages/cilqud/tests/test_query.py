@@ -118,3 +118,12 @@ def test_the_approximate_search_reports_its_recall() -> None:
     assert recall == 1.0
     assert found.chosen.tolist() == query(anchors, pool, 5).chosen.tolist()
     assert approximate_query(anchors, pool, 5, dimensions=1, generator=draws)[1] < 0.9
+
+
+def test_the_approximate_search_obeys_the_same_options() -> None:
+    """With all components it is the exact one, whatever that is asked for."""
+    anchors, pool = drawn(6, 4, 0), drawn(30, 4, 1) * torch.rand(30, 1, dtype=torch.float64)
+    for how in ({"metric": "cosine"}, {"order": "round_robin"}, {"max_total": 7}, {"exclude": torch.arange(26)}):
+        found, recall = approximate_query(anchors, pool, 5, dimensions=4, **how)
+        assert found.indices.tolist() == query(anchors, pool, 5, **how).indices.tolist()
+        assert recall == 1.0

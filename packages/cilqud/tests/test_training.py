@@ -125,6 +125,12 @@ def test_options_run(changes: dict, tmp_path: Path) -> None:
     assert 0 <= result.robust_last <= 100
 
 
+def test_all_of_a_pool_has_a_limit_too(tmp_path: Path) -> None:
+    recipe = short(steps=1, query=QueryConfig(strategy="all", max_total=7))
+    with Run("cilqud", recipe, options(tmp_path)) as run:
+        assert run_recipe(run, recipe).queries[0]["taken"] == 7
+
+
 def test_the_stronger_attack_follows_the_last_task_alone(tmp_path: Path) -> None:
     evaluation = Evaluation(final="ensemble", eps=0.1, steps=1, targets=1, queries=2, images=4)
     recipe = short(steps=2, evaluation=evaluation)
@@ -244,8 +250,8 @@ def test_pool_labels_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         recipe = short()
         opened = tenfold_cilqud.train.open_pool
 
-        def permuted(config, data, seed, opened=opened, shuffle=shuffle):
-            pool = opened(config, data, seed)
+        def permuted(*given, opened=opened, shuffle=shuffle, **how):
+            pool = opened(*given, **how)
             pool.labels = pool.labels.flip(0) if shuffle else pool.labels
             return pool
 

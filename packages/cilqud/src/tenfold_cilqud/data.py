@@ -49,7 +49,7 @@ class DataConfig:
     """Folder of the data set, looked for here and in the data root; default: the data root itself ($TENFOLD_DATA or the
     platform's cache)."""
     download: bool = False
-    """Fetch the data set when it is not there."""
+    """Fetch the data set, and CIFAR as a pool, when it is not there."""
     tasks: int = 5
     """Tasks n; every task gets the same number of classes."""
     class_order: str = "default"

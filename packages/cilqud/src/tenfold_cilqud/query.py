@@ -188,24 +188,31 @@ def approximate_query(
     dimensions: int = 32,
     sample: int = 32,
     generator: torch.Generator | None = None,
+    metric: Metric = "l2",
+    order: Order = "stored",
+    max_total: int = 0,
     exclude: Int[Tensor, " e"] | None = None,
 ) -> tuple[Query, float]:
-    """The greedy query on the features' first principal components, and its recall.
+    """The greedy query on the features' first principal components (of the features at unit length for `cosine`), and its
+    recall.
 
     Recall is the share of the exact nearest neighbours of `sample` anchors (each alone, `per_anchor` of them) that the
     shortened features find too.
     """
+    if metric == "cosine":
+        anchors, pool = (torch.nn.functional.normalize(features) for features in (anchors, pool))
     dimensions = min(dimensions, *pool.shape)
     rows = torch.randperm(len(pool), generator=generator)[:20000].to(pool.device)
     centre = pool[rows].mean(0)
     _, _, basis = torch.linalg.svd(pool[rows] - centre, full_matrices=False)
     short_pool = torch.cat([(chunk - centre) @ basis[:dimensions].T for _, chunk in _chunks(pool)])
     short_anchors = (anchors - centre) @ basis[:dimensions].T
-    result = query(short_anchors, short_pool, per_anchor, exclude=exclude)
-    found = 0
+    result = query(short_anchors, short_pool, per_anchor, order=order, max_total=max_total, exclude=exclude)
+    found = wanted = 0
     tested = range(0, len(anchors), max(1, len(anchors) // sample))
     for i in tested:
         exact = query(anchors[i : i + 1], pool, per_anchor, exclude=exclude).chosen
         close = query(short_anchors[i : i + 1], short_pool, per_anchor, exclude=exclude).chosen
         found += int(torch.isin(exact, close).sum())
-    return result, found / (len(tested) * min(per_anchor, len(pool)))
+        wanted += len(exact)
+    return result, found / wanted

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tenfold_cilqud.data import ClassData, DataConfig, load_data
 from tenfold_cilqud.evaluate import load_checkpoint
-from tenfold_cilqud.pools import PoolConfig, find_duplicates, open_pool
+from tenfold_cilqud.pools import PoolConfig, find_duplicates, open_pool, read_excluded
 from tenfold_cilqud.query import Metric, Order
 from tenfold_cilqud.query import query as run_query
 from tenfold_cilqud.session import features_of, pool_features
@@ -102,8 +102,12 @@ class AuditTool:
 def audit(tool: AuditTool, options: RunOptions) -> None:
     """Count the test images in a pool, by hash and, with --pool.near, by distance."""
     data = load_data(tool.data, options.seed)
-    pool = open_pool(dataclasses.replace(tool.pool, duplicates="keep"), data, options.seed)
+    source = dataclasses.replace(tool.pool, duplicates="keep", exclude=None)  # so that indices count its images
+    pool = open_pool(source, data, options.seed, download=tool.data.download)
     found = find_duplicates(pool, torch.cat(list(data.test)), tool.pool.near)
+    excluded = read_excluded(tool.pool.exclude, len(pool))
+    if excluded is not None:
+        found = found[~torch.isin(found, excluded)]
     if tool.show == "indices":
         print("\n".join(map(str, found.tolist())))
         return

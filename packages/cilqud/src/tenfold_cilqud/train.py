@@ -20,7 +20,7 @@ from tenfold_cilqud.evaluate import robust_accuracies, task_accuracies
 from tenfold_cilqud.methods import baseline, cil_qud, consolidation, expert_loss, finish
 from tenfold_cilqud.models import IncrementalNet, create_model
 from tenfold_cilqud.objective import Terms
-from tenfold_cilqud.pools import open_pool, read_excluded
+from tenfold_cilqud.pools import open_pool
 from tenfold_cilqud.protocol import Summary, new_samples, summarise_matrix
 from tenfold_cilqud.recipe import Recipe
 from tenfold_cilqud.session import Session, Task, make_task, update_anchors
@@ -83,10 +83,11 @@ def run_recipe(run: Run, recipe: Recipe) -> Result:
     """
     seed = run.options.seed
     data = load_data(recipe.data, seed)
-    pool = open_pool(recipe.pool, data, seed) if recipe.uses_pool and recipe.query.strategy != "anchors" else None
-    excluded = read_excluded(recipe.pool.exclude, len(pool)) if pool is not None else None
+    pool = None
+    if recipe.uses_pool and recipe.query.strategy != "anchors":
+        pool = open_pool(recipe.pool, data, seed, download=recipe.data.download)
     net = place(run, new_network(recipe, data.classes_per_task, data.tasks, data.shape, data.mean, data.std, seed))
-    session = Session(run, recipe, data, net, pool, excluded)
+    session = Session(run, recipe, data, net, pool)
     if recipe.method == "rwalk":
         session.walk = Walk(net)
     for index in range(data.tasks):
