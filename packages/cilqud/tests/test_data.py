@@ -65,11 +65,21 @@ def test_the_miniatures_pool_has_no_test_image() -> None:
         ({"class_order": "0,1,2"}, "no permutation"),
         ({"evaluate_on": "validation"}, "needs --data.validation"),
         ({"per_class": -1}, "0 or more"),
+        ({"name": "official10", "per_class": 5}, "--data.per_class: the released bundle"),
+        ({"name": "official10", "anchor_rule": "herding"}, "--data.anchor_rule: the released bundle"),
     ],
 )
 def test_what_is_no_protocol_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_data(DataConfig(**{"name": "digits", **changes}), 0)
+
+
+def test_a_fraction_of_the_digits_is_held_back() -> None:
+    """Of each digit's images that are not for the test."""
+    whole = load_data(DataConfig(held_back=60), 0)
+    found = load_data(DataConfig(held_back=0.2), 10**6)
+    assert all(len(images) in range(24, 28) for images in found.held_back)
+    assert [len(images) for images in whole.held_back] == [60] * 10
 
 
 def test_image_folders_make_classes(tmp_path: Path) -> None:
@@ -103,6 +113,12 @@ def test_the_bundle_is_written_and_read_back(tmp_path: Path, monkeypatch: pytest
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert [len(images) for images in data.anchors] == [2] * 4
     assert data.order == (0, 1, 2, 3)
+    fewer = DataConfig(name="official10", root=tmp_path, tasks=2, class_order="natural", anchors=1)
+    assert [len(images) for images in load_data(fewer, 0).anchors] == [1] * 4
+    # Its validation images are there without being held out.
+    assert DataConfig(name="official10", evaluate_on="validation").validation == 0
+    with pytest.raises(UserError, match="anchors are --anchors random"):
+        prepare(DataConfig(name="cifar10", anchor_rule="herding"), tmp_path, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tenfold_cilqud.protocol import draws
+
 AnchorRule = Literal["random", "herding", "kcenter"]
 TINY = 1e-8
 
@@ -48,7 +50,7 @@ def k_center(features: Float[Tensor, "n d"], count: int) -> Int[Tensor, " m"]:
 
 def random_anchors(size: int, count: int, seed: int, label: int) -> Int[Tensor, " m"]:
     """The first `count` of a class's images after the permutation that (seed + label) gives."""
-    return torch.from_numpy(np.random.RandomState(seed + label).permutation(size)[:count].astype(np.int64))
+    return torch.from_numpy(draws(seed + label).permutation(size)[:count].astype(np.int64))
 
 
 def choose_anchors(

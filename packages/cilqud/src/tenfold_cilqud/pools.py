@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tenfold_cilqud.data import ClassData, pixels
+from tenfold_cilqud.protocol import draws
 from tenfold_shared.download import data_root, missing, restricted_pickle_load
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import load_images
@@ -125,7 +126,7 @@ def open_pool(config: PoolConfig, data: ClassData, seed: int, *, download: bool 
     parts = [_source(name, data, seed, download) for name in config.source.split("+")]
     pool = parts[0] if len(parts) == 1 else mixed(parts)
     if config.limit and config.limit < len(pool):
-        drawn = np.random.RandomState(seed).permutation(len(pool))[: config.limit]
+        drawn = draws(seed).permutation(len(pool))[: config.limit]
         pool = pool.subset(torch.from_numpy(np.sort(drawn)))
     excluded = read_excluded(config.exclude, len(pool))
     if excluded is not None:
@@ -177,7 +178,7 @@ def photo_patches(count: int, shape: tuple[int, ...], seed: int, dtype: torch.dt
     from sklearn.datasets import load_sample_images  # noqa: PLC0415 - slow to import
 
     channels, side = shape[0], shape[1]
-    draw = np.random.RandomState(seed)
+    draw = draws(seed)
     photographs = [photograph.astype(np.float32) / 255 for photograph in load_sample_images().images]
     if channels == 1:
         photographs = [photograph.mean(2, keepdims=True) for photograph in photographs]
@@ -287,7 +288,7 @@ def _svhn(where: str, data: ClassData, seed: int) -> Pool:
 def _folder(where: str, data: ClassData, seed: int) -> Pool:
     files = sorted(path for path in Path(where).rglob("*") if path.suffix.lower() in SUFFIXES) if where else []
     if not files:
-        raise UserError(f"--pool.source folder:{where}: no image files are there")
+        raise UserError(f"{where or '--pool.source folder:'}: no image files are there; give a folder of images")
     return Pool(
         len(files), lambda chosen: _decoded([files[i] for i in chosen.tolist()], data.shape), f"images of {where}"
     )
