@@ -49,9 +49,17 @@ def test_architectures_by_name(name: str) -> None:
         net(x, 4)
 
 
-def test_unknown_names_are_refused() -> None:
+@pytest.mark.parametrize("name", ["preact19", "fcn_resnet50"])
+def test_unknown_names_are_refused(name: str) -> None:
+    """And networks of torchvision that are no classifiers, which would fetch weights."""
     with pytest.raises(UserError, match="neither"):
-        create_model("preact19", 2, 3)
+        create_model(name, 2, 3)
+
+
+def test_a_backbone_of_torchvision_sees_grey_images() -> None:
+    net = create_model("mobilenet_v3_small", 2, 3, shape=(1, 32, 32)).eval()
+    grey = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(net.features(grey), net.features(grey.expand(-1, 3, -1, -1)))
 
 
 def small(**changes) -> PreActResNet:
