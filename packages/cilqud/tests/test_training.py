@@ -165,6 +165,13 @@ def test_a_single_classifier_sees_one_kind_of_batches(heads: str, terms: set[str
     ("changes", "words"),
     [
         ({"epochs": 0}, "--epochs"),
+        ({"batch_size": 3}, "a quarter of it"),
+        ({"lr": 0.0}, "--lr is positive"),
+        ({"momentum": 1.0}, "--momentum"),
+        ({"width": -1}, "--width"),
+        ({"lambda_lwf": -1.0}, "--lambda_lwf"),
+        ({"query": QueryConfig(max_total=-1)}, "--query.max_total"),
+        ({"query": QueryConfig(approximate=-1)}, "--query.approximate"),
         ({"select": "best"}, "--select best"),
         ({"query": QueryConfig(per_anchor=0)}, "empty query"),
         ({"temperature": 0.0}, "--temperature"),
