@@ -224,6 +224,25 @@ def test_a_run_stopped_between_and_within_tasks_goes_on(method: str, tmp_path: P
         shutil.rmtree(folder)
 
 
+def test_importances_end_a_task_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RWalk, stopped when a closed task's state was kept and its weights were not yet."""
+    recipe = short("rwalk")
+    with Run("cilqud", recipe, options(tmp_path / "whole")) as run:
+        run_recipe(run, recipe)
+
+    def stopping(*given: object, **kept: object):
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Run, "save_weights", stopping)
+        with Run("cilqud", recipe, options(tmp_path / "again")) as run:
+            run_recipe(run, recipe)
+    with Run("cilqud", recipe, options(tmp_path / "again", resume=True)) as run:
+        run_recipe(run, recipe)
+    whole, again = (load_checkpoint(tmp_path / name / "cilqud" / "x")[0].state_dict() for name in ("whole", "again"))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
 def test_the_teacher_is_no_live_model() -> None:
     """Also where the backbone was compiled, which leaves a function of the live one on the network."""
     net = create_model("small", 2, 2, shape=(1, 8, 8))

@@ -5,6 +5,7 @@ two stages. Every task's weights and accuracies are kept, so a resumed run goes 
 """
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -172,10 +173,8 @@ def learn(session: Session, index: int) -> None:
     if not run.completed(phase):
         task = make_task(session, index)
         train_task(task, phase)
-        if session.walk is not None:
-            session.walk.end_task(session.net)
-            if run.is_main:
-                save_walk(session, phase)
+        if session.walk is not None and run.is_main:
+            save_walk(session, phase)
         update_anchors(session, index)
         finish(task, session.remembered(index + 1))
         outcome = test(session, index)
@@ -354,11 +353,13 @@ def validation_accuracy(session: Session, task: Task) -> float:
 
 
 def save_walk(session: Session, phase: str) -> None:
-    """RWalk's importances after a task, beside its weights."""
-    assert session.walk is not None
-    parts = {
-        f"{name}.{i}": value for name, values in session.walk.state_dict().items() for i, value in enumerate(values)
-    }
+    """RWalk's importances after a task, beside its weights. They end the task in a copy: the run's own, which a checkpoint
+    may still take, ends it when the phase is closed and `load_walk` reads them.
+    """
+    ended = copy.deepcopy(session.walk)
+    assert ended is not None
+    ended.end_task(session.net)
+    parts = {f"{name}.{i}": value for name, values in ended.state_dict().items() for i, value in enumerate(values)}
     save_weights(session.run.directory / "checkpoints" / f"walk-{phase}.safetensors", parts)
 
 
