@@ -104,6 +104,11 @@ def test_k_center_covers() -> None:
     assert {int(i) // 10 for i in k_center(clusters, 4)} == {0, 1, 2, 3}
 
 
+def test_k_center_takes_no_image_twice() -> None:
+    assert sorted(k_center(torch.ones(4, 2), 3).tolist()) == [0, 1, 2]
+    assert len(k_center(torch.ones(4, 2), 0)) == 0
+
+
 def test_random_anchors_are_the_first_of_a_permutation() -> None:
     assert random_anchors(20, 5, 3, 4).tolist() == np.random.RandomState(7).permutation(20)[:5].tolist()
     assert choose_anchors("random", 20, 5, 3, 4).tolist() == random_anchors(20, 5, 3, 4).tolist()

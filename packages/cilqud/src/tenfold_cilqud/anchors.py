@@ -38,14 +38,15 @@ def herding(features: Float[Tensor, "n d"], count: int) -> Int[Tensor, " m"]:
 
 
 def k_center(features: Float[Tensor, "n d"], count: int) -> Int[Tensor, " m"]:
-    """Greedy k-centre: the sample closest to the mean, then always the one farthest from all chosen."""
+    """Greedy k-centre: the sample closest to the mean, then always the one farthest from all chosen; none twice."""
     first = int((features - features.mean(0)).square().sum(1).argmin())
     chosen = [first]
     gap = (features - features[first]).square().sum(1)
     while len(chosen) < min(count, len(features)):
+        gap[chosen[-1]] = -torch.inf  # also where all others are the same image
         chosen.append(int(gap.argmax()))
         gap = torch.minimum(gap, (features - features[chosen[-1]]).square().sum(1))
-    return torch.tensor(chosen, dtype=torch.int64)
+    return torch.tensor(chosen[:count], dtype=torch.int64)
 
 
 def random_anchors(size: int, count: int, seed: int, label: int) -> Int[Tensor, " m"]:
