@@ -3,6 +3,7 @@
 import collections
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,8 @@ def test_released_files_are_read_with_the_optimiser_in_them(tmp_path: Path) -> N
     loaded = load_official_checkpoint(tmp_path / "task2_best_model.pt")
     x = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(loaded(x, 3), net(x, 3))
+    torch.save(content | {"best_prec1": np.mean([71.0, 72.0])}, tmp_path / "mean.pt")
+    torch.testing.assert_close(load_official_checkpoint(tmp_path / "mean.pt")(x, 3), net(x, 3))
     torch.save({"state_dict": net.state_dict(), "who": Path("x")}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not loaded"):
         load_official_checkpoint(tmp_path / "other.pt")
