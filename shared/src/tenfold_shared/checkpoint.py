@@ -22,6 +22,8 @@ from .errors import RunFailure, UserError
 
 DIGEST = "sha256"  # metadata key of the digest over everything: safetensors itself does not notice a flipped bit
 
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
@@ -29,10 +31,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         RunFailure: the file cannot be written (no space, no permission); the previous file is untouched.
+        UserError: there is no such folder and none can be made, or nothing may be written into it.
 
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise RunFailure(f"cannot write {path}: the disk is full; free some space") from error
+        raise UserError(f"cannot write into {path.parent}: {error.strerror}; choose another folder") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -43,7 +51,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else error.strerror
+        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror
         raise RunFailure(
             f"cannot write {path}: {reason}; the file before it is intact, free some space and resume with --resume"
         ) from error
