@@ -233,9 +233,9 @@ def test_importances_end_a_task_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def stopping(*given: object, **kept: object):
         raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch, Run("cilqud", recipe, options(tmp_path / "again")) as run:
         patch.setattr(Run, "save_weights", stopping)
-        with Run("cilqud", recipe, options(tmp_path / "again")) as run:
+        with pytest.raises(Stopped):
             run_recipe(run, recipe)
     with Run("cilqud", recipe, options(tmp_path / "again", resume=True)) as run:
         run_recipe(run, recipe)

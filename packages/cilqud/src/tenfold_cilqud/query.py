@@ -120,7 +120,9 @@ def _prepared(anchors: Tensor, pool: Tensor, metric: Metric) -> tuple[Tensor, Te
         total += chunk.sum(0, dtype=torch.float64)
         finite &= chunk.to(anchors.dtype).square().sum(1).isfinite().all()
     if not bool(finite):
-        raise UserError("the features of an anchor or of a pool image are not finite, or too large: look at the network")
+        raise UserError(
+            "the features of an anchor or of a pool image are not finite, or too large: look at the network"
+        )
     if metric == "cosine":
         return torch.nn.functional.normalize(anchors), torch.zeros_like(anchors[0]), True
     centre = (total / len(pool)).to(anchors.device, anchors.dtype)

@@ -122,7 +122,8 @@ class Recipe:
         robust_lwf = self.robust.lwf == "attacked" or self.robust.gamma2 > 0
         if robust_lwf and (self.method != "cil-qud" or self.distill == "none"):
             raise UserError(
-                "--robust.lwf attacked and --robust.gamma2 attack unlabeled images, which this method has none of"
+                "--robust.lwf attacked and --robust.gamma2 attack unlabeled images, which this method has none of: take "
+                "--robust.lwf clean --robust.gamma2 0, which leaves --robust.adv"
             )
 
     @property
