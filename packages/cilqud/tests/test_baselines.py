@@ -24,7 +24,7 @@ from tenfold_cilqud.protocol import Samples
 from tenfold_cilqud.recipe import Recipe
 from tenfold_cilqud.robust import Robust, worst_cases
 from tenfold_cilqud.session import Session, make_task, update_anchors
-from tenfold_cilqud.train import new_network, run_recipe
+from tenfold_cilqud.train import new_network, run_recipe, validation_accuracy
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 
@@ -140,6 +140,20 @@ def test_bias_corrections_are_applied_once(tmp_path: Path) -> None:
     torch.testing.assert_close(baseline(task, 0)["classification"], expected)
     expected.backward()
     assert net.decision.scale.grad is None
+
+
+def test_the_best_weights_are_chosen_without_what_a_tasks_end_tells(tmp_path: Path) -> None:
+    """While iCaRL learns its classes have no means yet: the primary head is asked, here one that tells them apart."""
+    data = DataConfig(per_class=10, validation=10)
+    session = session_of(Recipe(method="icarl", select="best", batch_size=8, data=data), tmp_path)
+    net, task = session.net, make_task(session, 0)
+    with torch.no_grad():
+        features = net.eval().features(task.new.images)
+        means = torch.stack([features[task.new.labels == label].mean(0) for label in (0, 1)])
+        net.linear_main[0].weight.copy_(1e3 * means)
+        net.linear_main[0].bias.copy_(-500 * means.square().sum(1))
+    assert validation_accuracy(session, task) > 60
+    assert net.decision is not None
 
 
 @pytest.mark.parametrize(("method", "passes"), [("lwf", 2 + 2), ("eeil", 2 + 2 + 1), ("dmc", 2 + 2)])

@@ -10,7 +10,7 @@ import torch
 
 import tenfold_cilqud.train
 from tenfold_cilqud.data import ClassData, DataConfig
-from tenfold_cilqud.evaluate import Evaluation, load_checkpoint, predictions
+from tenfold_cilqud.evaluate import EvalConfig, Evaluation, evaluate, load_checkpoint, predictions
 from tenfold_cilqud.models import create_model
 from tenfold_cilqud.pools import memory_pool
 from tenfold_cilqud.protocol import Samples
@@ -261,7 +261,10 @@ def test_untrained_heads_do_not_count(tmp_path: Path) -> None:
     recipe = short()
     with Run("cilqud", recipe, options(tmp_path)) as run:
         run_recipe(run, recipe)
-    net, _ = load_checkpoint(tmp_path / "cilqud" / "x" / "checkpoints" / "task-0.safetensors")
+    first = tmp_path / "cilqud" / "x" / "checkpoints" / "task-0.safetensors"
+    with pytest.raises(UserError, match="later heads are untrained"):
+        evaluate(EvalConfig(first, seen=2), options(tmp_path))
+    net, _ = load_checkpoint(first)
     x = torch.rand(20, 1, 8, 8)
     before = predictions(net, x, 1)
     with torch.no_grad():

@@ -236,6 +236,8 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             f"the checkpoint has {net.tasks} tasks of {per_task} classes, {config.data.name} has {len(data.names)} "
             f"classes and {seen} tasks are asked for: choose another --data.name or --seen"
         )
+    if seen > about.get("seen", net.tasks):
+        raise UserError(f"--seen {seen}: the checkpoint has seen {about['seen']} tasks, its later heads are untrained")
     if len(data.names) != net.tasks * per_task:
         raise UserError(
             f"the checkpoint is about {net.tasks * per_task} classes, {config.data.name} has {len(data.names)}"

@@ -72,11 +72,13 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
             )
         sheet = queried(claims, runs, folder)
         if sheet is not None:
+            pools = sorted({run["pool"] for seeds in runs.values() for run in seeds if run.get("pool")})
             drawn.append(
                 ReportFigure(
                     sheet,
                     title="What the anchors take",
-                    caption="Anchors of the last task's query, first seed, and the pool images that each takes.",
+                    caption="Anchors of the last task's query, first seed, and the pool images that each takes. Pools of the "
+                    f"runs: {'; '.join(pools)}.",
                     alt="Anchor images and the pool images nearest to them",
                 )
             )

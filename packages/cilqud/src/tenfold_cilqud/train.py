@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenfold_cilqud.baselines import Walk
 from tenfold_cilqud.data import load_data
-from tenfold_cilqud.decisions import add_decision
+from tenfold_cilqud.decisions import NearestMean, Rectified, add_decision
 from tenfold_cilqud.evaluate import robust_accuracies, task_accuracies
 from tenfold_cilqud.methods import baseline, cil_qud, consolidation, expert_loss, finish
 from tenfold_cilqud.models import IncrementalNet, create_model
@@ -345,10 +345,16 @@ def average_gradients(run: Run, net: IncrementalNet) -> None:
 
 
 def validation_accuracy(session: Session, task: Task) -> float:
-    """Mean accuracy on the validation images of the tasks seen."""
-    data = session.data
+    """Mean accuracy on the validation images of the tasks seen; of the primary head where a decision is made from what is
+    only known when the task ends, class means or mean scores.
+    """
+    data, net = session.data, session.net
     sets = [new_samples(data.validation, data.order, k, data.classes_per_task) for k in range(task.seen)]
-    rows = task_accuracies(session.net, sets, task.seen, session.recipe.evaluation.batch_size)
+    decision = net.decision
+    if isinstance(decision, NearestMean | Rectified):
+        net.decision = None
+    rows = task_accuracies(net, sets, task.seen, session.recipe.evaluation.batch_size)
+    net.decision = decision
     return sum(rows) / len(rows)
 
 
