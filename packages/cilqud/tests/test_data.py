@@ -304,6 +304,7 @@ def test_mixed_pools_agree_on_what_a_pixel_is() -> None:
         found = torch.cat([pixels(pool[torch.arange(5)]), pixels(pool[torch.tensor([4, 0])])])
         expected = torch.cat([pixels(images) for images in order])
         torch.testing.assert_close(found, torch.cat([expected, expected[[4, 0]]]))
+        assert len(pool[torch.arange(0)]) == 0  # what an anchor takes once all is taken
 
 
 def test_pixels_range_from_0_to_1() -> None:

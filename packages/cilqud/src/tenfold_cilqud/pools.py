@@ -96,6 +96,8 @@ def mixed(parts: Sequence[Pool]) -> Pool:
             own = (owner == k).nonzero().squeeze(1)
             if len(own):
                 found.append((own, part[indices[own] - int(starts[k])]))
+        if not found:
+            return parts[0][indices]
         first = found[0][1]
         for _, images in found:
             if images.shape[1:] != first.shape[1:]:
