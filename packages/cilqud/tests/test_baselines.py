@@ -1,5 +1,7 @@
 """The baselines' losses and decisions, each against its formula."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -15,10 +17,16 @@ from tenfold_cilqud.baselines import (
     lwf_loss,
     replay_distillation_loss,
 )
+from tenfold_cilqud.data import DataConfig, load_data
 from tenfold_cilqud.decisions import BiasCorrection, Rectified, add_decision, decision_of
-from tenfold_cilqud.methods import align_heads, fit_bias
+from tenfold_cilqud.methods import align_heads, at_worst, baseline, fit_bias
 from tenfold_cilqud.protocol import Samples
+from tenfold_cilqud.recipe import Recipe
+from tenfold_cilqud.robust import Robust, worst_cases
+from tenfold_cilqud.session import Session, make_task, update_anchors
+from tenfold_cilqud.train import new_network, run_recipe, validation_accuracy
 from tenfold_shared.errors import UserError
+from tenfold_shared.run import Run, RunOptions
 
 LOGITS = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TEACHER = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -98,6 +106,90 @@ def test_bias_correction_finds_a_bias() -> None:
     assert isinstance(net.decision, BiasCorrection)
     assert net.decision.shift[0] == 0
     assert net.decision.shift[1] < 0
+
+
+def test_bias_correction_needs_old_images_beside_new_ones() -> None:
+    x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    net = balanced_network(x)
+    add_decision(net, "bic")
+    fit_bias(net, net.decision, 1, Samples(x, torch.tensor([2, 3] * 3)))
+    assert net.decision.scale.tolist() == [1, 1]
+    assert net.decision.shift.tolist() == [0, 0]
+
+
+def session_of(recipe: Recipe, tmp_path: Path) -> Session:
+    """A run on digits before its first task."""
+    run = Run("cilqud", recipe, RunOptions(output=tmp_path, name="x", device="cpu", quiet=True))
+    data = load_data(recipe.data, 0)
+    net = new_network(recipe, data.classes_per_task, data.tasks, data.shape, data.mean, data.std, 0)
+    return Session(run, recipe, data, net)
+
+
+def test_bias_corrections_are_applied_once(tmp_path: Path) -> None:
+    """The student's old logits are compared with the teacher's behind the same corrections, which it keeps at test."""
+    session = session_of(Recipe(method="bic", batch_size=8, width=2, data=DataConfig(per_class=10)), tmp_path)
+    for k in (0, 1):
+        update_anchors(session, k)
+    net = session.net.eval()
+    net.decision.scale[1], net.decision.shift[1] = 0.5, -2.0
+    task = make_task(session, 2)
+    batch, _ = task.random[0]
+    logits = net.decision(net, net.features(batch.x), 3)
+    torch.testing.assert_close(logits[:, 4:], net(batch.x, 3)[:, 4:])
+    expected = replay_distillation_loss(logits, batch.y, logits[:, :4], 4 / 6).mean()
+    torch.testing.assert_close(baseline(task, 0)["classification"], expected)
+    expected.backward()
+    assert net.decision.scale.grad is None
+
+
+def test_the_best_weights_are_chosen_without_what_a_tasks_end_tells(tmp_path: Path) -> None:
+    """While iCaRL learns its classes have no means yet: the primary head is asked, here one that tells them apart."""
+    data = DataConfig(per_class=10, validation=10)
+    session = session_of(Recipe(method="icarl", select="best", batch_size=8, data=data), tmp_path)
+    net, task = session.net, make_task(session, 0)
+    with torch.no_grad():
+        features = net.eval().features(task.new.images)
+        means = torch.stack([features[task.new.labels == label].mean(0) for label in (0, 1)])
+        net.linear_main[0].weight.copy_(1e3 * means)
+        net.linear_main[0].bias.copy_(-500 * means.square().sum(1))
+    assert validation_accuracy(session, task) > 60
+    assert net.decision is not None
+
+
+@pytest.mark.parametrize(("method", "passes"), [("lwf", 2 + 2), ("eeil", 2 + 2 + 1), ("dmc", 2 + 2)])
+@pytest.mark.parametrize("adv", ["madry", "trades"])
+def test_every_stage_on_labels_is_attacked(method: str, passes: int, adv, tmp_path: Path, monkeypatch) -> None:
+    """Two steps of each of two tasks, EEIL's balanced stage, and DMC's expert (its second stage has no labels)."""
+    made = []
+
+    def counted(*given):
+        made.append(given)
+        return worst_cases(*given)
+
+    monkeypatch.setattr("tenfold_cilqud.methods.worst_cases", counted)
+    data = DataConfig(tasks=2, per_class=6, held_back=2, anchors=2)
+    recipe = Recipe(method=method, steps=2, batch_size=8, width=2, data=data, robust=Robust(adv=adv, steps=1))
+    recipe.pool.source, recipe.query.per_anchor = "split", 1
+    with Run("cilqud", recipe, RunOptions(output=tmp_path, name="x", device="cpu", quiet=True)) as run:
+        run_recipe(run, recipe)
+    assert len(made) == passes
+
+
+def test_an_attack_stays_within_the_classes_of_its_loss(tmp_path: Path) -> None:
+    """LwF's cross entropy is over the new block, so the old heads have no say in its worst case."""
+    settings = Robust(adv="madry", eps=0.1, step_size=0.05, steps=2)
+    session = session_of(Recipe(method="lwf", batch_size=8, width=2, data=DataConfig(per_class=10)), tmp_path)
+    update_anchors(session, 0)
+    stream = make_task(session, 1).random
+    batch, whole = stream[0]
+    found = []
+    for within in (range(1, 2), range(2)):
+        for bias in (0.0, 100.0):
+            with torch.no_grad():
+                session.net.linear_main[0].bias[0] = bias
+            found.append(at_worst(session.net, stream, 0, batch, whole, within, settings).x)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[2], found[3])
 
 
 def test_rectified_scores_change_only_where_a_new_class_is_on_top() -> None:

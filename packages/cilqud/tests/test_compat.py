@@ -3,6 +3,7 @@
 import collections
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,9 +50,17 @@ def test_architectures_by_name(name: str) -> None:
         net(x, 4)
 
 
-def test_unknown_names_are_refused() -> None:
+@pytest.mark.parametrize("name", ["preact19", "fcn_resnet50"])
+def test_unknown_names_are_refused(name: str) -> None:
+    """And networks of torchvision that are no classifiers, which would fetch weights."""
     with pytest.raises(UserError, match="neither"):
-        create_model("preact19", 2, 3)
+        create_model(name, 2, 3)
+
+
+def test_a_backbone_of_torchvision_sees_grey_images() -> None:
+    net = create_model("mobilenet_v3_small", 2, 3, shape=(1, 32, 32)).eval()
+    grey = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(net.features(grey), net.features(grey.expand(-1, 3, -1, -1)))
 
 
 def small(**changes) -> PreActResNet:
@@ -70,6 +79,8 @@ def test_released_files_are_read_with_the_optimiser_in_them(tmp_path: Path) -> N
     loaded = load_official_checkpoint(tmp_path / "task2_best_model.pt")
     x = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(loaded(x, 3), net(x, 3))
+    torch.save(content | {"best_prec1": np.mean([71.0, 72.0])}, tmp_path / "mean.pt")
+    torch.testing.assert_close(load_official_checkpoint(tmp_path / "mean.pt")(x, 3), net(x, 3))
     torch.save({"state_dict": net.state_dict(), "who": Path("x")}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not loaded"):
         load_official_checkpoint(tmp_path / "other.pt")

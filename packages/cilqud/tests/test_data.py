@@ -11,6 +11,7 @@ from PIL import Image
 from tenfold_cilqud.data import ClassData, DataConfig, load_data, pixels, prepare, read_classes
 from tenfold_cilqud.pools import PoolConfig, audited, find_duplicates, memory_pool, mixed, open_pool, read_excluded
 from tenfold_shared.errors import UserError
+from tenfold_shared.images import ImageSet
 
 COLOUR = (3, 32, 32)
 
@@ -64,11 +65,21 @@ def test_the_miniatures_pool_has_no_test_image() -> None:
         ({"class_order": "0,1,2"}, "no permutation"),
         ({"evaluate_on": "validation"}, "needs --data.validation"),
         ({"per_class": -1}, "0 or more"),
+        ({"name": "official10", "per_class": 5}, "--data.per_class: the released bundle"),
+        ({"name": "official10", "anchor_rule": "herding"}, "--data.anchor_rule: the released bundle"),
     ],
 )
 def test_what_is_no_protocol_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_data(DataConfig(**{"name": "digits", **changes}), 0)
+
+
+def test_a_fraction_of_the_digits_is_held_back() -> None:
+    """Of each digit's images that are not for the test."""
+    whole = load_data(DataConfig(held_back=60), 0)
+    found = load_data(DataConfig(held_back=0.2), 10**6)
+    assert all(len(images) in range(24, 28) for images in found.held_back)
+    assert [len(images) for images in whole.held_back] == [60] * 10
 
 
 def test_image_folders_make_classes(tmp_path: Path) -> None:
@@ -102,6 +113,12 @@ def test_the_bundle_is_written_and_read_back(tmp_path: Path, monkeypatch: pytest
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert [len(images) for images in data.anchors] == [2] * 4
     assert data.order == (0, 1, 2, 3)
+    fewer = DataConfig(name="official10", root=tmp_path, tasks=2, class_order="natural", anchors=1)
+    assert [len(images) for images in load_data(fewer, 0).anchors] == [1] * 4
+    # Its validation images are there without being held out.
+    assert DataConfig(name="official10", evaluate_on="validation").validation == 0
+    with pytest.raises(UserError, match="anchors are --anchors random"):
+        prepare(DataConfig(name="cifar10", anchor_rule="herding"), tmp_path, 0)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +200,7 @@ def test_published_pools_are_read_in_their_layouts(tmp_path: Path) -> None:
         ("folder:/no/such/folder", "no image files"),
         ("npy:/no/such/file.npy", "no readable array"),
         ("patches:0", "pool is empty"),
+        ("patches:many", "a whole one"),
     ],
 )
 def test_sources_that_are_none_are_refused(source: str, words: str) -> None:
@@ -197,6 +215,12 @@ def test_broken_pools_are_named(tmp_path: Path) -> None:
     (tmp_path / "pool.pkl").write_bytes(pickle.dumps({"images": 1}))
     with pytest.raises(UserError, match="no entry 'data'"):
         open_pool(PoolConfig(source=f"ti500k:{tmp_path}/pool.pkl"), data_of(), 0)
+    np.savez(tmp_path / "pool.npz", np.zeros((3, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="an archive of arrays"):
+        open_pool(PoolConfig(source=f"npy:{tmp_path}/pool.npz"), data_of(), 0)
+    (tmp_path / "extra.mat").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"extra\.mat is no MATLAB file"):
+        open_pool(PoolConfig(source=f"svhn:{tmp_path}/extra.mat"), data_of(), 0)
     np.save(tmp_path / "grey.npy", np.zeros((3, 8, 8, 1), np.uint8))
     with pytest.raises(UserError, match="its images are"):
         open_pool(PoolConfig(source=f"npy:{tmp_path}/grey.npy"), data_of(), 0)
@@ -215,6 +239,35 @@ def test_test_images_in_a_pool_are_refused_or_dropped() -> None:
     assert "2 test images left out" in rest.provenance
     assert not len(find_duplicates(rest, torch.cat(list(data.test))))
     assert len(audited(pool, PoolConfig(duplicates="keep"), data)) == 14
+
+
+def test_excluded_indices_count_the_source_whether_test_images_are_dropped_or_not(tmp_path: Path) -> None:
+    """As `audit --show indices` prints them: a test image in front of the pool must not shift what is left out."""
+    data = data_of()
+    images = torch.cat([data.test[0][:1], data.train[0]])
+    np.save(tmp_path / "pool.npy", images.permute(0, 2, 3, 1).numpy())
+    (tmp_path / "some.txt").write_text("1\n3\n")
+    for duplicates in ("drop", "keep"):
+        config = PoolConfig(source=f"npy:{tmp_path}/pool.npy", duplicates=duplicates, exclude=tmp_path / "some.txt")
+        pool = open_pool(config, data, 0)
+        expected = images[[2, 4, 5, 6] if duplicates == "drop" else [0, 2, 4, 5, 6]]
+        assert torch.equal(pool[torch.arange(len(pool))], expected)
+    (tmp_path / "some.txt").write_text("\n".join(map(str, range(7))))
+    with pytest.raises(UserError, match="the pool is empty"):
+        open_pool(config, data, 0)
+
+
+def test_a_pool_of_cifar_is_fetched_with_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = data_of(), []
+
+    def load(name, root, split, download):
+        asked.append((name, download))
+        return ImageSet(data.train[0], torch.zeros(6, dtype=torch.int64), ("a",))
+
+    monkeypatch.setattr("tenfold_cilqud.pools.load_images", load)
+    for download in (False, True):
+        open_pool(PoolConfig(source="cifar100+split"), data, 0, download=download)
+    assert asked == [("cifar100", False), ("cifar100", True)]
 
 
 def test_near_duplicates_are_found_by_distance() -> None:
@@ -241,6 +294,17 @@ def test_excluded_indices(tmp_path: Path) -> None:
 def test_mixed_pools_must_agree() -> None:
     with pytest.raises(UserError, match="mixes images"):
         mixed([memory_pool(torch.zeros(2, 1, 8, 8), "a"), memory_pool(torch.zeros(2, 3, 8, 8), "b")])[torch.arange(4)]
+
+
+def test_mixed_pools_agree_on_what_a_pixel_is() -> None:
+    """Digits in [0, 1] beside image files of 8 bits: both in [0, 1], whichever comes first."""
+    digits, files = torch.rand(3, 1, 8, 8), torch.full((2, 1, 8, 8), 255, dtype=torch.uint8)
+    for order in ([digits, files], [files, digits]):
+        pool = mixed([memory_pool(images, "a") for images in order])
+        found = torch.cat([pixels(pool[torch.arange(5)]), pixels(pool[torch.tensor([4, 0])])])
+        expected = torch.cat([pixels(images) for images in order])
+        torch.testing.assert_close(found, torch.cat([expected, expected[[4, 0]]]))
+        assert len(pool[torch.arange(0)]) == 0  # what an anchor takes once all is taken
 
 
 def test_pixels_range_from_0_to_1() -> None:

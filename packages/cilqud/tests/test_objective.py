@@ -162,6 +162,20 @@ def test_terms_of_two_processes_average_to_those_of_one() -> None:
     torch.testing.assert_close(mean, random_term(model, whole, 2, Weights())[0])
 
 
+def test_trades_compares_both_heads_in_the_first_task() -> None:
+    model, batch = net().eval(), labelled(classes=2)
+    worst = batch._replace(attacked=(batch.x + 0.1).clamp(max=1.0))
+    plain, trades = (first_task_terms(model, given, 6.0)[0] for given in (batch, worst))
+    for head in ("main", "aux"):
+        gap = consistency(model(batch.x, 1, head), model(worst.attacked, 1, head)).mean()
+        torch.testing.assert_close(trades[head], plain[head] + 6.0 * gap)
+
+
+def test_a_step_of_no_images_is_none() -> None:
+    with pytest.raises(ValueError, match="no image"):
+        batch_composition(3, 1)
+
+
 @given(st.integers(4, 600), st.integers(1, 30), st.integers(0, 64))
 def test_composition(batch_size, old_tasks, sub_batch) -> None:
     found = batch_composition(batch_size, old_tasks, sub_batch)

@@ -240,8 +240,7 @@ def run_steps(case: Fixture, take, start: dict[str, torch.Tensor]):
 def state_of_seed(case: Fixture, seed: int) -> dict[str, torch.Tensor]:
     """The random start of the fixtures: torch's default initialisation, then norms drawn by a generator of their own."""
     torch.manual_seed(seed)
-    cfg = case.meta
-    net = PreActResNet(cfg["classes_per_task"], cfg["num_tasks"], width=cfg["width"]).double()
+    net = network(case, prefix="no state/")
     draw = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for norm in norms(net):

@@ -22,6 +22,16 @@ def test_orders() -> None:
     assert class_order("3,1,0,2", "folder", 4, 0) == (3, 1, 0, 2)
 
 
+def test_a_list_of_a_hundred_classes_is_an_order() -> None:
+    assert class_order(",".join(map(str, range(100))), "cifar100", 100, 0) == tuple(range(100))
+
+
+@pytest.mark.parametrize("seed", [-1, 10**6, 2**40])
+def test_any_seed_draws(seed: int) -> None:
+    assert sorted(class_order("random", "folder", 6, seed)) == list(range(6))
+    assert len(random_anchors(9, 4, seed, 3)) == 4
+
+
 def test_an_order_from_a_file_may_have_floats(tmp_path: Path) -> None:
     (tmp_path / "order.txt").write_text("2.0\n0.0\n1.0\n")
     assert class_order(str(tmp_path / "order.txt"), "folder", 3, 0) == (2, 0, 1)
@@ -34,6 +44,8 @@ def test_an_order_from_a_file_may_have_floats(tmp_path: Path) -> None:
         ("0,1,5", "which are no classes"),
         ("0,1.5,2", "whole"),
         ("a,b,c", "numbers"),
+        ("nan,1,2", "whole"),
+        ("inf,1,2", "whole"),
     ],
 )
 def test_what_is_no_permutation_is_refused(choice: str, words: str) -> None:
@@ -90,6 +102,11 @@ def test_herding_against_a_loop() -> None:
 def test_k_center_covers() -> None:
     clusters = torch.cat([torch.randn(10, 2) * 0.01 + 10 * torch.tensor([[float(i), float(i % 2)]]) for i in range(4)])
     assert {int(i) // 10 for i in k_center(clusters, 4)} == {0, 1, 2, 3}
+
+
+def test_k_center_takes_no_image_twice() -> None:
+    assert sorted(k_center(torch.ones(4, 2), 3).tolist()) == [0, 1, 2]
+    assert len(k_center(torch.ones(4, 2), 0)) == 0
 
 
 def test_random_anchors_are_the_first_of_a_permutation() -> None:

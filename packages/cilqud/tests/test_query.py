@@ -118,3 +118,31 @@ def test_the_approximate_search_reports_its_recall() -> None:
     assert recall == 1.0
     assert found.chosen.tolist() == query(anchors, pool, 5).chosen.tolist()
     assert approximate_query(anchors, pool, 5, dimensions=1, generator=draws)[1] < 0.9
+
+
+def test_the_approximate_search_obeys_the_same_options() -> None:
+    """With all components it is the exact one, whatever that is asked for."""
+    anchors, pool = drawn(6, 4, 0), drawn(30, 4, 1) * torch.rand(30, 1, dtype=torch.float64)
+    for how in ({"metric": "cosine"}, {"order": "round_robin"}, {"max_total": 7}, {"exclude": torch.arange(26)}):
+        found, recall = approximate_query(anchors, pool, 5, dimensions=4, **how)
+        assert found.indices.tolist() == query(anchors, pool, 5, **how).indices.tolist()
+        assert recall == 1.0
+
+
+def test_without_replacement_also_where_distances_overflow() -> None:
+    """Half features are compared in single precision; what is not finite there is refused."""
+    anchors, pool = 300 * drawn(2, 3, 0), 300 * drawn(10, 3, 1)
+    assert len(set(query(anchors.half(), pool.half(), 5).indices.tolist())) == 10
+    for bad in (float("nan"), float("inf"), 1e25):
+        spoilt = pool.float().clone()
+        spoilt[3, 1] = bad
+        for metric in ("l2", "cosine"):
+            with pytest.raises(UserError, match="not finite"):
+                query(anchors.float(), spoilt, 5, metric=metric)
+    with pytest.raises(UserError, match="max_total"):
+        query(anchors, pool, 5, max_total=-1)
+
+
+def test_features_with_gradients_are_searched() -> None:
+    anchors, pool = drawn(2, 3, 0).requires_grad_(), drawn(10, 3, 1).requires_grad_()
+    assert query(anchors, pool, 2).indices.tolist() == slow(anchors, pool, 2)

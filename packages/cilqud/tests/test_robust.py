@@ -124,6 +124,11 @@ def test_trades_compares_with_the_clean_answer() -> None:
 def test_negative_sizes_are_refused() -> None:
     with pytest.raises(UserError, match="negative"):
         Robust(eps=-1.0)
+    with pytest.raises(UserError, match="negative"):
+        Evaluation(images=-1)
+    for name in ("restarts", "batch_size"):
+        with pytest.raises(UserError, match="1 or more"):
+            Evaluation(**{name: 0})
 
 
 # -- accuracy under attack ------------------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from tenfold_cilqud import PreActResNet, to_official
-from tenfold_cilqud.data import DataConfig
+from tenfold_cilqud.data import NORMALISATION, DataConfig, load_data
 from tenfold_cilqud.evaluate import EvalConfig, Evaluation, evaluate
-from tenfold_cilqud.pools import PoolConfig
+from tenfold_cilqud.pools import SOURCES, PoolConfig
 from tenfold_cilqud.recipe import QueryConfig, Recipe
 from tenfold_cilqud.studies import repeat, sweep
-from tenfold_cilqud.tools import AuditTool, QueryTool, audit, query
+from tenfold_cilqud.tools import AuditTool, QueryTool, _only_shape, audit, query
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import RunOptions
 
@@ -41,6 +41,41 @@ def test_a_query_on_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert content["anchor"] == [0, 0, 1, 1, 2, 2]
     assert "data:image/png" in (tmp_path / "out" / "query.html").read_text()
     assert "6 of 10 images" in capsys.readouterr().out
+
+
+def test_a_query_normalises_as_a_released_network_was_trained(tmp_path: Path) -> None:
+    """Ten classes of colour images are CIFAR-10's; the distances are those of the normalised images' features."""
+    torch.manual_seed(0)
+    net = PreActResNet(2, 5, width=2, mean=NORMALISATION["cifar10"][0], std=NORMALISATION["cifar10"][1]).eval()
+    to_official(net, tmp_path / "net.pt")
+    anchors, pool = pictures(tmp_path / "a+b", 2, 0), pictures(tmp_path / "pool", 3, 1)
+    query(QueryTool(tmp_path / "net.pt", anchors, pool, per_anchor=1, into=tmp_path / "out"), options(tmp_path))
+    content = json.loads((tmp_path / "out" / "query.json").read_text())
+    features = [
+        net.features(SOURCES["folder"](str(folder), _only_shape((3, 32, 32)), 0)[torch.arange(n)].float() / 255)
+        for folder, n in ((anchors, 2), (pool, 3))
+    ]
+    distance = (features[0][0] - features[1][content["indices"][0]]).square().sum().item()
+    assert content["squared_distance"][0] == pytest.approx(distance, rel=1e-3)
+    with pytest.raises(UserError, match="none: no image files"):
+        query(QueryTool(tmp_path / "net.pt", tmp_path / "none", pool), options(tmp_path))
+    with pytest.raises(UserError, match="--per_anchor"):
+        QueryTool(tmp_path / "net.pt", anchors, pool, per_anchor=0)
+
+
+def test_an_audit_lists_what_to_exclude(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Once excluded, they are counted no more."""
+    data = DataConfig()
+    test = torch.cat(list(load_data(data, 0).test))[:3]
+    np.save(tmp_path / "pool.npy", torch.cat([255 - test, test]).mul(255).round().byte().permute(0, 2, 3, 1).numpy())
+    source = PoolConfig(source=f"npy:{tmp_path}/pool.npy")
+    audit(AuditTool(data, source, show="indices"), options(tmp_path))
+    listed = capsys.readouterr().out
+    assert listed.split() == ["3", "4", "5"]
+    (tmp_path / "some.txt").write_text(listed)
+    source.exclude = tmp_path / "some.txt"
+    audit(AuditTool(data, source), options(tmp_path))
+    assert json.loads(capsys.readouterr().out)["test_images_in_it"] == 0
 
 
 def test_an_audit_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -80,10 +115,14 @@ def test_evaluation_of_a_released_state(tmp_path: Path, capsys: pytest.CaptureFi
     """A network for grey images of two tasks of five classes, as the released layout has it."""
     torch.manual_seed(0)
     to_official(PreActResNet(5, 2, width=2, in_channels=1), tmp_path / "net.pt")
-    config = EvalConfig(tmp_path / "net.pt", DataConfig(), Evaluation(attack="pgd", steps=1, images=3), seen=1)
-    evaluate(config, options(tmp_path))
+    test = Evaluation(attack="pgd", final="ensemble", steps=1, targets=1, queries=1, images=3)
+    evaluate(EvalConfig(tmp_path / "net.pt", DataConfig(), test, seen=1), options(tmp_path))
     found = json.loads(capsys.readouterr().out)
-    assert found["seen"] == len(found["per_task"]) == len(found["robust_per_task"]) == 1
+    assert found["seen"] == len(found["per_task"]) == len(found["robust_per_task"]) == len(found["final_per_task"]) == 1
+    # Every digit has as many test images.
+    assert len(found["per_class"]) == 5
+    assert sum(found["per_class"].values()) / 5 == pytest.approx(found["pooled_accuracy"])
+    assert found["pooled_accuracy"] == pytest.approx(found["accuracy"])
     with pytest.raises(UserError, match="3 tasks are asked for"):
         evaluate(EvalConfig(tmp_path / "net.pt", seen=3), options(tmp_path))
     to_official(PreActResNet(2, 2, width=2, in_channels=1), tmp_path / "net.pt")

@@ -10,7 +10,7 @@ import torch
 
 import tenfold_cilqud.train
 from tenfold_cilqud.data import ClassData, DataConfig
-from tenfold_cilqud.evaluate import Evaluation, load_checkpoint, predictions
+from tenfold_cilqud.evaluate import EvalConfig, Evaluation, evaluate, load_checkpoint, predictions
 from tenfold_cilqud.models import create_model
 from tenfold_cilqud.pools import memory_pool
 from tenfold_cilqud.protocol import Samples
@@ -125,6 +125,12 @@ def test_options_run(changes: dict, tmp_path: Path) -> None:
     assert 0 <= result.robust_last <= 100
 
 
+def test_all_of_a_pool_has_a_limit_too(tmp_path: Path) -> None:
+    recipe = short(steps=1, query=QueryConfig(strategy="all", max_total=7))
+    with Run("cilqud", recipe, options(tmp_path)) as run:
+        assert run_recipe(run, recipe).queries[0]["taken"] == 7
+
+
 def test_the_stronger_attack_follows_the_last_task_alone(tmp_path: Path) -> None:
     evaluation = Evaluation(final="ensemble", eps=0.1, steps=1, targets=1, queries=2, images=4)
     recipe = short(steps=2, evaluation=evaluation)
@@ -140,9 +146,32 @@ def test_the_stronger_attack_follows_the_last_task_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("heads", "terms"),
+    [
+        ("two", {"random", "balanced", "kd_aux", "kd_main"}),
+        ("random", {"random", "kd_main"}),
+        ("balanced", {"balanced", "kd_main"}),
+    ],
+)
+def test_a_single_classifier_sees_one_kind_of_batches(heads: str, terms: set[str], tmp_path: Path) -> None:
+    recipe = short(steps=1, heads=heads)
+    with Run("cilqud", recipe, options(tmp_path)) as run:
+        run_recipe(run, recipe)
+    lines = [json.loads(line) for line in (tmp_path / "cilqud" / "x" / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[-1]) - {"phase", "step", "seconds", "loss"} == terms
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"epochs": 0}, "--epochs"),
+        ({"batch_size": 3}, "a quarter of it"),
+        ({"lr": 0.0}, "--lr is positive"),
+        ({"momentum": 1.0}, "--momentum"),
+        ({"width": -1}, "--width"),
+        ({"lambda_lwf": -1.0}, "--lambda_lwf"),
+        ({"query": QueryConfig(max_total=-1)}, "--query.max_total"),
+        ({"query": QueryConfig(approximate=-1)}, "--query.approximate"),
         ({"select": "best"}, "--select best"),
         ({"query": QueryConfig(per_anchor=0)}, "empty query"),
         ({"temperature": 0.0}, "--temperature"),
@@ -195,6 +224,25 @@ def test_a_run_stopped_between_and_within_tasks_goes_on(method: str, tmp_path: P
         shutil.rmtree(folder)
 
 
+def test_importances_end_a_task_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RWalk, stopped when a closed task's state was kept and its weights were not yet."""
+    recipe = short("rwalk")
+    with Run("cilqud", recipe, options(tmp_path / "whole")) as run:
+        run_recipe(run, recipe)
+
+    def stopping(*given: object, **kept: object):
+        raise Stopped
+
+    with monkeypatch.context() as patch, Run("cilqud", recipe, options(tmp_path / "again")) as run:
+        patch.setattr(Run, "save_weights", stopping)
+        with pytest.raises(Stopped):
+            run_recipe(run, recipe)
+    with Run("cilqud", recipe, options(tmp_path / "again", resume=True)) as run:
+        run_recipe(run, recipe)
+    whole, again = (load_checkpoint(tmp_path / name / "cilqud" / "x")[0].state_dict() for name in ("whole", "again"))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
 def test_the_teacher_is_no_live_model() -> None:
     """Also where the backbone was compiled, which leaves a function of the live one on the network."""
     net = create_model("small", 2, 2, shape=(1, 8, 8))
@@ -213,7 +261,10 @@ def test_untrained_heads_do_not_count(tmp_path: Path) -> None:
     recipe = short()
     with Run("cilqud", recipe, options(tmp_path)) as run:
         run_recipe(run, recipe)
-    net, _ = load_checkpoint(tmp_path / "cilqud" / "x" / "checkpoints" / "task-0.safetensors")
+    first = tmp_path / "cilqud" / "x" / "checkpoints" / "task-0.safetensors"
+    with pytest.raises(UserError, match="later heads are untrained"):
+        evaluate(EvalConfig(first, seen=2), options(tmp_path))
+    net, _ = load_checkpoint(first)
     x = torch.rand(20, 1, 8, 8)
     before = predictions(net, x, 1)
     with torch.no_grad():
@@ -228,8 +279,8 @@ def test_pool_labels_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         recipe = short()
         opened = tenfold_cilqud.train.open_pool
 
-        def permuted(config, data, seed, opened=opened, shuffle=shuffle):
-            pool = opened(config, data, seed)
+        def permuted(*given, opened=opened, shuffle=shuffle, **how):
+            pool = opened(*given, **how)
             pool.labels = pool.labels.flip(0) if shuffle else pool.labels
             return pool
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .errors import RunFailure, UserError
 
 DIGEST = "sha256"  # metadata key of the digest over everything: safetensors itself does not notice a flipped bit
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -28,14 +29,17 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under ``path`` complete or not at all; what stood there before stays until then.
 
     Raises:
-        RunFailure: the file cannot be written (no space, no permission); the previous file is untouched.
+        RunFailure: there is no space for the file; the previous one is untouched.
+        UserError: there is no such folder and none can be made, or nothing may be written into it.
 
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise RunFailure(f"cannot write {path}: {_reason(error)}; choose another place for it") from error
+        if error.errno in DISK_FULL:
+            raise RunFailure(f"cannot write {path}: the disk is full; free some space") from error
+        raise UserError(f"cannot write into {path.parent}: {error.strerror}; choose another folder") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -46,8 +50,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
     except OSError as error:
+        reason = "the disk is full" if error.errno in DISK_FULL else error.strerror
         raise RunFailure(
-            f"cannot write {path}: {_reason(error)}; the file before it is intact, free some space and resume with --resume"
+            f"cannot write {path}: {reason}; the file before it is intact, free some space and resume with --resume"
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -57,10 +62,6 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _reason(error: OSError) -> str | None:
-    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else error.strerror
 
 
 def write_text(path: Path, text: str) -> None:

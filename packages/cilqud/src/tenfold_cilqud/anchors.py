@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tenfold_cilqud.protocol import draws
+
 AnchorRule = Literal["random", "herding", "kcenter"]
 TINY = 1e-8
 
@@ -36,19 +38,20 @@ def herding(features: Float[Tensor, "n d"], count: int) -> Int[Tensor, " m"]:
 
 
 def k_center(features: Float[Tensor, "n d"], count: int) -> Int[Tensor, " m"]:
-    """Greedy k-centre: the sample closest to the mean, then always the one farthest from all chosen."""
+    """Greedy k-centre: the sample closest to the mean, then always the one farthest from all chosen; none twice."""
     first = int((features - features.mean(0)).square().sum(1).argmin())
     chosen = [first]
     gap = (features - features[first]).square().sum(1)
     while len(chosen) < min(count, len(features)):
+        gap[chosen[-1]] = -torch.inf  # also where all others are the same image
         chosen.append(int(gap.argmax()))
         gap = torch.minimum(gap, (features - features[chosen[-1]]).square().sum(1))
-    return torch.tensor(chosen, dtype=torch.int64)
+    return torch.tensor(chosen[:count], dtype=torch.int64)
 
 
 def random_anchors(size: int, count: int, seed: int, label: int) -> Int[Tensor, " m"]:
     """The first `count` of a class's images after the permutation that (seed + label) gives."""
-    return torch.from_numpy(np.random.RandomState(seed + label).permutation(size)[:count].astype(np.int64))
+    return torch.from_numpy(draws(seed + label).permutation(size)[:count].astype(np.int64))
 
 
 def choose_anchors(

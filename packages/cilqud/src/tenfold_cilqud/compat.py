@@ -130,7 +130,8 @@ def recognise(state: Mapping[str, Any]) -> Layout:
 def read_official(path: Path) -> dict[str, Any]:
     """The state in a released file: under `state_dict`, or the file itself. Nothing in it is executed.
 
-    The files carry a pickled `torch.optim.SGD`; an empty object takes its place. No other class is looked up.
+    The files carry a pickled `torch.optim.SGD`; an empty object takes its place, and that of NumPy's numbers. No other class
+    is looked up.
     """
     try:
         content = load_pickled_tensors(path)
@@ -143,7 +144,10 @@ def read_official(path: Path) -> dict[str, Any]:
 
 
 class _Dropped:
-    """What stands in for an optimiser: it takes any state and keeps none."""
+    """What stands in for an optimiser or a number of NumPy's: it takes anything and keeps none."""
+
+    def __init__(self, *given: Any):
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -156,9 +160,16 @@ class _Table(dict):
         super().__init__()
 
 
-STAND_INS = {"torch.optim.sgd.SGD": _Dropped, "collections.defaultdict": _Table}
+STAND_INS = {
+    "torch.optim.sgd.SGD": _Dropped,
+    "collections.defaultdict": _Table,
+    "numpy.core.multiarray.scalar": _Dropped,  # such as the best accuracy, where it is a mean by NumPy
+    "numpy._core.multiarray.scalar": _Dropped,
+    "numpy.dtype": _Dropped,
+}
 LOOKED_UP = {
     "collections.OrderedDict",
+    "_codecs.encode",
     "builtins.dict",
     "__builtin__.dict",
     "torch._utils._rebuild_tensor_v2",

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold_cilqud.anchors import AnchorRule, random_anchors
-from tenfold_cilqud.protocol import ByClass, class_order
+from tenfold_cilqud.protocol import ByClass, class_order, draws
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.download import data_root, missing, restricted_pickle_load
 from tenfold_shared.errors import UserError
@@ -49,13 +49,13 @@ class DataConfig:
     """Folder of the data set, looked for here and in the data root; default: the data root itself ($TENFOLD_DATA or the
     platform's cache)."""
     download: bool = False
-    """Fetch the data set when it is not there."""
+    """Fetch the data set, and CIFAR as a pool, when it is not there."""
     tasks: int = 5
     """Tasks n; every task gets the same number of classes."""
     class_order: str = "default"
     """default, natural, random (by the seed), numbers such as 3,1,0,2, or a file with one number a line."""
     per_class: int = 0
-    """Labelled training images of a class; 0 takes all that are left."""
+    """Labelled training images of a class; 0 takes all that are left (60 of the digits)."""
     validation: int = 0
     """Training images of a class held out for validation."""
     held_back: float = 0.0
@@ -78,7 +78,12 @@ class DataConfig:
             raise UserError(f"--data.tasks takes 1 or more and held_back 0 or more, got {self.tasks}, {self.held_back}")
         if self.anchors < 1 and not self.anchors_total:
             raise UserError(f"--data.anchors is {self.anchors}: fewer anchors than classes; keep 1 or more of each")
-        if self.evaluate_on == "validation" and not self.validation:
+        if self.name.startswith("official"):
+            own = [name for name in ("per_class", "validation", "held_back", "anchors_total") if getattr(self, name)]
+            own += ["anchor_rule"] * (self.anchor_rule != "random")
+            if own:
+                raise UserError(f"--data.{own[0]}: the released bundle comes with its splits and anchors; leave it out")
+        elif self.evaluate_on == "validation" and not self.validation:
             raise UserError("--data.evaluate_on validation needs --data.validation images of each class")
 
 
@@ -162,18 +167,22 @@ def _digits(config: DataConfig, seed: int) -> ClassData:
 
     content = load_digits()
     images = torch.from_numpy(content.images / 16).float()[:, None]
-    draw = np.random.RandomState(seed)
+    draw = draws(seed)
     order = tuple(int(k) for k in draw.permutation(10))
     if config.class_order != "default":
         order = class_order(config.class_order, "digits", 10, seed)
-    labelled, back = config.per_class or 60, int(config.held_back)
+    labelled = config.per_class or 60
     parts: dict[str, list[Tensor]] = {"test": [], "train": [], "held_back": [], "validation": []}
     for label in range(10):
         own = np.flatnonzero(content.target == label)
         draw.shuffle(own)
+        back = round(config.held_back * (len(own) - 50)) if config.held_back < 1 else int(config.held_back)
         cuts = np.cumsum([50, labelled, back, config.validation])
         if cuts[-1] > len(own):
-            raise UserError(f"digit {label} has {len(own)} images, {cuts[-1]} are asked for: lower --data.per_class")
+            raise UserError(
+                f"digit {label} has {len(own)} images, {cuts[-1]} are asked for: lower --data.per_class, --data.held_back or "
+                "--data.validation"
+            )
         for name, chosen in zip(parts, np.split(own, cuts)[:4], strict=True):
             parts[name].append(images[torch.from_numpy(chosen)])
     return ClassData(**parts, order=order, names=tuple("0123456789"), tasks=config.tasks, mean=(0.0,), std=(1.0,))  # type: ignore[arg-type]  # the parts are those of ClassData
@@ -213,7 +222,7 @@ def _split(config: DataConfig, seed: int, *, train: ByClass, **rest: Any) -> Cla
     """Validation, held-back and labelled images of each class, by a permutation of its own."""
     parts: dict[str, list[Tensor]] = {"validation": [], "held_back": [], "train": []}
     for label, images in enumerate(train):
-        order = torch.from_numpy(np.random.RandomState(seed * 10007 + label).permutation(len(images)))
+        order = torch.from_numpy(draws(seed * 10007 + label).permutation(len(images)))
         back = round(config.held_back * len(images)) if config.held_back < 1 else int(config.held_back)
         cuts = (config.validation, config.validation + back)
         end = cuts[1] + config.per_class if config.per_class else len(images)
@@ -271,7 +280,7 @@ def _official(config: DataConfig, seed: int) -> ClassData:
         mean=mean,
         std=std,
         augment=(Flip(), RandomCrop(4)),
-        anchors=parts["save_100"],
+        anchors=[images[: config.anchors] for images in parts["save_100"]],
     )
 
 
@@ -301,6 +310,8 @@ def prepare(data: DataConfig, folder: Path, seed: int = 0) -> None:
         UserError: the data set is not there, or its images are not of three channels.
 
     """
+    if data.anchor_rule != "random" or data.anchors_total:
+        raise UserError("the bundle's anchors are --anchors random images of each class: leave the other options out")
     loaded = load_data(data, seed)
     if loaded.shape[0] != 3 or loaded.train[0].dtype != torch.uint8:
         raise UserError(f"the bundle holds colour images of 8 bits; {data.name} has {loaded.shape[0]} channel")

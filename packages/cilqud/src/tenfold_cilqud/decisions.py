@@ -28,7 +28,9 @@ class BiasCorrection(nn.Module):
 
     def __init__(self, width: int, classes_per_task: int, tasks: int):
         super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(tasks)), nn.Parameter(torch.zeros(tasks))
+        # Fitted on their own when a task ends; while a network learns they stand still.
+        self.scale = nn.Parameter(torch.ones(tasks), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(tasks), requires_grad=False)
 
     def forward(self, net: IncrementalNet, features: Float[Tensor, "b d"], tasks: int) -> Float[Tensor, "b k"]:
         """Corrected logits."""

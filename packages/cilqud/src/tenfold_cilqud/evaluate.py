@@ -51,6 +51,15 @@ class Evaluation:
     batch_size: int = 500
     """Images at a time."""
 
+    def __post_init__(self) -> None:
+        """Refuse what is no test."""
+        if min(self.eps, self.step_size, self.steps, self.targets, self.queries, self.images) < 0:
+            raise UserError("--evaluation.eps, step_size, steps, targets, queries and images cannot be negative")
+        if self.restarts < 1 or self.batch_size < 1:
+            raise UserError(
+                f"--evaluation.restarts and batch_size take 1 or more, got {self.restarts} and {self.batch_size}"
+            )
+
 
 @torch.no_grad()
 def predictions(net: IncrementalNet, images: Tensor, tasks: int, batch_size: int = 500) -> Int[Tensor, " n"]:
@@ -68,12 +77,19 @@ def pixels_as(net: IncrementalNet, images: Tensor) -> Tensor:
     return pixels(images).to(weight.device, weight.dtype)
 
 
+def hits(net: IncrementalNet, sets: Sets, tasks_seen: int, batch_size: int = 500) -> list[Tensor]:
+    """Which of each task's images are right, by the greatest score over all classes seen."""
+    return [predictions(net, images, tasks_seen, batch_size).cpu() == labels.cpu() for images, labels in sets]
+
+
+def percent(right: Tensor) -> float:
+    """How many of them hold, in per cent."""
+    return 100.0 * float(right.double().mean())
+
+
 def task_accuracies(net: IncrementalNet, sets: Sets, tasks_seen: int, batch_size: int = 500) -> list[float]:
-    """Accuracy in per cent on each task's images, by the greatest score over all classes seen."""
-    return [
-        100.0 * float((predictions(net, images, tasks_seen, batch_size).cpu() == labels.cpu()).double().mean())
-        for images, labels in sets
-    ]
+    """Accuracy in per cent on each task's images."""
+    return [percent(right) for right in hits(net, sets, tasks_seen, batch_size)]
 
 
 def withstood(
@@ -204,7 +220,9 @@ def load_checkpoint(
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
-    """Print the accuracy of a checkpoint on every task seen, and their mean, as one JSON line."""
+    """Print the accuracy of a checkpoint on every task seen, their mean, the accuracy on all images together, and that of
+    each class, as one JSON line.
+    """
     net, about = load_checkpoint(config.checkpoint)
     # The split of the images and the number of tasks are the run's.
     data = load_data(dataclasses.replace(config.data, tasks=net.tasks), about.get("seed", options.seed))
@@ -218,6 +236,8 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             f"the checkpoint has {net.tasks} tasks of {per_task} classes, {config.data.name} has {len(data.names)} "
             f"classes and {seen} tasks are asked for: choose another --data.name or --seen"
         )
+    if seen > about.get("seen", net.tasks):
+        raise UserError(f"--seen {seen}: the checkpoint has seen {about['seen']} tasks, its later heads are untrained")
     if len(data.names) != net.tasks * per_task:
         raise UserError(
             f"the checkpoint is about {net.tasks * per_task} classes, {config.data.name} has {len(data.names)}"
@@ -232,10 +252,16 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         net = net.to(run.device)
         split = data.test if config.data.evaluate_on == "test" else data.validation
         sets = [new_samples(split, order, task, per_task) for task in range(seen)]
-        rows = task_accuracies(net, sets, seen, config.evaluation.batch_size)
+        right = hits(net, sets, seen, config.evaluation.batch_size)
+        rows = [percent(own) for own in right]
+        every, labels = torch.cat(right), torch.cat([labels.cpu() for _, labels in sets])
         found = {"arch": about["arch"], "seen": seen, "per_task": rows, "accuracy": sum(rows) / len(rows)}
-        if config.evaluation.attack != "none":
-            robust = robust_accuracies(net, sets, seen, config.evaluation, options.seed)
-            found |= {"robust_per_task": robust, "robust_accuracy": sum(robust) / len(robust)}
+        found["pooled_accuracy"] = percent(every)
+        found["per_class"] = {data.names[order[k]]: percent(every[labels == k]) for k in range(seen * per_task)}
+        for name, attack in (("robust", config.evaluation.attack), ("final", config.evaluation.final)):
+            if attack != "none":
+                chosen = dataclasses.replace(config.evaluation, attack=attack)
+                robust = robust_accuracies(net, sets, seen, chosen, options.seed)
+                found |= {f"{name}_per_task": robust, f"{name}_accuracy": sum(robust) / len(robust)}
         if run.is_main:
             print(json.dumps(found))

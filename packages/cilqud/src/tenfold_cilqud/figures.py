@@ -1,6 +1,5 @@
 """The figures of a report: accuracy task by task, the accuracy matrix, forgetting, robustness, and what was queried."""
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,11 +72,13 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
             )
         sheet = queried(claims, runs, folder)
         if sheet is not None:
+            pools = sorted({run["pool"] for seeds in runs.values() for run in seeds if run.get("pool")})
             drawn.append(
                 ReportFigure(
                     sheet,
                     title="What the anchors take",
-                    caption="Anchors of the last task's query, first seed, and the pool images that each takes.",
+                    caption="Anchors of the last task's query, first seed, and the pool images that each takes. Pools of the "
+                    f"runs: {'; '.join(pools)}.",
                     alt="Anchor images and the pool images nearest to them",
                 )
             )
@@ -192,13 +193,21 @@ def queried(claims: Sequence[Claim], runs: Mapping[str, Sequence[Mapping[str, An
         data = load_data(recipe.data, seed)
         net, _ = load_checkpoint(before)
         _, about = load_weights(before)
-        kept = [
+        kept = data.anchors or [
             images[torch.tensor(about["anchors"].get(str(label), []), dtype=torch.int64)]
             for label, images in enumerate(data.train)
         ]
-        anchors = saved_samples(kept, data.order, recipe.data.tasks - 1, data.classes_per_task).images
-        pool = open_pool(dataclasses.replace(recipe.pool, duplicates="keep"), data, seed)
-        found = query(features_of(net, anchors), pool_features(net, pool), recipe.query.per_anchor)
+        old, asked = recipe.data.tasks - 1, recipe.query
+        anchors = saved_samples(kept, data.order, old, data.classes_per_task).images
+        pool = open_pool(recipe.pool, data, seed)
+        found = query(
+            features_of(net, anchors, asked.feature, old),
+            pool_features(net, pool, asked.feature, old),
+            asked.per_anchor,
+            metric=asked.metric,
+            order=asked.order,
+            max_total=asked.max_total,
+        )
         chosen = np.linspace(0, len(anchors) - 1, SHOWN_ANCHORS).astype(int).tolist()
         return contact_sheet([(anchors[i], pool[found.indices[found.anchor == i]][:8]) for i in chosen])
     return None

@@ -32,6 +32,7 @@ from tenfold_cilqud.objective import (
 from tenfold_cilqud.protocol import Samples
 from tenfold_cilqud.robust import (
     Attack,
+    Robust,
     labelled_attack,
     rft_attack,
     rkd_attack,
@@ -41,6 +42,8 @@ from tenfold_cilqud.robust import (
     worst_cases,
 )
 from tenfold_cilqud.session import Session, Task, features_of
+from tenfold_cilqud.streams import Stream
+from tenfold_shared.attacks import held
 
 Loss = Callable[[Task, int], Terms]
 
@@ -170,36 +173,62 @@ def merged(batches: list[Labelled]) -> Labelled:
 # --- baselines ---------------------------------------------------------------------------------------------------------------
 
 
-def baseline(task: Task, step: int) -> Terms:
-    """A baseline's loss on its labelled batch, primary head; the teacher sees the clean images."""
+def baseline(task: Task, step: int, stream: Stream | None = None) -> Terms:
+    """A baseline's loss on its labelled batch (of `stream`, where a stage has its own), primary head; the teacher sees
+    the clean images.
+    """
     session, recipe = task.session, task.session.recipe
-    clean, whole = task.random[step]
-    batch, settings = clean, recipe.robust
-    if settings.adv != "none":
-        noise = task.random.noise(step, clean.x, whole, "attack")
-        attack = labelled_attack(session.net, clean, task.seen, ("main",), settings, noise)
-        batch = with_delta(clean, worst_cases(session.net, [attack], settings)[0], settings)
-    logits = session.net(batch.x, task.seen, "main")
+    stream = task.random if stream is None else stream
+    clean, whole = stream[step]
+    # LwF classifies within the new block alone, and so does the attack on it.
+    within = task.index if recipe.method == "lwf" and not recipe.binary and recipe.robust.adv == "madry" else 0
+    batch = at_worst(session.net, stream, step, clean, whole, range(within, task.seen), recipe.robust)
+    logits = corrected(session.net, session.net(batch.x, task.seen, "main"))
     answers = None
     if task.teacher is not None and recipe.method in ("lwf", "icarl", "eeil", "bic", "wa"):
         with torch.no_grad():
-            answers = teacher_logits(task.teacher, clean.x, task.index)
+            answers = corrected(task.teacher, task.teacher(clean.x, task.index, "main"))
     values = baseline_values(recipe.method, recipe.binary, logits, batch.y, answers)
     terms = {"classification": values.sum() / batch.total}
     if batch.attacked is not None:
-        worst = consistency(logits, session.net(batch.attacked, task.seen, "main"))
+        worst = consistency(logits, corrected(session.net, session.net(batch.attacked, task.seen, "main")))
         terms["trades"] = recipe.robust.trades_beta * worst.sum() / batch.total
     if session.walk is not None and task.index:
         terms["walk"] = recipe.rwalk_lambda * session.walk.penalty(session.net)
     return terms
 
 
-def teacher_logits(teacher: IncrementalNet, x: Tensor, tasks: int) -> Tensor:
-    """The previous model's logits of the old classes, bias-corrected where it has such a layer."""
-    logits = teacher(x, tasks, "main")
-    if isinstance(teacher.decision, BiasCorrection):
-        return teacher.decision.correct(logits, teacher.classes_per_task)
+def corrected(net: IncrementalNet, logits: Tensor) -> Tensor:
+    """A network's logits of whole blocks as its bias correction leaves them, where it has one (BiC)."""
+    if isinstance(net.decision, BiasCorrection):
+        return net.decision.correct(logits, net.classes_per_task)
     return logits
+
+
+def at_worst(
+    net: IncrementalNet, stream: Stream, step: int, batch: Labelled, whole: int, tasks: range, settings: Robust
+) -> Labelled:
+    """A labelled batch of a stream at its worst case for the primary head among the classes of `tasks`, where training
+    attacks it.
+    """
+    if settings.adv == "none":
+        return batch
+    first = tasks.start * net.classes_per_task
+
+    def scores(features: Tensor) -> Tensor:
+        return corrected(net, net.logits(features, tasks.stop))[:, first:]
+
+    def loss(features: Tensor) -> Tensor:
+        if clean is not None:
+            return consistency(clean, scores(features))
+        return cross_entropy(scores(features), batch.y - first, reduction="none")
+
+    clean = None
+    if settings.adv == "trades":
+        with torch.no_grad(), held(net):
+            clean = scores(net.features(batch.x))
+    attack = Attack(batch.x, stream.noise(step, batch.x, whole, "attack"), loss)
+    return with_delta(batch, worst_cases(net, [attack], settings)[0], settings)
 
 
 def baseline_values(method: str, binary: bool, logits: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:
@@ -214,6 +243,19 @@ def baseline_values(method: str, binary: bool, logits: Tensor, labels: Tensor, a
         share = None if answers is None else answers.shape[1] / logits.shape[1]
         return replay_distillation_loss(logits, labels, answers, share)
     return cross_entropy(logits, labels, reduction="none")
+
+
+def expert_loss(expert: IncrementalNet, task: Task, step: int) -> Terms:
+    """DMC's first stage: a second network on the new data alone, within the new block."""
+    clean, whole = task.random[step]
+    settings, old = task.session.recipe.robust, task.index * expert.classes_per_task
+    batch = at_worst(expert, task.random, step, clean, whole, range(task.index, task.seen), settings)
+    logits = expert(batch.x, task.seen, "main")[:, old:]
+    terms = {"expert": cross_entropy(logits, batch.y - old, reduction="sum") / batch.total}
+    if batch.attacked is not None:
+        worst = consistency(logits, expert(batch.attacked, task.seen, "main")[:, old:])
+        terms["trades"] = settings.trades_beta * worst.sum() / batch.total
+    return terms
 
 
 def consolidation(task: Task, step: int, expert: IncrementalNet) -> Terms:
@@ -256,12 +298,16 @@ def align_heads(net: IncrementalNet, task: int) -> None:
 
 
 def fit_bias(net: IncrementalNet, decision: BiasCorrection, task: int, samples: Samples, steps: int = 200) -> None:
-    """BiC's second stage: the new block's a and b by cross entropy on the held-out part, all else fixed."""
+    """BiC's second stage: the new block's a and b by cross entropy on the held-out part, all else fixed. They stay 1 and 0
+    where no old class has an image to hold out, since new images alone would only drive the new scores up.
+    """
+    old = task * net.classes_per_task
+    if not bool((samples.labels < old).any()):
+        return
     with torch.no_grad():
         logits = features_of(net, samples.images, "logits", task + 1)
     scale, shift = (torch.tensor(value, device=logits.device, requires_grad=True) for value in (1.0, 0.0))
     optimiser = torch.optim.Adam([scale, shift], lr=0.05)
-    old = task * net.classes_per_task
     for _ in range(steps):
         earlier = decision.correct(logits[:, :old], net.classes_per_task).detach()
         corrected = torch.cat([earlier, scale * logits[:, old:] + shift], 1)

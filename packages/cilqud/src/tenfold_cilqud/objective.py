@@ -88,9 +88,11 @@ def batch_composition(batch_size: int, old_tasks: int, sub_batch: int = 0) -> Co
     """Batches of a step with `old_tasks` tasks learned before: s = batch_size // 4 unless `sub_batch` is given.
 
     b_new = floor(s / (1 + t)) and b_old = floor(s t / (1 + t)), weighted by b/s. The floors make the weights add up to
-    less than 1 where s does not divide; a part that would be empty gets one sample.
+    less than 1 where s does not divide; a part that would be empty gets one sample. ValueError where s is 0.
     """
     size = sub_batch or batch_size // 4
+    if size < 1:
+        raise ValueError(f"a quarter of a batch of {batch_size} is no image: take 4 or more, or a sub_batch")
     new, old = size // (1 + old_tasks), size * old_tasks // (1 + old_tasks)
     new, old = max(new, 1), max(old, 1)
     return Composition(size, new, old, new / size, old / size)
@@ -141,7 +143,10 @@ def first_task_terms(net: IncrementalNet, batch: Labelled, trades: float = 6.0) 
     main = cross_entropy(logits, batch.y, reduction="sum")
     aux = cross_entropy(net.logits(features, 1, "aux"), batch.y, reduction="sum")
     if batch.attacked is not None:
-        main = main + trades * consistency(logits, net(batch.attacked, 1, "main")).sum()
+        attacked = net.features(batch.attacked)
+        main = main + trades * consistency(logits, net.logits(attacked, 1, "main")).sum()
+        answers = net.logits(features, 1, "aux")
+        aux = aux + trades * consistency(answers, net.logits(attacked, 1, "aux")).sum()
     return {"main": main / batch.total, "aux": aux / batch.total}, logits
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tenfold_cilqud.data import ClassData, pixels
+from tenfold_cilqud.protocol import draws
 from tenfold_shared.download import data_root, missing, restricted_pickle_load
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import load_images
@@ -38,9 +39,15 @@ class PoolConfig:
     near: float = 0.0
     """Treat pool images closer than this to a test image, in Euclidean pixel distance, as duplicates too; 0 does not."""
     exclude: Path | None = None
-    """Text file of pool indices that may not be taken, one a line."""
+    """Text file of indices that may not be taken, one a line, as audit --show indices prints them: they count the images
+    of the source within --pool.limit, before any test image is left out."""
     limit: int = 0
     """Take only so many images, at random by the seed; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no pool."""
+        if self.near < 0 or self.limit < 0:
+            raise UserError(f"--pool.near and --pool.limit take 0 or more, got {self.near} and {self.limit}")
 
 
 class Pool:
@@ -84,18 +91,21 @@ def mixed(parts: Sequence[Pool]) -> Pool:
 
     def read(indices: Tensor) -> Tensor:
         owner = torch.from_numpy(np.searchsorted(starts, indices.numpy(), side="right") - 1)
-        out: Tensor | None = None
+        found: list[tuple[Tensor, Tensor]] = []
         for k, part in enumerate(parts):
             own = (owner == k).nonzero().squeeze(1)
-            if not len(own):
-                continue
-            images = part[indices[own] - int(starts[k])]
-            if out is None:
-                out = torch.empty(len(indices), *images.shape[1:], dtype=images.dtype)
-            if images.shape[1:] != out.shape[1:]:
-                raise UserError(f"the pool mixes images of {list(images.shape[1:])} and {list(out.shape[1:])}")
-            out[own] = images.to(out.dtype)
-        assert out is not None
+            if len(own):
+                found.append((own, part[indices[own] - int(starts[k])]))
+        if not found:
+            return parts[0][indices]
+        first = found[0][1]
+        for _, images in found:
+            if images.shape[1:] != first.shape[1:]:
+                raise UserError(f"the pool mixes images of {list(images.shape[1:])} and {list(first.shape[1:])}")
+        alike = all(images.dtype == first.dtype for _, images in found)  # else 8-bit images become those in [0, 1]
+        out = torch.empty(len(indices), *first.shape[1:], dtype=first.dtype if alike else torch.float32)
+        for own, images in found:
+            out[own] = images if alike else pixels(images)
         return out
 
     known = any(part.labels is not None for part in parts)
@@ -106,19 +116,23 @@ def mixed(parts: Sequence[Pool]) -> Pool:
 # --- sources -------------------------------------------------------------------------------------------------------------
 
 
-def open_pool(config: PoolConfig, data: ClassData, seed: int) -> Pool:
-    """The pool of a run, with images of the data set's shape, test images refused or dropped.
+def open_pool(config: PoolConfig, data: ClassData, seed: int, *, download: bool = False) -> Pool:
+    """The pool of a run, with images of the data set's shape, excluded ones left out, test images refused or dropped.
+    CIFAR is fetched with `download` where it is not there.
 
     Raises:
         UserError: an unknown source, files that are missing or of another form or shape, test images in the pool, or
             nothing in it.
 
     """
-    parts = [_source(name, data, seed) for name in config.source.split("+")]
+    parts = [_source(name, data, seed, download) for name in config.source.split("+")]
     pool = parts[0] if len(parts) == 1 else mixed(parts)
     if config.limit and config.limit < len(pool):
-        drawn = np.random.RandomState(seed).permutation(len(pool))[: config.limit]
+        drawn = draws(seed).permutation(len(pool))[: config.limit]
         pool = pool.subset(torch.from_numpy(np.sort(drawn)))
+    excluded = read_excluded(config.exclude, len(pool))
+    if excluded is not None:
+        pool = without(pool, excluded)
     if not len(pool):
         raise UserError(f"--pool.source {config.source}: the pool is empty, so nothing can be queried")
     shape = tuple(pool[torch.zeros(1, dtype=torch.int64)].shape[1:])
@@ -127,11 +141,19 @@ def open_pool(config: PoolConfig, data: ClassData, seed: int) -> Pool:
     return audited(pool, config, data)
 
 
-def _source(name: str, data: ClassData, seed: int) -> Pool:
+def without(pool: Pool, indices: Int[Tensor, " e"]) -> Pool:
+    """The pool without the images at the indices."""
+    kept = torch.ones(len(pool), dtype=torch.bool)
+    kept[indices] = False
+    return pool.subset(kept.nonzero().squeeze(1))
+
+
+def _source(name: str, data: ClassData, seed: int, download: bool) -> Pool:
     kind, _, where = name.strip().partition(":")
     if kind not in SOURCES:
         raise UserError(f"--pool.source {name}: the sources are {', '.join(SOURCES)}")
-    return SOURCES[kind](where, data, seed)
+    options = {"download": download} if kind in FETCHED else {}
+    return SOURCES[kind](where, data, seed, **options)
 
 
 def _held_back(where: str, data: ClassData, seed: int) -> Pool:
@@ -143,7 +165,9 @@ def _held_back(where: str, data: ClassData, seed: int) -> Pool:
 
 
 def _patches(where: str, data: ClassData, seed: int) -> Pool:
-    count = int(where) if where.isdigit() else 3000
+    if where and not where.isdigit():
+        raise UserError(f"--pool.source patches:{where}: the number of patches is a whole one, such as patches:3000")
+    count = int(where) if where else 3000
     return memory_pool(photo_patches(count, data.shape, seed, data.train[0].dtype), f"{count} patches of photographs")
 
 
@@ -156,7 +180,7 @@ def photo_patches(count: int, shape: tuple[int, ...], seed: int, dtype: torch.dt
     from sklearn.datasets import load_sample_images  # noqa: PLC0415 - slow to import
 
     channels, side = shape[0], shape[1]
-    draw = np.random.RandomState(seed)
+    draw = draws(seed)
     photographs = [photograph.astype(np.float32) / 255 for photograph in load_sample_images().images]
     if channels == 1:
         photographs = [photograph.mean(2, keepdims=True) for photograph in photographs]
@@ -243,9 +267,9 @@ def _downsampled(side: int) -> Callable[[str, ClassData, int], Pool]:
     return read
 
 
-def _named(name: str) -> Callable[[str, ClassData, int], Pool]:
-    def read(where: str, data: ClassData, seed: int) -> Pool:
-        images = load_images(name, Path(where) if where else None, "train").images
+def _named(name: str) -> Callable[..., Pool]:
+    def read(where: str, data: ClassData, seed: int, download: bool = False) -> Pool:
+        images = load_images(name, Path(where) if where else None, "train", download=download).images
         return memory_pool(images, f"training images of {name}, labels dropped")
 
     return read
@@ -253,19 +277,20 @@ def _named(name: str) -> Callable[[str, ClassData, int], Pool]:
 
 def _svhn(where: str, data: ClassData, seed: int) -> Pool:
     from scipy.io import loadmat  # noqa: PLC0415 - seldom needed
+    from scipy.io.matlab import MatReadError  # noqa: PLC0415
 
     path = _file(where, "svhn/extra_32x32.mat", "SVHN", "http://ufldl.stanford.edu/housenumbers/")
     try:
-        images = loadmat(path, variable_names=["X"])["X"]
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        images = loadmat(path, variable_names=["X"])["X"].transpose(3, 0, 1, 2)
+    except (OSError, ValueError, KeyError, NotImplementedError, MatReadError) as error:
         raise UserError(f"{path} is no MATLAB file with images X ({error}): fetch it again") from error
-    return _array_pool(images.transpose(3, 0, 1, 2), "SVHN, labels dropped")
+    return _array_pool(images, "SVHN, labels dropped")
 
 
 def _folder(where: str, data: ClassData, seed: int) -> Pool:
     files = sorted(path for path in Path(where).rglob("*") if path.suffix.lower() in SUFFIXES) if where else []
     if not files:
-        raise UserError(f"--pool.source folder:{where}: no image files are there")
+        raise UserError(f"{where or '--pool.source folder:'}: no image files are there; give a folder of images")
     return Pool(
         len(files), lambda chosen: _decoded([files[i] for i in chosen.tolist()], data.shape), f"images of {where}"
     )
@@ -291,11 +316,14 @@ def _npy(where: str, data: ClassData, seed: int) -> Pool:
         array = np.load(where, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--pool.source npy:{where}: no readable array is there ({error})") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"--pool.source npy:{where}: an archive of arrays (.npz) is there, one array (.npy) is needed")
     channels_last = array.ndim == 4 and tuple(array.shape[1:]) != data.shape
     return _array_pool(array, f"images of {where}", channels_last)
 
 
-SOURCES: dict[str, Callable[[str, ClassData, int], Pool]] = {
+FETCHED = ("cifar10", "cifar100")
+SOURCES: dict[str, Callable[..., Pool]] = {
     "split": _held_back,
     "patches": _patches,
     "official150k": _pickled(
@@ -356,9 +384,7 @@ def audited(pool: Pool, config: PoolConfig, data: ClassData) -> Pool:
             f"the pool contains {len(found)} of the test images (pool indices {found[:5].tolist()}...): leave them out "
             "with --pool.duplicates drop"
         )
-    kept = torch.ones(len(pool), dtype=torch.bool)
-    kept[found] = False
-    rest = pool.subset(kept.nonzero().squeeze(1))
+    rest = without(pool, found)
     rest.provenance += f" ({len(found)} test images left out)"
     return rest
 

@@ -17,6 +17,11 @@ ByClass = Sequence[Tensor]
 """Images of every class, by its original number: [n_k, c, h, w] each."""
 
 
+def draws(seed: int) -> np.random.RandomState:
+    """NumPy's generator of a seed, of which it takes 32 bits."""
+    return np.random.RandomState(seed % 2**32)
+
+
 def check_order(order: Sequence[int], classes: int, where: str) -> tuple[int, ...]:
     """The order as integers. UserError unless it is a permutation of 0..classes-1."""
     given = tuple(int(value) for value in order)
@@ -46,17 +51,18 @@ def class_order(choice: str, data: str, classes: int, seed: int) -> tuple[int, .
     if choice == "default" and data == "cifar100" and classes == 100:
         return tuple(int(k) for k in np.random.RandomState(1993).permutation(100))
     if choice in ("default", "random"):
-        return tuple(int(k) for k in np.random.RandomState(seed).permutation(classes))
-    path = Path(choice)
+        return tuple(int(k) for k in draws(seed).permutation(classes))
     try:
-        words = path.read_text(encoding="utf-8").split() if path.is_file() else choice.split(",")
-        numbers = [float(word) for word in words]
+        try:  # a list first: one of a hundred classes is too long for the name of a file
+            numbers = [float(word) for word in choice.split(",")]
+        except ValueError:
+            numbers = [float(word) for word in Path(choice).read_text(encoding="utf-8").split()]
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--data.class_order {choice}: default, natural, random, numbers such as 3,1,0,2 or a file with one number a "
             f"line are taken ({error})"
         ) from error
-    if any(number != int(number) for number in numbers):
+    if not all(number.is_integer() for number in numbers):
         raise UserError(f"--data.class_order {choice}: a class is a whole number")
     return check_order([int(number) for number in numbers], classes, f"--data.class_order {choice}")
 

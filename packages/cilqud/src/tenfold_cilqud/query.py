@@ -33,6 +33,7 @@ class Query:
         return self.indices.sort().values
 
 
+@torch.no_grad()
 def query(
     anchors: Float[Tensor, "a d"],
     pool: Float[Tensor, "p d"],
@@ -47,8 +48,8 @@ def query(
     """The `per_anchor` nearest pool rows of every anchor, anchors in turn, without replacement; exact.
 
     The order of the anchors is part of the result. Where a pool is smaller than what the anchors ask for, all of it is
-    taken. Distances are squared Euclidean ones of features centred on the pool's mean, in the features' precision; equal
-    distances go to the lower index. At most `memory` bytes of distances are held at a time, whatever the pool's size.
+    taken. Distances are squared Euclidean ones of features centred on the pool's mean, in the features' precision (single for
+    half ones); equal distances go to the lower index. At most `memory` bytes of distances are held at a time, whatever the pool's size.
 
     Args:
         anchors: features [a, d], in stored order.
@@ -61,7 +62,8 @@ def query(
         memory: bytes.
 
     Raises:
-        UserError: there is no anchor, nothing may be taken, or nothing is asked for.
+        UserError: there is no anchor, nothing may be taken, or nothing is asked for; a feature is not finite, or too large
+            to be squared.
 
     """
     started = time.perf_counter()
@@ -74,7 +76,10 @@ def query(
             f"the query is empty: {len(anchors)} anchors ask for {per_anchor} each of {free} pool images that may be "
             "taken; give it anchors, a larger pool or a larger --query.per_anchor"
         )
+    if max_total < 0:
+        raise UserError(f"max_total takes 0 or more, got {max_total}")
     limit = min(free, max_total or free, per_anchor * len(anchors))
+    anchors = anchors.float() if anchors.dtype in (torch.float16, torch.bfloat16) else anchors
     anchors, centre, scale = _prepared(anchors, pool, metric)
     rows = max(1, memory // (len(pool) * anchors.element_size()))
     held = anchors.new_empty(min(rows, len(anchors)), len(pool))
@@ -108,11 +113,18 @@ def query(
 
 def _prepared(anchors: Tensor, pool: Tensor, metric: Metric) -> tuple[Tensor, Tensor, bool]:
     """Anchors as they are compared, what is subtracted from pool rows, and whether those are scaled to unit length."""
-    if metric == "cosine":
-        return torch.nn.functional.normalize(anchors), torch.zeros_like(anchors[0]), True
     total = torch.zeros(pool.shape[1], dtype=torch.float64, device=pool.device)
+    # An infinite distance would pass for that of an image which is taken.
+    finite = anchors.square().sum(1).isfinite().all().to(pool.device)
     for _, chunk in _chunks(pool):
         total += chunk.sum(0, dtype=torch.float64)
+        finite &= chunk.to(anchors.dtype).square().sum(1).isfinite().all()
+    if not bool(finite):
+        raise UserError(
+            "the features of an anchor or of a pool image are not finite, or too large: look at the network"
+        )
+    if metric == "cosine":
+        return torch.nn.functional.normalize(anchors), torch.zeros_like(anchors[0]), True
     centre = (total / len(pool)).to(anchors.device, anchors.dtype)
     return anchors - centre, centre, False
 
@@ -180,6 +192,7 @@ def most_confident(
     return indices.sort().values.cpu()
 
 
+@torch.no_grad()
 def approximate_query(
     anchors: Float[Tensor, "a d"],
     pool: Float[Tensor, "p d"],
@@ -188,24 +201,33 @@ def approximate_query(
     dimensions: int = 32,
     sample: int = 32,
     generator: torch.Generator | None = None,
+    metric: Metric = "l2",
+    order: Order = "stored",
+    max_total: int = 0,
     exclude: Int[Tensor, " e"] | None = None,
 ) -> tuple[Query, float]:
-    """The greedy query on the features' first principal components, and its recall.
+    """The greedy query on the features' first principal components (of the features at unit length for `cosine`), and its
+    recall.
 
     Recall is the share of the exact nearest neighbours of `sample` anchors (each alone, `per_anchor` of them) that the
     shortened features find too.
     """
+    if anchors.dtype in (torch.float16, torch.bfloat16):
+        anchors, pool = anchors.float(), pool.float()
+    if metric == "cosine":
+        anchors, pool = (torch.nn.functional.normalize(features) for features in (anchors, pool))
     dimensions = min(dimensions, *pool.shape)
     rows = torch.randperm(len(pool), generator=generator)[:20000].to(pool.device)
     centre = pool[rows].mean(0)
     _, _, basis = torch.linalg.svd(pool[rows] - centre, full_matrices=False)
     short_pool = torch.cat([(chunk - centre) @ basis[:dimensions].T for _, chunk in _chunks(pool)])
     short_anchors = (anchors - centre) @ basis[:dimensions].T
-    result = query(short_anchors, short_pool, per_anchor, exclude=exclude)
-    found = 0
+    result = query(short_anchors, short_pool, per_anchor, order=order, max_total=max_total, exclude=exclude)
+    found = wanted = 0
     tested = range(0, len(anchors), max(1, len(anchors) // sample))
     for i in tested:
         exact = query(anchors[i : i + 1], pool, per_anchor, exclude=exclude).chosen
         close = query(short_anchors[i : i + 1], short_pool, per_anchor, exclude=exclude).chosen
         found += int(torch.isin(exact, close).sum())
-    return result, found / (len(tested) * min(per_anchor, len(pool)))
+        wanted += len(exact)
+    return result, found / wanted

@@ -100,8 +100,19 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} takes 1 or more, got {getattr(self, name)}")
-        if self.steps < 0 or self.sub_batch < 0 or self.query.per_anchor < 0:
-            raise UserError("--steps, --sub_batch and --query.per_anchor take 0 or more")
+        for name in ("steps", "sub_batch", "width", "weight_decay", "primary_weight", "lambda_lwf", "rwalk_lambda"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} takes 0 or more, got {getattr(self, name)}")
+        for name in ("per_anchor", "max_total", "approximate"):
+            if getattr(self.query, name) < 0:
+                raise UserError(f"--query.{name} takes 0 or more, got {getattr(self.query, name)}")
+        if not self.sub_batch and self.batch_size < 4:
+            raise UserError(
+                f"--batch_size {self.batch_size}: a quarter of it, which later steps take, is nothing; take 4 or more, or "
+                "say with --sub_batch how many"
+            )
+        if self.lr <= 0 or not 0 <= self.momentum < 1:
+            raise UserError(f"--lr is positive and --momentum in [0, 1), got {self.lr} and {self.momentum}")
         if self.uses_pool and self.query.strategy not in ("all", "anchors") and self.query.per_anchor < 1:
             raise UserError("--query.per_anchor 0 makes an empty query: take 1 or more, or --distill none")
         if self.select == "best" and not (self.data.validation or self.data.name.startswith("official")):
@@ -111,7 +122,8 @@ class Recipe:
         robust_lwf = self.robust.lwf == "attacked" or self.robust.gamma2 > 0
         if robust_lwf and (self.method != "cil-qud" or self.distill == "none"):
             raise UserError(
-                "--robust.lwf attacked and --robust.gamma2 attack unlabeled images, which this method has none of"
+                "--robust.lwf attacked and --robust.gamma2 attack unlabeled images, which this method has none of: take "
+                "--robust.lwf clean --robust.gamma2 0, which leaves --robust.adv"
             )
 
     @property

@@ -53,8 +53,8 @@ class Robust:
 
     def __post_init__(self) -> None:
         """Refuse what is no attack."""
-        if self.eps < 0 or self.step_size < 0 or self.steps < 0 or self.gamma1 < 0 or self.gamma2 < 0:
-            raise UserError("--robust.eps, step_size, steps, gamma1 and gamma2 cannot be negative")
+        if min(self.eps, self.step_size, self.steps, self.gamma1, self.gamma2, self.trades_beta) < 0:
+            raise UserError("--robust.eps, step_size, steps, gamma1, gamma2 and trades_beta cannot be negative")
 
     @property
     def any(self) -> bool:

@@ -34,7 +34,6 @@ class Session:
     data: ClassData
     net: IncrementalNet
     pool: Pool | None = None
-    excluded: Tensor | None = None
     anchors: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     """Original class -> remembered training images, in stored order."""
     walk: Walk | None = None
@@ -188,33 +187,21 @@ def choose_unlabeled(
     count = min(wanted, config.max_total or wanted, len(pool))
     about: dict[str, Any] = {"strategy": config.strategy, "pool": len(pool)}
     if config.strategy == "all":
-        indices = random_choice(len(pool), len(pool), draws, session.excluded)
+        indices = random_choice(len(pool), config.max_total or len(pool), draws)
     elif config.strategy == "random":
-        indices = random_choice(len(pool), count, draws, session.excluded)
+        indices = random_choice(len(pool), count, draws)
     elif config.strategy == "confidence":
-        indices = most_confident(pool_features(teacher, pool, "logits", task), count, session.excluded)
+        indices = most_confident(pool_features(teacher, pool, "logits", task), count)
     else:
         found = features_of(teacher, anchors.images, config.feature, task)
         features = pool_features(teacher, pool, config.feature, task)
+        how: Any = {"metric": config.metric, "order": config.order, "max_total": config.max_total}
         if config.approximate:
             taken, about["recall"] = approximate_query(
-                found,
-                features,
-                config.per_anchor,
-                dimensions=config.approximate,
-                generator=draws,
-                exclude=session.excluded,
+                found, features, config.per_anchor, dimensions=config.approximate, generator=draws, **how
             )
         else:
-            taken = query(
-                found,
-                features,
-                config.per_anchor,
-                metric=config.metric,
-                order=config.order,
-                max_total=config.max_total,
-                exclude=session.excluded,
-            )
+            taken = query(found, features, config.per_anchor, **how)
         indices = taken.chosen
         about |= {"seconds": taken.seconds, "median_distance": float(taken.distance.median().sqrt())}
     about["taken"] = len(indices)
@@ -290,7 +277,7 @@ def make_task(session: Session, index: int) -> Task:
     sizes = batch_composition(recipe.batch_size, max(index, 1), recipe.sub_batch)
     random = Stream(run, labelled, sizes.sub_batch if index else recipe.batch_size, f"random-{index}", data.augment)
     task = Task(index, session, new, anchors, teacher, random, [], recipe.sampler != "groups", held_out=held_out)
-    if index and recipe.method == "cil-qud":
+    if index and recipe.method == "cil-qud" and recipe.heads != "random":
         task.balanced = balanced_streams(session, index, new, anchors)
     if index and recipe.uses_pool:
         assert teacher is not None

@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tenfold_cilqud.data import ClassData, DataConfig, load_data
+from tenfold_cilqud.data import NORMALISATION, ClassData, DataConfig, load_data
 from tenfold_cilqud.evaluate import load_checkpoint
-from tenfold_cilqud.pools import PoolConfig, find_duplicates, open_pool
+from tenfold_cilqud.pools import SOURCES, PoolConfig, find_duplicates, open_pool, read_excluded
 from tenfold_cilqud.query import Metric, Order
 from tenfold_cilqud.query import query as run_query
 from tenfold_cilqud.session import features_of, pool_features
 from tenfold_shared.checkpoint import write_json, write_text
+from tenfold_shared.errors import UserError
 from tenfold_shared.report import figure_style
 from tenfold_shared.run import Run, RunOptions
 
@@ -28,7 +29,8 @@ class QueryTool:
     """A query outside of training."""
 
     checkpoint: Path
-    """The network whose features are compared: a run's folder, or a file of ours or of the released layout."""
+    """The network whose features are compared: a run's folder, or a file of ours or of the released layout, whose images
+    are normalised as the CIFAR is that has as many classes."""
     anchors: Path
     """Folder of the images that ask."""
     pool: Path
@@ -42,15 +44,20 @@ class QueryTool:
     into: Path = Path("query")
     """Folder for the indices, distances and the contact sheet."""
 
+    def __post_init__(self) -> None:
+        """Refuse an empty query."""
+        if self.per_anchor < 1:
+            raise UserError(f"--per_anchor takes 1 or more, got {self.per_anchor}")
+
 
 def query(tool: QueryTool, options: RunOptions) -> None:
     """Write ``query.json`` (what was taken, by whom, from how far) and ``query.html`` (each anchor and its images)."""
     net, about = load_checkpoint(tool.checkpoint)
+    if "mean" not in about and about["in_channels"] == 3:  # a released one, which saw CIFAR with as many classes
+        normal = NORMALISATION.get(f"cifar{net.tasks * net.classes_per_task}", ((0.0,), (1.0,)))
+        net, about = load_checkpoint(tool.checkpoint, *normal)
     shape = tuple(about.get("shape", (about.get("in_channels", 3), 32, 32)))
-    anchors, pool = (
-        open_pool(PoolConfig(source=f"folder:{folder}", duplicates="keep"), _only_shape(shape), 0)
-        for folder in (tool.anchors, tool.pool)
-    )
+    anchors, pool = (SOURCES["folder"](str(folder), _only_shape(shape), 0) for folder in (tool.anchors, tool.pool))
     with Run.evaluation("cilqud", options) as run:
         net = net.to(run.device)
         images = anchors[torch.arange(len(anchors))]
@@ -102,8 +109,12 @@ class AuditTool:
 def audit(tool: AuditTool, options: RunOptions) -> None:
     """Count the test images in a pool, by hash and, with --pool.near, by distance."""
     data = load_data(tool.data, options.seed)
-    pool = open_pool(dataclasses.replace(tool.pool, duplicates="keep"), data, options.seed)
+    source = dataclasses.replace(tool.pool, duplicates="keep", exclude=None)  # so that indices count its images
+    pool = open_pool(source, data, options.seed, download=tool.data.download)
     found = find_duplicates(pool, torch.cat(list(data.test)), tool.pool.near)
+    excluded = read_excluded(tool.pool.exclude, len(pool))
+    if excluded is not None:
+        found = found[~torch.isin(found, excluded)]
     if tool.show == "indices":
         print("\n".join(map(str, found.tolist())))
         return

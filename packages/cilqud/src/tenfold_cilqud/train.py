@@ -5,6 +5,7 @@ two stages. Every task's weights and accuracies are kept, so a resumed run goes 
 """
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from tenfold_cilqud.baselines import Walk
 from tenfold_cilqud.data import load_data
-from tenfold_cilqud.decisions import add_decision
+from tenfold_cilqud.decisions import NearestMean, Rectified, add_decision
 from tenfold_cilqud.evaluate import robust_accuracies, task_accuracies
-from tenfold_cilqud.methods import baseline, baseline_values, cil_qud, consolidation, finish
+from tenfold_cilqud.methods import baseline, cil_qud, consolidation, expert_loss, finish
 from tenfold_cilqud.models import IncrementalNet, create_model
 from tenfold_cilqud.objective import Terms
-from tenfold_cilqud.pools import open_pool, read_excluded
+from tenfold_cilqud.pools import open_pool
 from tenfold_cilqud.protocol import Summary, new_samples, summarise_matrix
 from tenfold_cilqud.recipe import Recipe
 from tenfold_cilqud.session import Session, Task, make_task, update_anchors
@@ -83,10 +84,11 @@ def run_recipe(run: Run, recipe: Recipe) -> Result:
     """
     seed = run.options.seed
     data = load_data(recipe.data, seed)
-    pool = open_pool(recipe.pool, data, seed) if recipe.uses_pool and recipe.query.strategy != "anchors" else None
-    excluded = read_excluded(recipe.pool.exclude, len(pool)) if pool is not None else None
+    pool = None
+    if recipe.uses_pool and recipe.query.strategy != "anchors":
+        pool = open_pool(recipe.pool, data, seed, download=recipe.data.download)
     net = place(run, new_network(recipe, data.classes_per_task, data.tasks, data.shape, data.mean, data.std, seed))
-    session = Session(run, recipe, data, net, pool, excluded)
+    session = Session(run, recipe, data, net, pool)
     if recipe.method == "rwalk":
         session.walk = Walk(net)
     for index in range(data.tasks):
@@ -171,10 +173,8 @@ def learn(session: Session, index: int) -> None:
     if not run.completed(phase):
         task = make_task(session, index)
         train_task(task, phase)
-        if session.walk is not None:
-            session.walk.end_task(session.net)
-            if run.is_main:
-                save_walk(session, phase)
+        if session.walk is not None and run.is_main:
+            save_walk(session, phase)
         update_anchors(session, index)
         finish(task, session.remembered(index + 1))
         outcome = test(session, index)
@@ -245,18 +245,9 @@ def train_task(task: Task, phase: str) -> None:
             fit(task, f"{phase}-train", task.steps, baseline)
         session.run.complete(f"{phase}-train", session.net)
         steps = max(1, round(EEIL_SHARE * task.steps))
-        fit(task, phase, steps, partial(balanced_stage, balanced_stream(task)), rate=EEIL_RATE)
+        fit(task, phase, steps, partial(baseline, stream=balanced_stream(task)), rate=EEIL_RATE)
     else:
         fit(task, phase, task.steps, baseline)
-
-
-def expert_loss(expert: IncrementalNet, task: Task, step: int) -> Terms:
-    """DMC's first stage: a second network on the new data alone, within the new block."""
-    batch, _ = task.random[step]
-    old = task.index * expert.classes_per_task
-    logits = expert(batch.x, task.seen, "main")[:, old:]
-    values = torch.nn.functional.cross_entropy(logits, batch.y - old, reduction="sum")
-    return {"expert": values / batch.total}
 
 
 def balanced_stream(task: Task) -> Stream:
@@ -268,15 +259,6 @@ def balanced_stream(task: Task) -> Stream:
     memory = type(memory)(memory.images.to(device), memory.labels.to(device))
     weights = class_weights(memory.labels)
     return Stream(session.run, memory, size, f"eeil-{task.index}", session.data.augment, weights)
-
-
-def balanced_stage(stream: Stream, task: Task, step: int) -> Terms:
-    """EEIL's loss on balanced samples."""
-    batch, _ = stream[step]
-    with torch.no_grad():
-        answers = task.teacher(batch.x, task.index, "main") if task.teacher is not None else None
-    logits = task.session.net(batch.x, task.seen, "main")
-    return {"classification": baseline_values("eeil", False, logits, batch.y, answers).sum() / batch.total}
 
 
 # -- a stage ----------------------------------------------------------------------------------------------------------------
@@ -363,19 +345,27 @@ def average_gradients(run: Run, net: IncrementalNet) -> None:
 
 
 def validation_accuracy(session: Session, task: Task) -> float:
-    """Mean accuracy on the validation images of the tasks seen."""
-    data = session.data
+    """Mean accuracy on the validation images of the tasks seen; of the primary head where a decision is made from what is
+    only known when the task ends, class means or mean scores.
+    """
+    data, net = session.data, session.net
     sets = [new_samples(data.validation, data.order, k, data.classes_per_task) for k in range(task.seen)]
-    rows = task_accuracies(session.net, sets, task.seen, session.recipe.evaluation.batch_size)
+    decision = net.decision
+    if isinstance(decision, NearestMean | Rectified):
+        net.decision = None
+    rows = task_accuracies(net, sets, task.seen, session.recipe.evaluation.batch_size)
+    net.decision = decision
     return sum(rows) / len(rows)
 
 
 def save_walk(session: Session, phase: str) -> None:
-    """RWalk's importances after a task, beside its weights."""
-    assert session.walk is not None
-    parts = {
-        f"{name}.{i}": value for name, values in session.walk.state_dict().items() for i, value in enumerate(values)
-    }
+    """RWalk's importances after a task, beside its weights. They end the task in a copy: the run's own, which a checkpoint
+    may still take, ends it when the phase is closed and `load_walk` reads them.
+    """
+    ended = copy.deepcopy(session.walk)
+    assert ended is not None
+    ended.end_task(session.net)
+    parts = {f"{name}.{i}": value for name, values in ended.state_dict().items() for i, value in enumerate(values)}
     save_weights(session.run.directory / "checkpoints" / f"walk-{phase}.safetensors", parts)
 
 

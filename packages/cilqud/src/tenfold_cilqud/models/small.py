@@ -50,12 +50,12 @@ class TorchvisionNet(IncrementalNet):
     ):
         super().__init__(classes_per_task, tasks, mean, std)
         try:
-            from torchvision.models import get_model, list_models  # noqa: PLC0415 - slow, and seldom needed
+            from torchvision import models  # noqa: PLC0415 - slow, and seldom needed
         except ImportError as error:
             raise UserError(f"--arch {name} is torchvision's: install tenfold-shared[images]") from error
-        if name not in list_models():
-            raise UserError(f"--arch {name}: neither an architecture of this package nor one of torchvision")
-        self.backbone = get_model(name, weights=None)
+        if name not in models.list_models(module=models):  # those of detection and segmentation would fetch weights
+            raise UserError(f"--arch {name}: neither an architecture of this package nor a classifier of torchvision")
+        self.backbone = models.get_model(name, weights=None)
         linear = [(path, module) for path, module in self.backbone.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise UserError(f"--arch {name} ends with no linear layer, in front of which its features would be")
@@ -65,5 +65,5 @@ class TorchvisionNet(IncrementalNet):
         self.add_heads(last.in_features)
 
     def embed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """What the last linear layer was given."""
-        return self.backbone(x)
+        """What the last linear layer was given; a grey image is the same in the three channels."""
+        return self.backbone(x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x)
