@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 
 import tenfold_nid as nid
-from tenfold_nid import cli, embedded, train
+from tenfold_nid import cli, embedded, evaluate, metrics, train
+from tenfold_nid.checkpoints import load_dictionary, load_model
 from tenfold_nid.evaluate import Observed, trajectory, warm_up
 from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
 from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
@@ -330,3 +332,76 @@ def test_released_checkpoints_are_evaluated_and_others_refused(tmp_path: Path) -
     code, _, err = call(tmp_path, "eval", "--checkpoint", "0001.ckpt", "--data.name", "faces")
     assert code == 2
     assert "3 channels" in err
+
+
+def test_scores_of_patches_are_those_of_the_images_they_make_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = embedded.photograph("chelsea", 32)[None]
+    patches = nid.split_patches(images, (16, 16))
+    monkeypatch.setattr(evaluate, "load_signals", lambda config: Signals(patches, patches, patches, (32, 32)))
+    checkpoint = keep(tmp_path)
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", str(checkpoint))
+    assert code == 0, err
+    model, _ = load_dictionary(checkpoint)
+    preds = model.render(nid.fit_codes(model, patches), nid.lattice((16, 16)))
+    whole = nid.merge_patches(preds.detach(), (16, 16), (32, 32))
+    assert found["ssim"] == pytest.approx(float(nid.ssim(whole, images.movedim(-1, 1))), abs=1e-5)
+
+    def distance(first: torch.Tensor, second: torch.Tensor, *, net_type: str, normalize: bool) -> torch.Tensor:
+        assert first.shape == second.shape == (1, 3, 32, 32)
+        return torch.tensor(0.25 if normalize else 0.5)
+
+    stand_in = types.ModuleType("torchmetrics.functional.image")  # the real one fetches weights, and takes seconds
+    stand_in.learned_perceptual_image_patch_similarity = distance  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", stand_in)
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", str(checkpoint), "--lpips")
+    assert code == 0, err
+    assert (found["lpips"], found["lpips_released"]) == (0.25, 0.5)
+    with pytest.raises(ValueError, match="32 pixels or more, got 16×16"):
+        metrics.lpips(torch.rand(1, 1, 16, 16), torch.rand(1, 1, 16, 16))
+
+
+def test_eval_goes_on_as_the_checkpoint_was_trained(tmp_path: Path) -> None:
+    few = ["--data.name", "phantoms", "--data.size", "12", "--data.train_subset", "9", "--data.test_subset", "2"]
+    small = ["--schedule.epochs", "1", "--network.hidden_dim", "8", "--network.pos_emb", "Id", "--quiet"]
+    for name, method in (
+        ("ksvd", ["ksvd", "--linear.components", "6", "--linear.sparsity", "2", "--linear.iterations", "1"]),
+        ("maml", ["maml", "--meta.test_optimiser", "adam", *small]),
+        ("scratch", ["scratch", *small]),
+        ("pca", ["pca", "--linear.components", "2"]),
+    ):
+        faces = ["--data.name", "faces"] if name == "ksvd" else few
+        code, _, err = call(tmp_path, "train", "--method", *method, *faces, "--name", name)
+        assert code == 0, err
+    model, about = load_model(tmp_path / "runs/nid/ksvd")
+    assert about["sparsity"] == 2
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/ksvd", "--data.name", "faces")
+    assert code == 0, err
+    faces = load_signals(DataConfig(name="faces")).test
+    codes, _ = nid.omp(model.system(faces.flatten(1, -2)), 2)
+    expected = nid.psnr(model.render(codes, 1).view_as(faces), faces).mean()
+    assert found["psnr"] == pytest.approx(float(expected), abs=1e-3)
+    assert load_model(tmp_path / "runs/nid/maml")[1]["test_optimiser"] == "adam"
+    for name, data, word in (
+        ("scratch", [*few[:-1], "3"], "a network for each of 2 signals"),
+        ("pca", few, "not to projections"),
+    ):
+        code, _, err = call(tmp_path, "eval", "--checkpoint", f"runs/nid/{name}", *data)
+        assert code == 2, name
+        assert word in err
+
+
+def test_eval_takes_every_solver_and_refuses_in_one_sentence(tmp_path: Path) -> None:
+    arguments = ["eval", "--checkpoint", str(keep(tmp_path, gate="conv", gate_hidden=4))]
+    values = []
+    for steps in ("0", "2"):
+        code, (found,), err = call(
+            tmp_path, *arguments, "--fit.solver", "gate", "--fit.steps", steps, "--fit.lr", "0.003"
+        )
+        assert code == 0, err
+        values.append(found["psnr"])
+    assert values[1] > values[0] == pytest.approx(found["gate_psnr"], abs=1e-3)
+    code, _, err = call(tmp_path, *arguments, "--fit.solver", "omp", "--data.fraction", "0.01")
+    assert code == 2
+    assert "more unknowns" in err

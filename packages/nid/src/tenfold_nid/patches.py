@@ -61,7 +61,9 @@ def window_starts(length: int, patch: int, stride: int) -> list[int]:
 
     """
     if not 1 <= stride <= patch:
-        raise ValueError(f"a stride of {stride} pixels between patches of {patch}: it lies in 1..{patch}, or gaps are left")
+        raise ValueError(
+            f"a stride of {stride} pixels between patches of {patch}: it lies in 1..{patch}, or gaps are left"
+        )
     if length < patch:
         raise ValueError(f"an image of {length} pixels along an axis is smaller than a patch of {patch}")
     starts = list(range(0, length - patch + 1, stride))

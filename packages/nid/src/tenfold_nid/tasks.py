@@ -1,9 +1,7 @@
 """The tasks of the paper on a trained dictionary and one's own data: each a verb of the command line (sections 1 and 11)."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from .data import frames as read_frames
 from .data import read_images
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .embedded import TEST_PHOTOGRAPHS, distance_fields, moving_discs, photograph
+from .errors import refusals
 from .evaluate import check_fit, code_prior, dictionary_system, observe
 from .export import pack_codes, save_onnx, single_signal
 from .fitting import CodePrior, fit_prior, posterior, system
@@ -32,17 +31,6 @@ from .shapes import extract_mesh, marching_cubes, save_mesh, sdf_from_mesh
 from .signals import DataConfig, load_signals, observation
 from .solvers import FitOptions, PatchModel, inpaint, residual_outliers, solve
 from .video import background_dictionary, mask_scores, separate
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What the library refuses, and what is not installed, as an error of the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
 
 
 def folder_of(options: RunOptions, verb: str) -> Path:

@@ -70,8 +70,11 @@ def about(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
         kept |= {"load_mode": model.load_mode, "importance_mode": model.importance_mode}
     elif isinstance(model, NetworkBatch):
         kept |= {"network": dataclasses.asdict(model.config), "count": model.weights[0].shape[0]}
+        kept |= {"test_optimiser": recipe.meta.test_optimiser} if recipe.method in {"maml", "reptile"} else {}
     elif isinstance(model, AutoDecoder):
         kept |= {"network": dataclasses.asdict(model.config), "latents": list(model.latents.weight.shape)}
+    elif recipe.method == "ksvd":
+        kept |= {"sparsity": recipe.linear.sparsity}
     return kept
 
 
