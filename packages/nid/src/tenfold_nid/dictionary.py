@@ -223,12 +223,14 @@ class NeuralDictionary(nn.Module):
         logits, bias = split_code(self.code(signal), self.config.num_experts)
         return torch.cat([top_k_gates(logits, self.config.num_topk).dense, bias], dim=-1)
 
-    def design(self, coords: Float[Tensor, "points in_dim"]) -> Float[Tensor, "rows code"]:
+    def design(self, coords: Float[Tensor, "points in_dim"], *, chunk: int = 1 << 16) -> Float[Tensor, "rows code"]:
         """Matrix that takes a code to the samples, rows in the order point, channel: ``f = design @ code``.
 
-        The first E columns are the atoms, the last C the indicator of a channel.
+        The first E columns are the atoms, the last C the indicator of a channel. ``chunk`` coordinates are evaluated at
+        a time, which bounds what is needed besides.
         """
-        return design_from_atoms(self.experts.atoms(self.experts.features(coords)))
+        parts = [self.experts.atoms(self.experts.features(part)) for part in coords.split(chunk)]
+        return design_from_atoms(torch.cat(parts))
 
     def flops(self) -> int:
         """Operations per coordinate as the released code counts them (section 3).
