@@ -86,7 +86,7 @@ def test_every_recipe_is_built_at_full_size_and_stepped(name: str, tmp_path: Pat
             "gate": "conv",
         }
         recipe = dataclasses.replace(recipe, pretrained=keep(tmp_path, **shape))
-    data = dataclasses.replace(recipe.data, views=min(recipe.data.views, 5))
+    data = dataclasses.replace(recipe.data, views=min(recipe.data.views, 5), test_views=min(recipe.data.test_views, 4))
     schedule = dataclasses.replace(
         recipe.schedule, epochs=1, batch_size=1 if recipe.model.gate == "resnet" else 2, chunk_size=32
     )
@@ -127,6 +127,33 @@ def test_training_in_mixed_precision(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("chunk", [1024, 7])
+@pytest.mark.parametrize(
+    "data", [{"name": "phantoms", "size": 8, "views": 5, "test_views": 1}, {"name": "faces", "fraction": 0.3}], ids=str
+)
+def test_networks_from_scratch_learn_from_what_is_observed(data: dict, chunk: int, tmp_path: Path, monkeypatch) -> None:
+    config = DataConfig(**data)
+    images = torch.rand(2, 8, 8, 1)
+    if config.name == "phantoms":  # the one view sums along the rows, so that their order there does not matter
+        others = images.flip(2)
+    else:
+        mask = observation(images, config.fraction, 0)
+        assert mask is not None
+        others = torch.where(mask[..., None], images, 7.0)
+    recipe = Recipe(
+        method="scratch",
+        data=config,
+        network=nid.NetworkConfig(hidden_dim=6, pos_emb="Id", act_type="sine"),
+        schedule=Schedule(epochs=3, chunk_size=chunk, lr=1e-2),
+    )
+    learned = []
+    for name, test in (("first", images), ("other", others)):
+        monkeypatch.setattr(train, "load_signals", lambda config, test=test: Signals(test, test, test))
+        with Run("nid", recipe, RunOptions(output=tmp_path, name=name, device="cpu", quiet=True)) as run:
+            learned.append(list(train.run_recipe(run, recipe)[0].parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*learned, strict=True))
+
+
 # -- data -----------------------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +180,13 @@ def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
             DataConfig(**bad)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="epochs"):
         Schedule(epochs=0)
+    with pytest.raises(UserError, match="lr"):
+        Schedule(lr=0)
     with pytest.raises(UserError, match="--pretrained"):
         Recipe(finetune=True)
+    for hidden in ({"fraction": 0.1}, {"name": "phantoms", "test_views": 4}):
+        with pytest.raises(UserError, match="would see what"):
+            Recipe(finetune=True, pretrained=Path("x"), data=DataConfig(**hidden))  # type: ignore[arg-type]
 
 
 def test_an_arm_is_the_same_whatever_its_process_measured_before() -> None:

@@ -38,6 +38,8 @@ from .sparse import omp
 
 PRIOR_SIGNALS = 2000
 """Training signals at most whose codes give the Gaussian prior of the solver ``map``."""
+RENDERED = 1 << 16
+"""Coordinates at which networks are evaluated at a time, which bounds the memory."""
 
 
 class Observed(NamedTuple):
@@ -247,24 +249,36 @@ class Projected(nn.Module):
         return self.networks(rays.flatten(0, 1)).unflatten(1, rays.shape[:2]).mean(dim=2)
 
 
+def shown_to(
+    networks: nn.Module, observed: Observed
+) -> tuple[nn.Module, Float[Tensor, "*places dims"], Float[Tensor, "batch points channels"]]:
+    """What networks are fitted to: the networks as they are observed, where, and the samples there.
+
+    The places are common to all signals, but for a mask: then each has its own [batch, points, dims].
+    """
+    targets = observed.targets()
+    if observed.rays is not None:
+        return Projected(networks), observed.rays, targets
+    coords = lattice(observed.spatial, device=observed.truth.device)
+    if observed.mask is None:
+        return networks, coords, targets
+    # every signal shows the same number of samples, at places of its own
+    seen = observed.mask.flatten(1).nonzero()[:, 1].view(len(targets), -1)
+    return networks, coords[seen], targets.gather(1, seen[..., None].expand(-1, -1, targets.shape[-1]))
+
+
 def _by_networks(model: NetworkBatch, recipe: Recipe, observed: Observed, steps: Sequence[int]) -> Iterator[Step]:
     coords = lattice(observed.spatial, device=observed.truth.device)
     start = time.process_time()
-    targets = observed.targets()
-    networks: nn.Module = model.repeated(len(targets)) if recipe.method in {"maml", "reptile"} else model
-    where, fitted = coords, networks
-    if observed.rays is not None:
-        where, fitted = observed.rays, Projected(networks)
-    elif observed.mask is not None:  # every signal shows the same number of samples, at places of its own
-        seen = observed.mask.flatten(1).nonzero()[:, 1].view(len(targets), -1)
-        where, targets = coords[seen], targets.gather(1, seen[..., None].expand(-1, -1, targets.shape[-1]))
+    networks = model.repeated(len(observed.truth)) if recipe.method in {"maml", "reptile"} else model
+    fitted, where, targets = shown_to(networks, observed)
     optimiser = recipe.meta.test_optimiser if recipe.method in {"maml", "reptile"} else "adam"
     away = 0.0
     for step in fit_networks(fitted, where, targets, lr=recipe.fit.lr, optimiser=optimiser):
         if step in steps:
             now = time.process_time()
             with torch.no_grad():
-                preds = networks(coords).view_as(observed.truth)
+                preds = torch.cat([networks(part) for part in coords.split(RENDERED)], dim=1).view_as(observed.truth)
             yield step, now - start - away, preds
             away += time.process_time() - now
         if step >= max(steps):
@@ -282,7 +296,8 @@ def _by_decoder(model: AutoDecoder, fit: FitOptions, observed: Observed, steps: 
         if step in steps:
             now = time.process_time()
             with torch.no_grad():
-                preds = model.decode(latent, coords).view_as(observed.truth)
+                parts = [model.decode(latent, part) for part in coords.split(RENDERED)]
+                preds = torch.cat(parts, dim=1).view_as(observed.truth)
             yield step, now - start - away, preds
             away += time.process_time() - now
 
