@@ -258,3 +258,9 @@ def test_ridge_is_linear_and_equivariant_to_the_order_of_signals(seed: int, pena
     assert torch.allclose(nid.ridge(problem._replace(targets=problem.targets[order]), penalty=penalty), code[order])
     doubled = nid.ridge(problem._replace(targets=2 * problem.targets), penalty=penalty)
     assert torch.allclose(doubled, 2 * code, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"penalty": -1.0}, {"steps": -1}, {"lr": 0.0}, {"atoms": 0}], ids=str)
+def test_options_that_no_solver_takes_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=f"--fit.{next(iter(options))}"):
+        nid.FitOptions(**options)

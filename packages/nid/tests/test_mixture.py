@@ -312,6 +312,9 @@ def test_training_in_bfloat16_autocast_follows_float32() -> None:
         ({"num_signals": 0}, "needs num_signals"),
         ({"gate": "resnet", "size": (8, 6)}, "square"),
         ({"num_layers": 1}, "num_layers must be at least 2"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"pos_emb": "pe", "num_freqs": -1}, "num_freqs must not be negative"),
+        ({"gate": "conv", "gate_layers": 0}, "at least 1 layer"),
         ({"gate": "conv", "in_dim": 3}, "codebook gate"),
     ],
 )

@@ -55,6 +55,10 @@ class DictionaryConfig(NetworkConfig):
         super().__post_init__()
         if not 1 <= self.num_topk <= self.num_experts:
             raise ValueError(f"num_topk must lie in 1..num_experts = {self.num_experts}, got {self.num_topk}")
+        if self.gate_layers < 1 or self.gate_hidden < 2:
+            raise ValueError(
+                f"a gate has at least 1 layer of width 2, got gate_layers {self.gate_layers}, gate_hidden {self.gate_hidden}"
+            )
         if self.gate == "resnet" and (len(self.size) != 2 or self.size[0] != self.size[1]):
             raise ValueError(f"the resnet gate takes square images, got size {self.size}")
         if self.gate in {"conv", "strided"} and self.in_dim != 2:

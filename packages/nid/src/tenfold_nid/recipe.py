@@ -122,6 +122,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
+        if self.latent_dim < 1:
+            raise UserError(f"--latent_dim takes 1 or more, got {self.latent_dim}")
         if self.finetune and self.pretrained is None:
             raise UserError("--finetune keeps the atoms of a trained dictionary: name it with --pretrained")
         if self.finetune and self.method != "nid":
