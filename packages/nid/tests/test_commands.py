@@ -228,6 +228,9 @@ def test_fit_codes_any_image(tmp_path: Path) -> None:
         (["--fit.penalty", "0", "--fit.support", "all", "--fraction", "0.03"], "do not determine"),
         (["--fit.solver", "omp", "--fraction", "0.01"], "more unknowns"),
         (["--fraction", "0"], "fraction"),
+        (["--stride", "17"], "gaps"),
+        (["--output", "cat.png"], "choose another --output"),
+        (["--images", "cat.png,./cat.png"], "would both be written as cat"),
     ):
         code, _, err = call(tmp_path, "fit", "--checkpoint", str(checkpoint), "--images", "cat.png", *options)
         assert code == 2, options
@@ -249,6 +252,12 @@ def test_inpaint_with_and_without_a_mask(tmp_path: Path) -> None:
     assert np.abs(repaired - 120).max() < 25
     code, (found,), err = call(tmp_path, *arguments)
     assert code == 0, err
+    code, (other,), err = call(tmp_path, *arguments, "--robust.solver", "ridge")
+    assert code == 0, err
+    assert other["replaced"] != found["replaced"]
+    code, _, err = call(tmp_path, *arguments, "--fit.solver", "map")
+    assert code == 2
+    assert "learns its prior" in err
     Image.fromarray(mask * 0).save(tmp_path / "mask.png")
     code, _, err = call(tmp_path, *arguments, "--mask", "mask.png")
     assert code == 2
@@ -279,6 +288,13 @@ def test_separate_a_folder_of_frames(tmp_path: Path) -> None:
     assert code == 0, err
     assert 0 < found["foreground"] < 0.6
     assert len(list((tmp_path / "runs/nid/separate").glob("background-*.png"))) == 6
+    trained = keep(tmp_path, gate="codebook", num_signals=6, num_experts=8, num_topk=8, size=(8, 10))
+    again = ["separate", "--frames", "frames", "--checkpoint", str(trained)]
+    code, (found,), err = call(tmp_path, *again, "--background_atoms", "8")
+    assert code == 0, err
+    assert 0 < found["foreground"] < 1
+    code, _, err = call(tmp_path, *again, "--background_atoms", "9")
+    assert code == 2
     code, _, err = call(tmp_path, "separate", "--frames", "empty")
     assert code == 2
     assert "no images" in err
@@ -287,8 +303,6 @@ def test_separate_a_folder_of_frames(tmp_path: Path) -> None:
 def test_tomography_and_its_controls(tmp_path: Path) -> None:
     checkpoint = keep(tmp_path, out_dim=1, gate="codebook", num_signals=4, size=(16, 16))
     few = [
-        "--data.size",
-        "16",
         "--data.train_subset",
         "8",
         "--data.test_subset",
@@ -302,6 +316,13 @@ def test_tomography_and_its_controls(tmp_path: Path) -> None:
     assert code == 0, err
     assert [line["method"] for line in found] == ["nid", "fbp", "tv"]
     assert all(line["psnr"] > 5 for line in found)
+    assert Image.open(tmp_path / "runs/nid/ct/nid-00000.png").size == (16, 16)  # that of the dictionary
+    np.save(tmp_path / "images.npy", np.random.RandomState(0).rand(4, 8, 12))
+    slices = ["--data.name", "ct", "--data.root", ".", "--data.views", "9", "--tv_weight", "0"]
+    code, found, err = call(tmp_path, "ct", "--checkpoint", str(checkpoint), *slices)
+    assert code == 0, err
+    assert [line["method"] for line in found] == ["nid", "tv"]
+    assert all(np.isfinite(line["psnr"]) for line in found)
     code, _, err = call(
         tmp_path, "ct", "--checkpoint", str(checkpoint), *few[:-4], "--data.views", "3", "--data.test_views", "4"
     )
@@ -321,12 +342,27 @@ def test_shapes_become_meshes(tmp_path: Path) -> None:
     assert found["chamfer"] < 0.3
     mesh = o3d.io.read_triangle_mesh(str(tmp_path / "runs/nid/sdf/shape-0.ply"))
     assert len(mesh.vertices) == found["vertices"]
+    code, _, err = call(tmp_path, *arguments, "--count", "1", "--points", "1")
+    assert code == 2
+    assert "shape-0: the field" in err
     torn = o3d.geometry.TriangleMesh.create_box()
     torn.triangles = o3d.utility.Vector3iVector(np.asarray(torn.triangles)[:-1])
     o3d.io.write_triangle_mesh(str(tmp_path / "torn.ply"), torn)
     code, _, err = call(tmp_path, *arguments, "--meshes", "torn.ply")
     assert code == 2
     assert "watertight" in err
+    separate = {
+        "in_dim": 3,
+        "out_dim": 1,
+        "gate": "codebook",
+        "num_signals": 4,
+        "size": (12,) * 3,
+        "ffm_map_scale": 1.0,
+    }
+    alone = keep(tmp_path, atoms="independent", **separate)
+    code, (found,), err = call(tmp_path, "sdf", "--checkpoint", str(alone), *arguments[3:], "--count", "1")
+    assert code == 0, err
+    assert found["chamfer"] < 0.3
     code, _, err = call(tmp_path, "sdf", "--checkpoint", str(keep(tmp_path)))
     assert code == 2
     assert "2-D" in err

@@ -313,6 +313,8 @@ def _classical(recipe: Recipe, observed: Observed) -> Iterator[Step]:
             raise UserError(f"{recipe.method} reconstructs from projections: choose phantoms or ct as --data.name")
         size = (observed.spatial[0], observed.spatial[1])
         if recipe.method == "fbp":
+            if size[0] != size[1]:
+                raise UserError(f"filtered back-projection takes square slices, these are {size[0]}×{size[1]}")
             preds = fbp(observed.targets(), observed.angles, size[0])
         else:
             preds = tv(observed.targets(), observed.rays, size, weight=recipe.fit.penalty)
