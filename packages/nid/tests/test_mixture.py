@@ -15,6 +15,8 @@ from tenfold_nid.coordinates import FourierFeatures, PositionalEncoding, RadialB
 from tenfold_nid.experts import IndependentExperts, SharedTrunkExperts
 from tenfold_nid.gates import CodebookGate
 from tenfold_nid.gating import dense_gates, noisy_load
+from tenfold_nid.plan import Plan
+from tenfold_nid.recipe import Recipe, Schedule
 
 
 def small(**fields: object) -> nid.DictionaryConfig:
@@ -283,6 +285,17 @@ def test_a_kept_embedding_changes_nothing(places: str) -> None:
         outcomes.append([preds, *[p.grad for p in model.parameters()]])
     for expected, found in zip(*outcomes, strict=True):
         assert torch.allclose(expected, found, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("size", [(6, 4), (1, 4), (5, 5)])
+def test_a_plan_samples_the_signals_where_their_targets_lie(size: tuple[int, int]) -> None:
+    model = nid.NeuralDictionary(small(gate="conv", gate_hidden=4))
+    signals = nid.lattice(size).view(1, *size, 2).repeat(2, 1, 1, 2)[..., :3]  # their own coordinates are their values
+    plan = Plan(Recipe(schedule=Schedule(chunk_size=100)), signals, model, seed=0)
+    batch = plan[0]
+    found = nid.Sampled(model, plan.places)(batch.signal, batch.where).preds
+    expected = model(batch.signal, batch.targets[0, :, :2]).preds
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("antipodal", [False, True])
