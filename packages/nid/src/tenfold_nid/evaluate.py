@@ -289,9 +289,13 @@ def _by_decoder(model: AutoDecoder, fit: FitOptions, observed: Observed, steps: 
     if observed.rays is not None:
         raise UserError("the auto-decoder is fitted to samples, not to projections")
     coords = lattice(observed.spatial, device=observed.truth.device)
-    weights = None if observed.mask is None else observed.mask.flatten(1).float()
     start, away = time.process_time(), 0.0
-    fitting = fit_latents(model, coords, observed.targets(), weights, lr=fit.lr)
+    where, targets = coords, observed.targets()
+    weights = None if observed.mask is None else observed.mask.flatten(1).float()
+    if len(coords) > RENDERED:  # too large to be computed where nothing is observed
+        _, where, targets = shown_to(model, observed)
+        weights = None
+    fitting = fit_latents(model, where, targets, weights, lr=fit.lr)
     for step, latent in enumerate(itertools.islice(fitting, max(steps) + 1)):
         if step in steps:
             now = time.process_time()

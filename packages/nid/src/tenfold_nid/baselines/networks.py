@@ -194,11 +194,11 @@ class AutoDecoder(nn.Module):
         nn.init.normal_(self.latents.weight, std=0.01)
 
     def decode(
-        self, latent: Float[Tensor, "batch latent"], coords: Float[Tensor, "points in_dim"]
+        self, latent: Float[Tensor, "batch latent"], coords: Float[Tensor, "*places in_dim"]
     ) -> Float[Tensor, "batch points channels"]:
-        """Signals with these latent vectors at common coordinates."""
+        """Signals with these latent vectors at coordinates common to all [points, m], or its own [batch, points, m]."""
         features = self.map(coords)
-        wide = latent[:, None].expand(-1, len(coords), -1)
+        wide = latent[:, None].expand(-1, coords.shape[-2], -1)
         return self.network(torch.cat([features.expand(len(latent), -1, -1), wide], dim=-1))
 
     def forward(
@@ -210,7 +210,7 @@ class AutoDecoder(nn.Module):
 
 def fit_latents(
     decoder: AutoDecoder,
-    coords: Float[Tensor, "points in_dim"],
+    coords: Float[Tensor, "*places in_dim"],
     targets: Float[Tensor, "batch points channels"],
     weights: Float[Tensor, "batch points"] | None = None,
     *,
