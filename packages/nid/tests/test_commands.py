@@ -363,6 +363,18 @@ def test_shapes_become_meshes(tmp_path: Path) -> None:
     code, (found,), err = call(tmp_path, "sdf", "--checkpoint", str(alone), *arguments[3:], "--count", "1")
     assert code == 0, err
     assert found["chamfer"] < 0.3
+    points = ["--config", "pointcloud-siren", "--schedule.epochs", "2", "--name", "points"]
+    code, _, err = call(
+        tmp_path, "train", *points, "--schedule.batch_size", "64", "--network.hidden_dim", "16", "--quiet"
+    )
+    assert code == 0, err
+    network, _ = load_model(tmp_path / "runs/nid/points")
+    with torch.no_grad():  # a few steps do not make a surface
+        network.biases[-1] -= network(nid.lattice((16,) * 3)).median()
+    save_weights(tmp_path / "shape.safetensors", network.state_dict(), load_model(tmp_path / "runs/nid/points")[1])
+    code, (found,), err = call(tmp_path, "sdf", "--checkpoint", "shape.safetensors", "--resolution", "16")
+    assert code == 0, err
+    assert found["vertices"] > 0
     code, _, err = call(tmp_path, "sdf", "--checkpoint", str(keep(tmp_path)))
     assert code == 2
     assert "2-D" in err

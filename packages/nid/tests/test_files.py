@@ -99,6 +99,8 @@ def test_checkpoints_that_do_not_fit_list_their_keys(tmp_path) -> None:
         nid.load_official_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match="independent atoms"):
         nid.save_official_checkpoint(dictionary(atoms="independent"), path)
+    with pytest.raises(ValueError, match="radial basis"):
+        nid.save_official_checkpoint(dictionary(pos_emb="rbf"), path)
 
 
 def test_official_configuration_files(tmp_path) -> None:
@@ -276,6 +278,8 @@ def test_slices_are_shared_out_between_learning_and_coding(tmp_path) -> None:
     assert counts(12) == (6, 6)
     with pytest.raises(UserError, match="has 1 slices"):
         counts(1)
+    with pytest.raises(UserError, match="0 signals to learn from"):
+        counts(2, validation=True)
 
 
 @pytest.mark.parametrize("options", [{"patch": 4}, {"corruption": "occlusion"}], ids=str)

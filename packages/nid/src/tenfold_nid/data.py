@@ -154,8 +154,10 @@ def yale(root: str | Path, split: str = "train") -> Float[Tensor, "images rows c
     """Yale faces: files ``subjectNN.condition``, read in the order of their names."""
     folder = _require(Path(root), "yale")
     files = sorted(p for p in folder.iterdir() if p.name.startswith("subject")) if folder.is_dir() else []
-    if not files:
-        raise DataError(f"{root} holds no file subjectNN.condition; get the Yale faces from {SOURCES['yale']}")
+    if len(files) < 2:  # one to learn from, one to code
+        raise DataError(
+            f"{root} holds {len(files) or 'no'} file subjectNN.condition; get the Yale faces from {SOURCES['yale']}"
+        )
     chosen = [files[i] for i in every_eighth(len(files), split)]
     return _to_float(_stack(chosen, "L"))[..., None]
 

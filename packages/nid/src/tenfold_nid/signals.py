@@ -104,6 +104,10 @@ def load_signals(config: DataConfig) -> Signals:
         if config.validation:
             test = train[-max(1, len(train) // 10) :]
             train = train[: -len(test)]
+        if not len(train) or not len(test):
+            raise UserError(
+                f"{config.name}: {len(train)} signals to learn from and {len(test)} to code; each takes at least 1"
+            )
     if train.ndim != 4 and (config.patch or config.corruption != "none"):
         raise UserError(f"--data.patch and --data.corruption are for images; {config.name} has volumes")
     if config.size:

@@ -15,7 +15,8 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, seed_everything
 
 from .baselines.classical import fbp, median_background, rpca, tv
-from .checkpoints import load_dictionary
+from .baselines.networks import NetworkBatch
+from .checkpoints import load_dictionary, load_model
 from .coordinates import lattice
 from .corruptions import occlude, occluded_pixels
 from .data import frames as read_frames
@@ -338,7 +339,8 @@ class ShapeConfig:
     """Which shapes to fit, and from what."""
 
     checkpoint: Path
-    """A run's folder, a .safetensors file of ours, or a .ckpt file of the authors' layout."""
+    """A run's folder, a .safetensors file of ours, or a .ckpt file of the authors' layout; or networks of single shapes, as
+    the recipe pointcloud-siren trains them, whose surfaces are written as they are."""
     meshes: list[Path] = dataclasses.field(default_factory=list)
     """Watertight meshes in any format of Open3D; default: embedded primitives."""
     count: int = 4
@@ -355,6 +357,10 @@ class ShapeConfig:
 
 def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
     """Fit distance fields from few samples, extract their surfaces and write them as meshes."""
+    model, _ = load_model(config.checkpoint)
+    if isinstance(model, NetworkBatch) and (model.config.in_dim, model.config.out_dim) == (3, 1):
+        _networks_to_meshes(model, config, options)
+        return
     model, _ = load_dictionary(config.checkpoint)
     folder = folder_of(options, "sdf")
     if model.config.in_dim != 3:
@@ -382,7 +388,8 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
             problem = system(model.design(coords[chosen].to(run.device)), targets)
             codes = solve(model, problem, config.fit, prior=prior)
         for (name, field), code in zip(named, codes, strict=True):
-            mesh = _surface(model, code, config.resolution, name)
+            shape = single_signal(model, code) if model.config.atoms == "shared" else _rendered(model, code)
+            mesh = _surface(shape, config.resolution, name, run.device)
             save_mesh(mesh, folder / f"{name}{config.suffix}")
             truth = marching_cubes(field[..., 0])
             distance = surface_distance(mesh.vertices, truth.vertices, mesh.normals, truth.normals)
@@ -396,14 +403,28 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
     print(f"written to {folder}")
 
 
-def _surface(model: NeuralDictionary, code: Tensor, resolution: int, name: str) -> Mesh:
-    field: Callable[[Tensor], Tensor] = lambda points: model.render(code[None], points)[0]  # noqa: E731
-    if model.config.atoms == "shared":
-        field = single_signal(model, code)
+def _networks_to_meshes(networks: NetworkBatch, config: ShapeConfig, options: RunOptions) -> None:
+    """Write the surface of each network of a single shape."""
+    if config.resolution < 2:
+        raise UserError("--resolution takes 2 or more")
+    folder = folder_of(options, "sdf")
+    with Run.evaluation("nid", options) as run, refusals():
+        for i in range(networks.weights[0].shape[0]):
+            mesh = _surface(networks.single(i).to(run.device), config.resolution, f"shape-{i}", run.device)
+            save_mesh(mesh, folder / f"shape-{i}{config.suffix}")
+            report(shape=f"shape-{i}", vertices=len(mesh.vertices))
+    print(f"written to {folder}")
+
+
+def _rendered(model: NeuralDictionary, code: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda points: model.render(code[None], points)[0]
+
+
+def _surface(field: Callable[[Tensor], Tensor], resolution: int, name: str, device: torch.device) -> Mesh:
     try:
-        return extract_mesh(field, resolution, device=code.device)
+        return extract_mesh(field, resolution, device=device)
     except ValueError as error:
-        raise UserError(f"{name}: {error}; give more --points or another --fit.penalty") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 # -- export ---------------------------------------------------------------------------------------------------------------
