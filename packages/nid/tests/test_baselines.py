@@ -77,7 +77,11 @@ def test_reptile_moves_towards_the_adapted_networks() -> None:
     start = NetworkBatch(CONFIG, 1).double()
     before = [p.detach().clone() for p in start.parameters()]
     moved = adapt(start, start.map(coords), targets, steps=3, lr=0.05, second_order=False)
-    reptile_step(start, coords, targets, inner_steps=3, inner_lr=0.05, rate=0.25)
+    length = reptile_step(start, coords, targets, inner_steps=3, inner_lr=0.05, rate=0.25)
+    way = [
+        target.mean(0, keepdim=True) - old for old, target in zip(before, [*moved.weights, *moved.biases], strict=True)
+    ]
+    assert float(length) == pytest.approx(float(sum(w.detach().square().sum() for w in way)))
     for old, new, target in zip(before, start.parameters(), [*moved.weights, *moved.biases], strict=True):
         assert torch.allclose(new, old + 0.25 * (target.mean(0, keepdim=True) - old), rtol=1e-10)
 

@@ -154,41 +154,6 @@ def test_networks_from_scratch_learn_from_what_is_observed(data: dict, chunk: in
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*learned, strict=True))
 
 
-# -- data -----------------------------------------------------------------------------------------------------------------
-
-
-def test_held_out_signals_are_training_signals_and_not_learned_from() -> None:
-    for name in ("photographs", "faces"):
-        plain, held = load_signals(DataConfig(name=name)), load_signals(DataConfig(name=name, validation=True))  # type: ignore[arg-type]
-        learned = {x.numpy().tobytes() for x in held.train}
-        assert not any(x.numpy().tobytes() in learned for x in held.test)
-        assert not any(x.numpy().tobytes() in {y.numpy().tobytes() for y in plain.test} for x in held.test)
-        if name == "faces":
-            assert not any(x.flip(1).numpy().tobytes() in learned for x in held.test)
-
-
-def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
-    signals = torch.zeros(3, 4, 4, 1)
-    first, again, other = (observation(signals, 0.5, seed) for seed in (1, 1, 2))
-    assert first is not None
-    assert torch.equal(first, again)  # type: ignore[arg-type]
-    assert not torch.equal(first, other)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at least one"):
-        observation(signals, 0.01, 0)
-    for bad in ({"fraction": 0.0}, {"views": 0}, {"size": -1}):
-        with pytest.raises(UserError):
-            DataConfig(**bad)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="epochs"):
-        Schedule(epochs=0)
-    with pytest.raises(UserError, match="lr"):
-        Schedule(lr=0)
-    with pytest.raises(UserError, match="--pretrained"):
-        Recipe(finetune=True)
-    for hidden in ({"fraction": 0.1}, {"name": "phantoms", "test_views": 4}):
-        with pytest.raises(UserError, match="would see what"):
-            Recipe(finetune=True, pretrained=Path("x"), data=DataConfig(**hidden))  # type: ignore[arg-type]
-
-
 def test_an_arm_is_the_same_whatever_its_process_measured_before() -> None:
     recipe = load_recipe("tenfold_nid", "photographs-siren", Recipe, **{"network.hidden_dim": 8, "fit.steps": 2})
     patches = torch.rand(2, 16, 16, 3)
@@ -485,3 +450,30 @@ def test_eval_takes_every_solver_and_refuses_in_one_sentence(tmp_path: Path) -> 
     code, _, err = call(tmp_path, *arguments, "--fit.solver", "omp", "--data.fraction", "0.01")
     assert code == 2
     assert "more unknowns" in err
+    arguments = ["eval", "--checkpoint", str(keep(tmp_path, gate="strided")), "--data.size", "12"]
+    code, _, err = call(tmp_path, *arguments)
+    assert code == 2
+    assert "without the gate" in err
+    code, (found,), err = call(tmp_path, *arguments, "--fit.support", "all")
+    assert code == 0, err
+    assert "gate_psnr" not in found
+
+
+def test_a_start_that_diverges_is_not_kept(tmp_path: Path) -> None:
+    tiny = ["--network.hidden_dim", "4", "--network.pos_emb", "Id", "--schedule.epochs", "1", "--quiet"]
+    code, _, err = call(
+        tmp_path,
+        "train",
+        "--method",
+        "reptile",
+        "--data.name",
+        "faces",
+        "--meta.inner_lr",
+        "1e12",
+        *tiny,
+        "--name",
+        "r",
+    )
+    assert code == 1
+    assert "moved became" in err
+    assert not (tmp_path / "runs/nid/r/checkpoints/last.safetensors").exists()

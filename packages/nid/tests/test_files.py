@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 import tenfold_nid as nid
 from tenfold_nid import data
 from tenfold_nid.compat import infer_config
-from tenfold_nid.signals import DataConfig, load_signals
+from tenfold_nid.recipe import Recipe, Schedule
+from tenfold_nid.signals import DataConfig, load_signals, observation
 from tenfold_shared.errors import UserError
 
 
@@ -286,3 +288,35 @@ def test_slices_are_shared_out_between_learning_and_coding(tmp_path) -> None:
 def test_what_is_done_to_images_is_not_done_to_volumes(options: dict) -> None:
     with pytest.raises(UserError, match="primitives has volumes"):
         load_signals(DataConfig(name="primitives", size=8, train_subset=1, test_subset=1, **options))
+
+
+def test_held_out_signals_are_training_signals_and_not_learned_from() -> None:
+    for name in ("photographs", "faces"):
+        plain, held = load_signals(DataConfig(name=name)), load_signals(DataConfig(name=name, validation=True))  # type: ignore[arg-type]
+        learned = {x.numpy().tobytes() for x in held.train}
+        assert not any(x.numpy().tobytes() in learned for x in held.test)
+        assert not any(x.numpy().tobytes() in {y.numpy().tobytes() for y in plain.test} for x in held.test)
+        if name == "faces":
+            assert not any(x.flip(1).numpy().tobytes() in learned for x in held.test)
+
+
+def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
+    signals = torch.zeros(3, 4, 4, 1)
+    first, again, other = (observation(signals, 0.5, seed) for seed in (1, 1, 2))
+    assert first is not None
+    assert torch.equal(first, again)  # type: ignore[arg-type]
+    assert not torch.equal(first, other)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least one"):
+        observation(signals, 0.01, 0)
+    for bad in ({"fraction": 0.0}, {"views": 0}, {"size": -1}):
+        with pytest.raises(UserError):
+            DataConfig(**bad)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="epochs"):
+        Schedule(epochs=0)
+    with pytest.raises(UserError, match="lr"):
+        Schedule(lr=0)
+    with pytest.raises(UserError, match="--pretrained"):
+        Recipe(finetune=True)
+    for hidden in ({"fraction": 0.1}, {"name": "phantoms", "test_views": 4}):
+        with pytest.raises(UserError, match="would see what"):
+            Recipe(finetune=True, pretrained=Path("x"), data=DataConfig(**hidden))  # type: ignore[arg-type]

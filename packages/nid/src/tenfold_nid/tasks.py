@@ -78,7 +78,7 @@ def report(**values: Any) -> None:
     print(json.dumps(values))
 
 
-def given_images(files: list[Path], model: NeuralDictionary) -> list[tuple[str, Tensor]]:
+def given_images(files: list[Path], model: NeuralDictionary, option: str = "--images") -> list[tuple[str, Tensor]]:
     """Named images [height, width, channels], or the embedded test photographs when none is given.
 
     Raises:
@@ -91,7 +91,7 @@ def given_images(files: list[Path], model: NeuralDictionary) -> list[tuple[str, 
         named = zip(stems(files), files, strict=True)
         return [(name, read_images([file], model.config.out_dim)[0]) for name, file in named]
     if model.config.out_dim != 3:
-        raise UserError(f"the dictionary has {model.config.out_dim} channel: name images with --images")
+        raise UserError(f"the dictionary has {model.config.out_dim} channel: name what to code with {option}")
     return [(name, photograph(name)) for name in TEST_PHOTOGRAPHS]
 
 
@@ -456,7 +456,7 @@ def export(config: ExportConfig, options: RunOptions) -> None:
                 raise UserError(f"--index {config.index}: the codebook has {rows} rows")
             code = model.sparse_code(torch.tensor([config.index])).detach()[0]
         else:
-            name, image = given_images([] if config.image is None else [config.image], model)[0]
+            name, image = given_images([] if config.image is None else [config.image], model, "--image")[0]
             codes = PatchModel(model).codes(image[None], None, config.fit)
             if not 0 <= config.index < len(codes):
                 raise UserError(f"--index {config.index}: {name} has {len(codes)} patches")

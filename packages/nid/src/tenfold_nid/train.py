@@ -244,8 +244,10 @@ def learn_start(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
             )
             run.log(loss=loss)
         else:
-            reptile_step(start, places, batch, inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate)
-            run.log(done=float(step + 1))
+            moved = reptile_step(
+                start, places, batch, inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate
+            )
+            run.log(moved=moved)
     run.complete("train", start, **about(recipe, start))
     return start
 

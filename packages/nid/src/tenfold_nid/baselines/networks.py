@@ -158,13 +158,22 @@ def reptile_step(
     inner_steps: int = 8,
     inner_lr: float = 1e-2,
     rate: float = 0.1,
-) -> None:
-    """One step of Reptile, ``θ ← θ + ε (mean θ' - θ)``, with θ' the networks after the inner steps."""
+) -> Float[Tensor, ""]:
+    """One step of Reptile, ``θ ← θ + ε (mean θ' - θ)``, with θ' the networks after the inner steps.
+
+    Returns:
+        Squared length of ``mean θ' - θ``; not finite where the inner steps diverge.
+
+    """
     features = start.map(coords)
     with torch.enable_grad():
         adapted = adapt(start, features, targets, steps=inner_steps, lr=inner_lr, second_order=False)
+    length = coords.new_zeros(())
     for parameter, moved in zip([*start.weights, *start.biases], [*adapted.weights, *adapted.biases], strict=True):
-        parameter.lerp_(moved.mean(dim=0, keepdim=True), rate)
+        target = moved.mean(dim=0, keepdim=True)
+        length = length + (target - parameter).square().sum()
+        parameter.lerp_(target, rate)
+    return length
 
 
 class AutoDecoder(nn.Module):
