@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tenfold_nid as nid
+from tenfold_nid import evaluate
 from tenfold_nid.baselines import linear
 from tenfold_nid.baselines.networks import (
     AutoDecoder,
@@ -17,6 +18,7 @@ from tenfold_nid.baselines.networks import (
     maml_step,
     reptile_step,
 )
+from tenfold_nid.recipe import Recipe
 
 CONFIG = nid.NetworkConfig(hidden_dim=6, num_layers=3, pos_emb="Id", act_type="sine")
 
@@ -75,7 +77,11 @@ def test_reptile_moves_towards_the_adapted_networks() -> None:
     start = NetworkBatch(CONFIG, 1).double()
     before = [p.detach().clone() for p in start.parameters()]
     moved = adapt(start, start.map(coords), targets, steps=3, lr=0.05, second_order=False)
-    reptile_step(start, coords, targets, inner_steps=3, inner_lr=0.05, rate=0.25)
+    length = reptile_step(start, coords, targets, inner_steps=3, inner_lr=0.05, rate=0.25)
+    way = [
+        target.mean(0, keepdim=True) - old for old, target in zip(before, [*moved.weights, *moved.biases], strict=True)
+    ]
+    assert float(length) == pytest.approx(float(sum(w.detach().square().sum() for w in way)))
     for old, new, target in zip(before, start.parameters(), [*moved.weights, *moved.biases], strict=True):
         assert torch.allclose(new, old + 0.25 * (target.mean(0, keepdim=True) - old), rtol=1e-10)
 
@@ -116,6 +122,22 @@ def test_an_auto_decoder_fits_latents_with_the_decoder_frozen() -> None:
     latent = next(itertools.islice(fitting, 150, None))
     assert error(latent) < 0.2 * error(torch.zeros(3, 4))
     assert all(torch.equal(a, b) for a, b in zip(before, decoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("limit", [10, 1 << 16])
+def test_a_large_lattice_is_computed_where_it_is_observed(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(evaluate, "RENDERED", limit)
+    decoder = AutoDecoder(nid.NetworkConfig(hidden_dim=8, ffm_map_size=8, ffm_map_scale=1.0), 3, 5)
+    images = torch.rand(2, 5, 5, 3)
+    mask = nid.observe_fraction(2, 25, 0.4, torch.Generator().manual_seed(0)).view(2, 5, 5)
+    observed = evaluate.Observed(images, images, mask, None, None, None)
+    recipe = Recipe(method="latent", fit=nid.FitOptions(lr=0.1))
+    *_, (step, _, preds) = evaluate.reconstructions(decoder, recipe, observed, (0, 4))
+    coords, weights = nid.lattice((5, 5)), mask.flatten(1).float()
+    latent = next(itertools.islice(fit_latents(decoder, coords, images.flatten(1, 2), weights, lr=0.1), 4, None))
+    assert step == 4
+    assert torch.allclose(preds.flatten(1, 2), decoder.decode(latent, coords), atol=1e-5)
 
 
 def test_principal_components_are_optimal_and_masked_fits_work() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 
 import tenfold_nid as nid
-from tenfold_nid import cli, embedded, train
+from tenfold_nid import cli, embedded, evaluate, metrics, train
+from tenfold_nid.checkpoints import load_dictionary, load_model
 from tenfold_nid.evaluate import Observed, trajectory, warm_up
 from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
 from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
@@ -84,7 +86,7 @@ def test_every_recipe_is_built_at_full_size_and_stepped(name: str, tmp_path: Pat
             "gate": "conv",
         }
         recipe = dataclasses.replace(recipe, pretrained=keep(tmp_path, **shape))
-    data = dataclasses.replace(recipe.data, views=min(recipe.data.views, 5))
+    data = dataclasses.replace(recipe.data, views=min(recipe.data.views, 5), test_views=min(recipe.data.test_views, 4))
     schedule = dataclasses.replace(
         recipe.schedule, epochs=1, batch_size=1 if recipe.model.gate == "resnet" else 2, chunk_size=32
     )
@@ -125,34 +127,31 @@ def test_training_in_mixed_precision(tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-# -- data -----------------------------------------------------------------------------------------------------------------
-
-
-def test_held_out_signals_are_training_signals_and_not_learned_from() -> None:
-    for name in ("photographs", "faces"):
-        plain, held = load_signals(DataConfig(name=name)), load_signals(DataConfig(name=name, validation=True))  # type: ignore[arg-type]
-        learned = {x.numpy().tobytes() for x in held.train}
-        assert not any(x.numpy().tobytes() in learned for x in held.test)
-        assert not any(x.numpy().tobytes() in {y.numpy().tobytes() for y in plain.test} for x in held.test)
-        if name == "faces":
-            assert not any(x.flip(1).numpy().tobytes() in learned for x in held.test)
-
-
-def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
-    signals = torch.zeros(3, 4, 4, 1)
-    first, again, other = (observation(signals, 0.5, seed) for seed in (1, 1, 2))
-    assert first is not None
-    assert torch.equal(first, again)  # type: ignore[arg-type]
-    assert not torch.equal(first, other)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at least one"):
-        observation(signals, 0.01, 0)
-    for bad in ({"fraction": 0.0}, {"views": 0}, {"size": -1}):
-        with pytest.raises(UserError):
-            DataConfig(**bad)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="epochs"):
-        Schedule(epochs=0)
-    with pytest.raises(UserError, match="--pretrained"):
-        Recipe(finetune=True)
+@pytest.mark.parametrize("chunk", [1024, 7])
+@pytest.mark.parametrize(
+    "data", [{"name": "phantoms", "size": 8, "views": 5, "test_views": 1}, {"name": "faces", "fraction": 0.3}], ids=str
+)
+def test_networks_from_scratch_learn_from_what_is_observed(data: dict, chunk: int, tmp_path: Path, monkeypatch) -> None:
+    config = DataConfig(**data)
+    images = torch.rand(2, 8, 8, 1)
+    if config.name == "phantoms":  # the one view sums along the rows, so that their order there does not matter
+        others = images.flip(2)
+    else:
+        mask = observation(images, config.fraction, 0)
+        assert mask is not None
+        others = torch.where(mask[..., None], images, 7.0)
+    recipe = Recipe(
+        method="scratch",
+        data=config,
+        network=nid.NetworkConfig(hidden_dim=6, pos_emb="Id", act_type="sine"),
+        schedule=Schedule(epochs=3, chunk_size=chunk, lr=1e-2),
+    )
+    learned = []
+    for name, test in (("first", images), ("other", others)):
+        monkeypatch.setattr(train, "load_signals", lambda config, test=test: Signals(test, test, test))
+        with Run("nid", recipe, RunOptions(output=tmp_path, name=name, device="cpu", quiet=True)) as run:
+            learned.append(list(train.run_recipe(run, recipe)[0].parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*learned, strict=True))
 
 
 def test_an_arm_is_the_same_whatever_its_process_measured_before() -> None:
@@ -194,6 +193,9 @@ def test_fit_codes_any_image(tmp_path: Path) -> None:
         (["--fit.penalty", "0", "--fit.support", "all", "--fraction", "0.03"], "do not determine"),
         (["--fit.solver", "omp", "--fraction", "0.01"], "more unknowns"),
         (["--fraction", "0"], "fraction"),
+        (["--stride", "17"], "gaps"),
+        (["--output", "cat.png"], "choose another --output"),
+        (["--images", "cat.png,./cat.png"], "would both be written as cat"),
     ):
         code, _, err = call(tmp_path, "fit", "--checkpoint", str(checkpoint), "--images", "cat.png", *options)
         assert code == 2, options
@@ -215,6 +217,12 @@ def test_inpaint_with_and_without_a_mask(tmp_path: Path) -> None:
     assert np.abs(repaired - 120).max() < 25
     code, (found,), err = call(tmp_path, *arguments)
     assert code == 0, err
+    code, (other,), err = call(tmp_path, *arguments, "--robust.solver", "ridge")
+    assert code == 0, err
+    assert other["replaced"] != found["replaced"]
+    code, _, err = call(tmp_path, *arguments, "--fit.solver", "map")
+    assert code == 2
+    assert "learns its prior" in err
     Image.fromarray(mask * 0).save(tmp_path / "mask.png")
     code, _, err = call(tmp_path, *arguments, "--mask", "mask.png")
     assert code == 2
@@ -245,6 +253,13 @@ def test_separate_a_folder_of_frames(tmp_path: Path) -> None:
     assert code == 0, err
     assert 0 < found["foreground"] < 0.6
     assert len(list((tmp_path / "runs/nid/separate").glob("background-*.png"))) == 6
+    trained = keep(tmp_path, gate="codebook", num_signals=6, num_experts=8, num_topk=8, size=(8, 10))
+    again = ["separate", "--frames", "frames", "--checkpoint", str(trained)]
+    code, (found,), err = call(tmp_path, *again, "--background_atoms", "8")
+    assert code == 0, err
+    assert 0 < found["foreground"] < 1
+    code, _, err = call(tmp_path, *again, "--background_atoms", "9")
+    assert code == 2
     code, _, err = call(tmp_path, "separate", "--frames", "empty")
     assert code == 2
     assert "no images" in err
@@ -253,8 +268,6 @@ def test_separate_a_folder_of_frames(tmp_path: Path) -> None:
 def test_tomography_and_its_controls(tmp_path: Path) -> None:
     checkpoint = keep(tmp_path, out_dim=1, gate="codebook", num_signals=4, size=(16, 16))
     few = [
-        "--data.size",
-        "16",
         "--data.train_subset",
         "8",
         "--data.test_subset",
@@ -268,6 +281,13 @@ def test_tomography_and_its_controls(tmp_path: Path) -> None:
     assert code == 0, err
     assert [line["method"] for line in found] == ["nid", "fbp", "tv"]
     assert all(line["psnr"] > 5 for line in found)
+    assert Image.open(tmp_path / "runs/nid/ct/nid-00000.png").size == (16, 16)  # that of the dictionary
+    np.save(tmp_path / "images.npy", np.random.RandomState(0).rand(4, 8, 12))
+    slices = ["--data.name", "ct", "--data.root", ".", "--data.views", "9", "--tv_weight", "0"]
+    code, found, err = call(tmp_path, "ct", "--checkpoint", str(checkpoint), *slices)
+    assert code == 0, err
+    assert [line["method"] for line in found] == ["nid", "tv"]
+    assert all(np.isfinite(line["psnr"]) for line in found)
     code, _, err = call(
         tmp_path, "ct", "--checkpoint", str(checkpoint), *few[:-4], "--data.views", "3", "--data.test_views", "4"
     )
@@ -287,12 +307,39 @@ def test_shapes_become_meshes(tmp_path: Path) -> None:
     assert found["chamfer"] < 0.3
     mesh = o3d.io.read_triangle_mesh(str(tmp_path / "runs/nid/sdf/shape-0.ply"))
     assert len(mesh.vertices) == found["vertices"]
+    code, _, err = call(tmp_path, *arguments, "--count", "1", "--points", "1")
+    assert code == 2
+    assert "shape-0: the field" in err
     torn = o3d.geometry.TriangleMesh.create_box()
     torn.triangles = o3d.utility.Vector3iVector(np.asarray(torn.triangles)[:-1])
     o3d.io.write_triangle_mesh(str(tmp_path / "torn.ply"), torn)
     code, _, err = call(tmp_path, *arguments, "--meshes", "torn.ply")
     assert code == 2
     assert "watertight" in err
+    separate = {
+        "in_dim": 3,
+        "out_dim": 1,
+        "gate": "codebook",
+        "num_signals": 4,
+        "size": (12,) * 3,
+        "ffm_map_scale": 1.0,
+    }
+    alone = keep(tmp_path, atoms="independent", **separate)
+    code, (found,), err = call(tmp_path, "sdf", "--checkpoint", str(alone), *arguments[3:], "--count", "1")
+    assert code == 0, err
+    assert found["chamfer"] < 0.3
+    points = ["--config", "pointcloud-siren", "--schedule.epochs", "2", "--name", "points"]
+    code, _, err = call(
+        tmp_path, "train", *points, "--schedule.batch_size", "64", "--network.hidden_dim", "16", "--quiet"
+    )
+    assert code == 0, err
+    network, _ = load_model(tmp_path / "runs/nid/points")
+    with torch.no_grad():  # a few steps do not make a surface
+        network.biases[-1] -= network(nid.lattice((16,) * 3)).median()
+    save_weights(tmp_path / "shape.safetensors", network.state_dict(), load_model(tmp_path / "runs/nid/points")[1])
+    code, (found,), err = call(tmp_path, "sdf", "--checkpoint", "shape.safetensors", "--resolution", "16")
+    assert code == 0, err
+    assert found["vertices"] > 0
     code, _, err = call(tmp_path, "sdf", "--checkpoint", str(keep(tmp_path)))
     assert code == 2
     assert "2-D" in err
@@ -330,3 +377,103 @@ def test_released_checkpoints_are_evaluated_and_others_refused(tmp_path: Path) -
     code, _, err = call(tmp_path, "eval", "--checkpoint", "0001.ckpt", "--data.name", "faces")
     assert code == 2
     assert "3 channels" in err
+
+
+def test_scores_of_patches_are_those_of_the_images_they_make_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = embedded.photograph("chelsea", 32)[None]
+    patches = nid.split_patches(images, (16, 16))
+    monkeypatch.setattr(evaluate, "load_signals", lambda config: Signals(patches, patches, patches, (32, 32)))
+    checkpoint = keep(tmp_path)
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", str(checkpoint))
+    assert code == 0, err
+    model, _ = load_dictionary(checkpoint)
+    preds = model.render(nid.fit_codes(model, patches), nid.lattice((16, 16)))
+    whole = nid.merge_patches(preds.detach(), (16, 16), (32, 32))
+    assert found["ssim"] == pytest.approx(float(nid.ssim(whole, images.movedim(-1, 1))), abs=1e-5)
+
+    def distance(first: torch.Tensor, second: torch.Tensor, *, net_type: str, normalize: bool) -> torch.Tensor:
+        assert first.shape == second.shape == (1, 3, 32, 32)
+        return torch.tensor(0.25 if normalize else 0.5)
+
+    stand_in = types.ModuleType("torchmetrics.functional.image")  # the real one fetches weights, and takes seconds
+    stand_in.learned_perceptual_image_patch_similarity = distance  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", stand_in)
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", str(checkpoint), "--lpips")
+    assert code == 0, err
+    assert (found["lpips"], found["lpips_released"]) == (0.25, 0.5)
+    with pytest.raises(ValueError, match="32 pixels or more, got 16×16"):
+        metrics.lpips(torch.rand(1, 1, 16, 16), torch.rand(1, 1, 16, 16))
+
+
+def test_eval_goes_on_as_the_checkpoint_was_trained(tmp_path: Path) -> None:
+    few = ["--data.name", "phantoms", "--data.size", "12", "--data.train_subset", "9", "--data.test_subset", "2"]
+    small = ["--schedule.epochs", "1", "--network.hidden_dim", "8", "--network.pos_emb", "Id", "--quiet"]
+    for name, method in (
+        ("ksvd", ["ksvd", "--linear.components", "6", "--linear.sparsity", "2", "--linear.iterations", "1"]),
+        ("maml", ["maml", "--meta.test_optimiser", "adam", *small]),
+        ("scratch", ["scratch", *small]),
+        ("pca", ["pca", "--linear.components", "2"]),
+    ):
+        faces = ["--data.name", "faces"] if name == "ksvd" else few
+        code, _, err = call(tmp_path, "train", "--method", *method, *faces, "--name", name)
+        assert code == 0, err
+    model, about = load_model(tmp_path / "runs/nid/ksvd")
+    assert about["sparsity"] == 2
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/ksvd", "--data.name", "faces")
+    assert code == 0, err
+    faces = load_signals(DataConfig(name="faces")).test
+    codes, _ = nid.omp(model.system(faces.flatten(1, -2)), 2)
+    expected = nid.psnr(model.render(codes, 1).view_as(faces), faces).mean()
+    assert found["psnr"] == pytest.approx(float(expected), abs=1e-3)
+    assert load_model(tmp_path / "runs/nid/maml")[1]["test_optimiser"] == "adam"
+    for name, data, word in (
+        ("scratch", [*few[:-1], "3"], "a network for each of 2 signals"),
+        ("pca", few, "not to projections"),
+    ):
+        code, _, err = call(tmp_path, "eval", "--checkpoint", f"runs/nid/{name}", *data)
+        assert code == 2, name
+        assert word in err
+
+
+def test_eval_takes_every_solver_and_refuses_in_one_sentence(tmp_path: Path) -> None:
+    arguments = ["eval", "--checkpoint", str(keep(tmp_path, gate="conv", gate_hidden=4))]
+    values = []
+    for steps in ("0", "2"):
+        code, (found,), err = call(
+            tmp_path, *arguments, "--fit.solver", "gate", "--fit.steps", steps, "--fit.lr", "0.003"
+        )
+        assert code == 0, err
+        values.append(found["psnr"])
+    assert values[1] > values[0] == pytest.approx(found["gate_psnr"], abs=1e-3)
+    code, _, err = call(tmp_path, *arguments, "--fit.solver", "omp", "--data.fraction", "0.01")
+    assert code == 2
+    assert "more unknowns" in err
+    arguments = ["eval", "--checkpoint", str(keep(tmp_path, gate="strided")), "--data.size", "12"]
+    code, _, err = call(tmp_path, *arguments)
+    assert code == 2
+    assert "without the gate" in err
+    code, (found,), err = call(tmp_path, *arguments, "--fit.support", "all")
+    assert code == 0, err
+    assert "gate_psnr" not in found
+
+
+def test_a_start_that_diverges_is_not_kept(tmp_path: Path) -> None:
+    tiny = ["--network.hidden_dim", "4", "--network.pos_emb", "Id", "--schedule.epochs", "1", "--quiet"]
+    code, _, err = call(
+        tmp_path,
+        "train",
+        "--method",
+        "reptile",
+        "--data.name",
+        "faces",
+        "--meta.inner_lr",
+        "1e12",
+        *tiny,
+        "--name",
+        "r",
+    )
+    assert code == 1
+    assert "moved became" in err
+    assert not (tmp_path / "runs/nid/r/checkpoints/last.safetensors").exists()

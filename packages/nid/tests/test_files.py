@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 import tenfold_nid as nid
 from tenfold_nid import data
 from tenfold_nid.compat import infer_config
+from tenfold_nid.recipe import Recipe, Schedule
+from tenfold_nid.signals import DataConfig, load_signals, observation
 from tenfold_shared.errors import UserError
 
 
@@ -98,6 +101,8 @@ def test_checkpoints_that_do_not_fit_list_their_keys(tmp_path) -> None:
         nid.load_official_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match="independent atoms"):
         nid.save_official_checkpoint(dictionary(atoms="independent"), path)
+    with pytest.raises(ValueError, match="radial basis"):
+        nid.save_official_checkpoint(dictionary(pos_emb="rbf"), path)
 
 
 def test_official_configuration_files(tmp_path) -> None:
@@ -175,6 +180,9 @@ def test_celeba_layout(tmp_path) -> None:
     (tmp_path / "img_align_celeba" / "000002.jpg").write_bytes(b"\x89PNG broken")
     with pytest.raises(nid.DataError, match=r"000002\.jpg is no image, or damaged"):
         data.celeba(tmp_path, "test", subset=1)
+    (tmp_path / "list_eval_partition.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(nid.DataError, match=":1: expected"):
+        data.celeba_names(tmp_path, "train")
     (tmp_path / "list_eval_partition.txt").write_text("a.jpg 7\n")
     with pytest.raises(nid.DataError, match=":1: expected"):
         data.celeba_names(tmp_path, "train")
@@ -199,6 +207,21 @@ def test_frames_faces_and_slices(tmp_path) -> None:
     np.save(tmp_path / "flat.npy", np.zeros((3, 8)))
     with pytest.raises(nid.DataError, match=r"\[N, H, W\]"):
         data.ct_images(tmp_path / "flat.npy")
+    np.save(tmp_path / "nan.npy", np.full((3, 8, 9), np.nan))
+    with pytest.raises(nid.DataError, match="not finite"):
+        data.ct_images(tmp_path / "nan.npy")
+    np.save(tmp_path / "words.npy", np.full((3, 8, 9), "a"))
+    np.savez(tmp_path / "many.npz", images=np.zeros((3, 8, 9)))
+    for name in ("words.npy", "many.npz"):
+        with pytest.raises(nid.DataError, match="no array of numbers"):
+            data.ct_images(tmp_path / name)
+    with pytest.raises(nid.DataError, match="were not distributed; save slices"):
+        data.ct_images(tmp_path / "none.npy")
+    with pytest.raises(nid.DataError, match="holds no file subject"):
+        data.yale(tmp_path / "999.png")
+    Image.fromarray(np.full((10, 12), 500, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(nid.DataError, match="more than 8 bits"):
+        data.read_images([tmp_path / "deep.png"], 1)
     np.save(tmp_path / "code.npy", np.array([print], dtype=object), allow_pickle=True)
     with pytest.raises(nid.DataError, match="no array of numbers"):
         data.ct_images(tmp_path / "code.npy")
@@ -211,6 +234,9 @@ def test_shapes_on_disk(tmp_path) -> None:
     assert volume.shape == (4, 4, 4, 1)
     with pytest.raises(nid.DataError, match=r"missing\.sdf\.npy is missing"):
         list(data.sdf_volumes(tmp_path, ["missing"]))
+    np.save(tmp_path / "def.sdf.npy", np.zeros((5, 5, 5), np.float32))
+    with pytest.raises(nid.DataError, match=r"def\.sdf\.npy has shape \(5, 5, 5\), abc has \(4, 4, 4\)"):
+        list(data.sdf_volumes(tmp_path))
     splits = tmp_path / "pix2mesh_splits_val05.json"
     splits.write_text(json.dumps({"train": {"03001627": ["b", "a"]}}))
     assert data.shapenet_ids(splits, "train") == ["a", "b"]
@@ -225,6 +251,10 @@ def test_shapes_on_disk(tmp_path) -> None:
     (tmp_path / "points.xyz").write_text("0 0 1\n")
     with pytest.raises(nid.DataError, match="rows of 3 numbers"):
         data.point_cloud(tmp_path / "points.xyz")
+    for text, word in (("", "has no points"), ("0 0 1 0 0 2\n1 0 0 3 0 nan\n", "row 2")):
+        (tmp_path / "points.xyz").write_text(text)
+        with pytest.raises(nid.DataError, match=word):
+            data.point_cloud(tmp_path / "points.xyz")
 
 
 def test_fetched_data_sets_are_named_when_missing(tmp_path) -> None:
@@ -232,5 +262,61 @@ def test_fetched_data_sets_are_named_when_missing(tmp_path) -> None:
         data.cifar10(tmp_path)
     with pytest.raises(nid.DataError, match="Olivetti faces are missing"):
         data.olivetti(tmp_path)
+    (tmp_path / "olivetti_py3.pkz").write_bytes(b"garbage")
+    with pytest.raises(nid.DataError, match="Olivetti faces there are damaged"):
+        data.olivetti(tmp_path)
     assert data.every_eighth(20, "test") == [1, 9, 17]
     assert data.spread(10, 4) == [0, 3, 6, 9]
+
+
+def test_slices_are_shared_out_between_learning_and_coding(tmp_path) -> None:
+    def counts(slices: int, **subsets: int) -> tuple[int, int]:
+        np.save(tmp_path / "images.npy", np.random.RandomState(0).rand(slices, 4, 4))
+        found = load_signals(DataConfig(name="ct", root=tmp_path, **subsets))
+        return len(found.train), len(found.test)
+
+    assert counts(12, train_subset=5, test_subset=3) == (5, 3)
+    assert counts(12, test_subset=3) == (9, 3)
+    assert counts(12) == (6, 6)
+    with pytest.raises(UserError, match="has 1 slices"):
+        counts(1)
+    with pytest.raises(UserError, match="0 signals to learn from"):
+        counts(2, validation=True)
+
+
+@pytest.mark.parametrize("options", [{"patch": 4}, {"corruption": "occlusion"}], ids=str)
+def test_what_is_done_to_images_is_not_done_to_volumes(options: dict) -> None:
+    with pytest.raises(UserError, match="primitives has volumes"):
+        load_signals(DataConfig(name="primitives", size=8, train_subset=1, test_subset=1, **options))
+
+
+def test_held_out_signals_are_training_signals_and_not_learned_from() -> None:
+    for name in ("photographs", "faces"):
+        plain, held = load_signals(DataConfig(name=name)), load_signals(DataConfig(name=name, validation=True))  # type: ignore[arg-type]
+        learned = {x.numpy().tobytes() for x in held.train}
+        assert not any(x.numpy().tobytes() in learned for x in held.test)
+        assert not any(x.numpy().tobytes() in {y.numpy().tobytes() for y in plain.test} for x in held.test)
+        if name == "faces":
+            assert not any(x.flip(1).numpy().tobytes() in learned for x in held.test)
+
+
+def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
+    signals = torch.zeros(3, 4, 4, 1)
+    first, again, other = (observation(signals, 0.5, seed) for seed in (1, 1, 2))
+    assert first is not None
+    assert torch.equal(first, again)  # type: ignore[arg-type]
+    assert not torch.equal(first, other)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least one"):
+        observation(signals, 0.01, 0)
+    for bad in ({"fraction": 0.0}, {"views": 0}, {"size": -1}):
+        with pytest.raises(UserError):
+            DataConfig(**bad)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="epochs"):
+        Schedule(epochs=0)
+    with pytest.raises(UserError, match="lr"):
+        Schedule(lr=0)
+    with pytest.raises(UserError, match="--pretrained"):
+        Recipe(finetune=True)
+    for hidden in ({"fraction": 0.1}, {"name": "phantoms", "test_views": 4}):
+        with pytest.raises(UserError, match="would see what"):
+            Recipe(finetune=True, pretrained=Path("x"), data=DataConfig(**hidden))  # type: ignore[arg-type]

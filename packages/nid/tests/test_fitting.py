@@ -140,6 +140,20 @@ def test_robust_solvers_ignore_a_fifth_of_gross_errors(solver: str, partial: boo
         assert torch.equal(fitted.outliers, bad)
 
 
+@pytest.mark.parametrize("solver", ["irls", "huber", "admm"])
+def test_robust_codes_do_not_depend_on_what_other_signals_show(solver: str) -> None:
+    together, mask = masked(problem_of())
+    assert len(set(mask.sum(dim=1).tolist())) > 1
+    fit = nid.admm if solver == "admm" else lambda problem, **more: nid.irls(problem, loss="l1", **more)
+    if solver == "huber":
+        fit = lambda problem, **more: nid.irls(problem, loss="huber", **more)  # noqa: E731
+    found = fit(together, penalty=0.3, steps=5).code
+    for s in range(3):
+        rows = mask[s].repeat_interleave(3)
+        alone = System(problem_of().design[rows], problem_of().targets[s : s + 1, rows], None, 12)
+        assert torch.allclose(found[s], fit(alone, penalty=0.3, steps=5).code[0], rtol=1e-8, atol=1e-9)
+
+
 def test_refinement_is_adam_on_the_codes() -> None:
     problem, _ = masked(problem_of())
     start = torch.zeros(3, 15, dtype=torch.float64)
@@ -258,3 +272,9 @@ def test_ridge_is_linear_and_equivariant_to_the_order_of_signals(seed: int, pena
     assert torch.allclose(nid.ridge(problem._replace(targets=problem.targets[order]), penalty=penalty), code[order])
     doubled = nid.ridge(problem._replace(targets=2 * problem.targets), penalty=penalty)
     assert torch.allclose(doubled, 2 * code, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"penalty": -1.0}, {"steps": -1}, {"lr": 0.0}, {"atoms": 0}], ids=str)
+def test_options_that_no_solver_takes_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=f"--fit.{next(iter(options))}"):
+        nid.FitOptions(**options)

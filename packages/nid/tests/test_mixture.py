@@ -15,6 +15,8 @@ from tenfold_nid.coordinates import FourierFeatures, PositionalEncoding, RadialB
 from tenfold_nid.experts import IndependentExperts, SharedTrunkExperts
 from tenfold_nid.gates import CodebookGate
 from tenfold_nid.gating import dense_gates, noisy_load
+from tenfold_nid.plan import Plan
+from tenfold_nid.recipe import Recipe, Schedule
 
 
 def small(**fields: object) -> nid.DictionaryConfig:
@@ -285,6 +287,17 @@ def test_a_kept_embedding_changes_nothing(places: str) -> None:
         assert torch.allclose(expected, found, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
 
 
+@pytest.mark.parametrize("size", [(6, 4), (1, 4), (5, 5)])
+def test_a_plan_samples_the_signals_where_their_targets_lie(size: tuple[int, int]) -> None:
+    model = nid.NeuralDictionary(small(gate="conv", gate_hidden=4))
+    signals = nid.lattice(size).view(1, *size, 2).repeat(2, 1, 1, 2)[..., :3]  # their own coordinates are their values
+    plan = Plan(Recipe(schedule=Schedule(chunk_size=100)), signals, model, seed=0)
+    batch = plan[0]
+    found = nid.Sampled(model, plan.places)(batch.signal, batch.where).preds
+    expected = model(batch.signal, batch.targets[0, :, :2]).preds
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("antipodal", [False, True])
 def test_chunks_visit_every_coordinate_once(antipodal: bool) -> None:
     chunks = nid.coordinate_chunks(20, 6, torch.Generator().manual_seed(0), antipodal=antipodal)
@@ -312,6 +325,9 @@ def test_training_in_bfloat16_autocast_follows_float32() -> None:
         ({"num_signals": 0}, "needs num_signals"),
         ({"gate": "resnet", "size": (8, 6)}, "square"),
         ({"num_layers": 1}, "num_layers must be at least 2"),
+        ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
+        ({"pos_emb": "pe", "num_freqs": -1}, "num_freqs must not be negative"),
+        ({"gate": "conv", "gate_layers": 0}, "at least 1 layer"),
         ({"gate": "conv", "in_dim": 3}, "codebook gate"),
     ],
 )

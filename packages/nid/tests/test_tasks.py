@@ -259,6 +259,9 @@ def test_whole_images_are_fitted_patch_by_patch_at_any_resolution() -> None:
     assert patched.reconstruct(images, scale=2).shape == (2, 38, 32, 3)
     with pytest.raises(ValueError, match="smaller than a patch"):
         patched.reconstruct(torch.rand(1, 7, 16, 3))
+    for stride in (-1, 0, 9):
+        with pytest.raises(ValueError, match=r"lies in 1\.\.8"):
+            nid.PatchModel(model, stride=stride).reconstruct(images)
 
 
 def test_inpainting_replaces_the_hidden_and_nothing_else() -> None:

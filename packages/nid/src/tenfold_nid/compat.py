@@ -173,6 +173,10 @@ def save_official_checkpoint(
             f"the released code has no {'independent atoms' if model.config.atoms != 'shared' else 'strided gate'}; "
             "only shared-trunk dictionaries with a conv, resnet, codebook or linear gate can be exported to it"
         )
+    if model.config.pos_emb == "rbf":
+        raise ValueError(
+            "how the released code names the centres of a radial basis is not known: such a dictionary stays ours"
+        )
     if optimizer is None:
         optimizer = torch.optim.Adam(model.parameters())
     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}

@@ -4,6 +4,8 @@ Every loader takes the folder that the archive was unpacked into and returns cha
 said otherwise. What is missing or damaged is named in one sentence, with the place it can be had from.
 """
 
+import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ SOURCES = {
     "olivetti": "https://scikit-learn.org/stable/modules/generated/sklearn.datasets.fetch_olivetti_faces.html",
     "yale": "http://vision.ucsd.edu/content/yale-face-database",
     "shapenet": "https://shapenet.org (registration) and http://3d-r2n2.stanford.edu",
-    "phantoms": "the random Shepp-Logan phantoms were not distributed; tenfold_nid.embedded.phantoms makes their like",
 }
 """Where each data set comes from; all but CIFAR-10 and Olivetti ask for an agreement and are not fetched for you."""
 SPLITS = {"train": "0", "val": "1", "test": "2"}
@@ -42,9 +43,13 @@ def _read_image(path: Path, mode: str | None = "RGB") -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image if mode is None else image.convert(mode))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+            depth = image.mode
+            pixels = np.asarray(image if mode is None else image.convert(mode))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{path} is no image, or damaged ({error}); fetch it again") from error
+    if depth[0] in "IF":  # Pillow cuts these off at 255
+        raise DataError(f"{path} has more than 8 bits a pixel (mode {depth}): convert it to an image of 8 bits")
+    return pixels
 
 
 def _to_float(images: UInt8[np.ndarray, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -76,7 +81,7 @@ def celeba_names(root: str | Path, split: str) -> list[str]:
     """
     path = _require(Path(root) / "list_eval_partition.txt", "celeba")
     names = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         parts = line.split()
         if not parts:
             continue
@@ -138,14 +143,21 @@ def olivetti(root: str | Path, split: str = "train", *, download: bool = False) 
         raise DataError(
             f"{root}: Olivetti faces are missing; get them from {SOURCES['olivetti']} or allow the download"
         ) from error
+    except Exception as error:  # joblib raises a different type for each way in which a file can be broken
+        raise DataError(
+            f"{root}: the Olivetti faces there are damaged ({error}); remove them and fetch them again"
+        ) from error
     return torch.from_numpy(faces[every_eighth(len(faces), split)].astype(np.float32))[..., None]
 
 
 def yale(root: str | Path, split: str = "train") -> Float[Tensor, "images rows cols 1"]:
     """Yale faces: files ``subjectNN.condition``, read in the order of their names."""
-    files = sorted(p for p in _require(Path(root), "yale").iterdir() if p.name.startswith("subject"))
-    if not files:
-        raise DataError(f"{root} holds no file subjectNN.condition; get the Yale faces from {SOURCES['yale']}")
+    folder = _require(Path(root), "yale")
+    files = sorted(p for p in folder.iterdir() if p.name.startswith("subject")) if folder.is_dir() else []
+    if len(files) < 2:  # one to learn from, one to code
+        raise DataError(
+            f"{root} holds {len(files) or 'no'} file subjectNN.condition; get the Yale faces from {SOURCES['yale']}"
+        )
     chosen = [files[i] for i in every_eighth(len(files), split)]
     return _to_float(_stack(chosen, "L"))[..., None]
 
@@ -186,14 +198,24 @@ def frames(folder: str | Path) -> Float[Tensor, "frames height width 3"]:
 
 def _load_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no array of numbers, or damaged ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        raise DataError(f"{path} is no array of numbers: save it with numpy.save")
+    if not np.isfinite(array).all():
+        raise DataError(f"{path} holds values that are not finite; make it again")
+    return array
 
 
 def ct_images(path: str | Path) -> Float[Tensor, "images height width 1"]:
     """Slices for tomography: an ``.npy`` file [N, H, W], values as they are."""
-    array = _load_array(_require(Path(path), "phantoms"))
+    if not Path(path).exists():
+        raise DataError(
+            f"{path} is missing: the random Shepp-Logan phantoms were not distributed; save slices [N, H, W] there, or take "
+            "the set phantoms, which makes their like"
+        )
+    array = _load_array(Path(path))
     if array.ndim != 3:
         raise DataError(f"{path} has shape {array.shape}; images [N, H, W] are expected")
     return torch.from_numpy(array.astype(np.float32))[..., None]
@@ -213,7 +235,7 @@ def shapenet_ids(split_file: str | Path, split: str, synset: str = "03001627") -
     path = _require(Path(split_file), "shapenet")
     try:
         return sorted(json.loads(path.read_text(encoding="utf-8"))[split][synset])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} has no entry [{split!r}][{synset!r}]") from error
 
 
@@ -223,10 +245,14 @@ def sdf_volumes(folder: str | Path, ids: Sequence[str] | None = None) -> Iterato
     names = sorted(p.name.removesuffix(".sdf.npy") for p in path.glob("*.sdf.npy")) if ids is None else ids
     if not names:
         raise DataError(f"{folder} holds no <id>.sdf.npy; make them from meshes with tenfold_nid.shapes.sdf_from_mesh")
+    first = None
     for name in names:
         array = _load_array(_require(path / f"{name}.sdf.npy", "shapenet"))
+        first = first or array.shape
         if array.ndim != 3:
             raise DataError(f"{path / name}.sdf.npy has shape {array.shape}; a lattice [D, H, W] is expected")
+        if array.shape != first:
+            raise DataError(f"{path / name}.sdf.npy has shape {array.shape}, {names[0]} has {first}; all must be alike")
         yield name, torch.from_numpy(array.astype(np.float32))[..., None]
 
 
@@ -241,10 +267,18 @@ def point_cloud(path: str | Path) -> tuple[Float[Tensor, "points 3"], Float[Tens
     if not file.exists():
         raise DataError(f"{path} is missing; give an .xyz file with a row x y z nx ny nz for each point")
     try:
-        rows: Any = np.loadtxt(file, dtype=np.float32, ndmin=2)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file without rows: said below
+            rows: Any = np.loadtxt(file, dtype=np.float32, ndmin=2)
+    except (ValueError, OSError) as error:
         raise DataError(f"{path}: {error}") from error
-    if rows.shape[1:] != (6,) or not len(rows):
+    if not rows.size:
+        raise DataError(f"{path} has no points: a row x y z nx ny nz for each is expected")
+    if rows.shape[1:] != (6,):
         raise DataError(f"{path} has rows of {rows.shape[-1]} numbers; x y z nx ny nz are expected")
+    if not np.isfinite(rows).all():
+        raise DataError(
+            f"{path}: row {int(np.isfinite(rows).all(axis=1).argmin()) + 1} holds a value that is not finite"
+        )
     table = torch.from_numpy(rows)
     return table[:, :3], torch.nn.functional.normalize(table[:, 3:], dim=-1)

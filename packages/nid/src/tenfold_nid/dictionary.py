@@ -55,6 +55,10 @@ class DictionaryConfig(NetworkConfig):
         super().__post_init__()
         if not 1 <= self.num_topk <= self.num_experts:
             raise ValueError(f"num_topk must lie in 1..num_experts = {self.num_experts}, got {self.num_topk}")
+        if self.gate_layers < 1 or self.gate_hidden < 2:
+            raise ValueError(
+                f"a gate has at least 1 layer of width 2, got gate_layers {self.gate_layers}, gate_hidden {self.gate_hidden}"
+            )
         if self.gate == "resnet" and (len(self.size) != 2 or self.size[0] != self.size[1]):
             raise ValueError(f"the resnet gate takes square images, got size {self.size}")
         if self.gate in {"conv", "strided"} and self.in_dim != 2:
@@ -223,12 +227,14 @@ class NeuralDictionary(nn.Module):
         logits, bias = split_code(self.code(signal), self.config.num_experts)
         return torch.cat([top_k_gates(logits, self.config.num_topk).dense, bias], dim=-1)
 
-    def design(self, coords: Float[Tensor, "points in_dim"]) -> Float[Tensor, "rows code"]:
+    def design(self, coords: Float[Tensor, "points in_dim"], *, chunk: int = 1 << 16) -> Float[Tensor, "rows code"]:
         """Matrix that takes a code to the samples, rows in the order point, channel: ``f = design @ code``.
 
-        The first E columns are the atoms, the last C the indicator of a channel.
+        The first E columns are the atoms, the last C the indicator of a channel. ``chunk`` coordinates are evaluated at
+        a time, which bounds what is needed besides.
         """
-        return design_from_atoms(self.experts.atoms(self.experts.features(coords)))
+        parts = [self.experts.atoms(self.experts.features(part)) for part in coords.split(chunk)]
+        return design_from_atoms(torch.cat(parts))
 
     def flops(self) -> int:
         """Operations per coordinate as the released code counts them (section 3).

@@ -1,6 +1,8 @@
 """Errors a user can act on, and imports that may be missing."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 from tenfold_shared.errors import UserError
@@ -8,6 +10,17 @@ from tenfold_shared.errors import UserError
 
 class DataError(UserError):
     """A file or an array that cannot be used; the message says which, why and what to do."""
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What the library refuses, and what is not installed, as an error of the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
 
 
 def import_open3d() -> Any:

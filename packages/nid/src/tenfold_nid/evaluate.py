@@ -1,5 +1,6 @@
 """How well, and how soon, new signals are represented: by the dictionary and by all it is compared with (section 9)."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,19 +25,22 @@ from .checkpoints import load_model
 from .coordinates import lattice
 from .ct import pick_views, projection_design, ray_coordinates, sinogram, view_angles
 from .dictionary import NeuralDictionary
+from .errors import refusals
 from .fitting import CodePrior, System, fit_prior, gate_code, refine_codes, ridge, system
 from .gates import CodebookGate
 from .gating import cv_squared
-from .metrics import atom_usage, psnr, ssim
+from .metrics import atom_usage, lpips, psnr, ssim
 from .networks import NetworkConfig
 from .patches import merge_patches
-from .recipe import Recipe
+from .recipe import Linear, Meta, Recipe
 from .signals import DataConfig, Signals, load_signals, observation
-from .solvers import FitOptions, solve
+from .solvers import FitOptions, finetune_gate, solve
 from .sparse import omp
 
 PRIOR_SIGNALS = 2000
 """Training signals at most whose codes give the Gaussian prior of the solver ``map``."""
+RENDERED = 1 << 16
+"""Coordinates at which networks are evaluated at a time, which bounds the memory."""
 
 
 class Observed(NamedTuple):
@@ -129,9 +133,16 @@ def quality(preds: Tensor, observed: Observed) -> Float[Tensor, " images"]:
     """PSNR of each signal; of each whole image where the signals are its patches."""
     if observed.image is None:
         return psnr(preds, observed.truth)
-    patch = (observed.spatial[0], observed.spatial[1])
-    whole = [merge_patches(x.flatten(1, -2), patch, observed.image) for x in (preds, observed.truth)]
-    return psnr(*whole)
+    return psnr(assembled(preds, observed), assembled(observed.truth, observed))
+
+
+def assembled(
+    values: Float[Tensor, "batch *spatial channels"], observed: Observed
+) -> Float[Tensor, "images channels *whole"]:
+    """Signals with their channels first; whole images where the signals are their patches."""
+    if observed.image is None:
+        return values.movedim(-1, 1)
+    return merge_patches(values.flatten(1, -2), (observed.spatial[0], observed.spatial[1]), observed.image)
 
 
 def reconstructions(
@@ -165,6 +176,9 @@ def _by_dictionary(
     model: NeuralDictionary, fit: FitOptions, observed: Observed, steps: Sequence[int], prior: CodePrior | None
 ) -> Iterator[Step]:
     coords = lattice(observed.spatial, device=observed.truth.device)
+    if fit.solver == "gate":
+        yield from _by_gate(model, fit, observed, steps)
+        return
     start = time.process_time()
     with torch.no_grad():
         problem = dictionary_system(model, observed)
@@ -187,6 +201,20 @@ def _by_dictionary(
             yield step, seconds, model.render(code, coords).view_as(observed.truth)
 
 
+def _by_gate(model: NeuralDictionary, fit: FitOptions, observed: Observed, steps: Sequence[int]) -> Iterator[Step]:
+    """The released fine-tuning of the whole gate, begun anew for every number of steps."""
+    if observed.rays is not None:
+        raise UserError("the solver gate looks at images, not at projections: choose another --fit.solver")
+    coords = lattice(observed.spatial, device=observed.truth.device)
+    for step in steps:
+        start = time.process_time()
+        code = finetune_gate(model, observed.seen, observed.mask, steps=step, lr=fit.lr)
+        seconds = time.process_time() - start
+        with torch.no_grad():
+            preds = model.render(code, coords).view_as(observed.truth)
+        yield step, seconds, preds
+
+
 def dictionary_system(model: NeuralDictionary, observed: Observed) -> System:
     """What was observed, as a linear system in the codes."""
     if observed.rays is not None:
@@ -197,6 +225,8 @@ def dictionary_system(model: NeuralDictionary, observed: Observed) -> System:
 
 
 def _by_linear(model: LinearDictionary, recipe: Recipe, observed: Observed) -> Iterator[Step]:
+    if observed.rays is not None:
+        raise UserError(f"{recipe.method} is fitted to samples, not to projections")
     start = time.process_time()
     flat = None if observed.mask is None else observed.mask.flatten(1)
     problem = model.system(observed.targets(), flat)
@@ -220,24 +250,36 @@ class Projected(nn.Module):
         return self.networks(rays.flatten(0, 1)).unflatten(1, rays.shape[:2]).mean(dim=2)
 
 
+def shown_to(
+    networks: nn.Module, observed: Observed
+) -> tuple[nn.Module, Float[Tensor, "*places dims"], Float[Tensor, "batch points channels"]]:
+    """What networks are fitted to: the networks as they are observed, where, and the samples there.
+
+    The places are common to all signals, but for a mask: then each has its own [batch, points, dims].
+    """
+    targets = observed.targets()
+    if observed.rays is not None:
+        return Projected(networks), observed.rays, targets
+    coords = lattice(observed.spatial, device=observed.truth.device)
+    if observed.mask is None:
+        return networks, coords, targets
+    # every signal shows the same number of samples, at places of its own
+    seen = observed.mask.flatten(1).nonzero()[:, 1].view(len(targets), -1)
+    return networks, coords[seen], targets.gather(1, seen[..., None].expand(-1, -1, targets.shape[-1]))
+
+
 def _by_networks(model: NetworkBatch, recipe: Recipe, observed: Observed, steps: Sequence[int]) -> Iterator[Step]:
     coords = lattice(observed.spatial, device=observed.truth.device)
     start = time.process_time()
-    targets = observed.targets()
-    networks: nn.Module = model.repeated(len(targets)) if recipe.method in {"maml", "reptile"} else model
-    where, fitted = coords, networks
-    if observed.rays is not None:
-        where, fitted = observed.rays, Projected(networks)
-    elif observed.mask is not None:  # every signal shows the same number of samples, at places of its own
-        seen = observed.mask.flatten(1).nonzero()[:, 1].view(len(targets), -1)
-        where, targets = coords[seen], targets.gather(1, seen[..., None].expand(-1, -1, targets.shape[-1]))
+    networks = model.repeated(len(observed.truth)) if recipe.method in {"maml", "reptile"} else model
+    fitted, where, targets = shown_to(networks, observed)
     optimiser = recipe.meta.test_optimiser if recipe.method in {"maml", "reptile"} else "adam"
     away = 0.0
     for step in fit_networks(fitted, where, targets, lr=recipe.fit.lr, optimiser=optimiser):
         if step in steps:
             now = time.process_time()
             with torch.no_grad():
-                preds = networks(coords).view_as(observed.truth)
+                preds = torch.cat([networks(part) for part in coords.split(RENDERED)], dim=1).view_as(observed.truth)
             yield step, now - start - away, preds
             away += time.process_time() - now
         if step >= max(steps):
@@ -248,14 +290,19 @@ def _by_decoder(model: AutoDecoder, fit: FitOptions, observed: Observed, steps: 
     if observed.rays is not None:
         raise UserError("the auto-decoder is fitted to samples, not to projections")
     coords = lattice(observed.spatial, device=observed.truth.device)
-    weights = None if observed.mask is None else observed.mask.flatten(1).float()
     start, away = time.process_time(), 0.0
-    fitting = fit_latents(model, coords, observed.targets(), weights, lr=fit.lr)
+    where, targets = coords, observed.targets()
+    weights = None if observed.mask is None else observed.mask.flatten(1).float()
+    if len(coords) > RENDERED:  # too large to be computed where nothing is observed
+        _, where, targets = shown_to(model, observed)
+        weights = None
+    fitting = fit_latents(model, where, targets, weights, lr=fit.lr)
     for step, latent in enumerate(itertools.islice(fitting, max(steps) + 1)):
         if step in steps:
             now = time.process_time()
             with torch.no_grad():
-                preds = model.decode(latent, coords).view_as(observed.truth)
+                parts = [model.decode(latent, part) for part in coords.split(RENDERED)]
+                preds = torch.cat(parts, dim=1).view_as(observed.truth)
             yield step, now - start - away, preds
             away += time.process_time() - now
 
@@ -271,6 +318,8 @@ def _classical(recipe: Recipe, observed: Observed) -> Iterator[Step]:
             raise UserError(f"{recipe.method} reconstructs from projections: choose phantoms or ct as --data.name")
         size = (observed.spatial[0], observed.spatial[1])
         if recipe.method == "fbp":
+            if size[0] != size[1]:
+                raise UserError(f"filtered back-projection takes square slices, these are {size[0]}×{size[1]}")
             preds = fbp(observed.targets(), observed.angles, size[0])
         else:
             preds = tv(observed.targets(), observed.rays, size, weight=recipe.fit.penalty)
@@ -303,32 +352,66 @@ class EvalConfig:
     """The signals."""
     fit: FitOptions = dataclasses.field(default_factory=FitOptions)
     """How codes of new signals are found."""
+    lpips: bool = False
+    """Also give LPIPS of images of 32 pixels or more, which needs AlexNet's weights."""
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print what a checkpoint is worth on new signals as one JSON line; the rate goes to standard error."""
     model, about = load_model(config.checkpoint)
-    with Run.evaluation("nid", options) as run:
+    with Run.evaluation("nid", options) as run, refusals():
         signals = load_signals(config.data).to(run.device)
         check_fit(model, signals, config.data.name)
+        if about["method"] == "scratch":
+            _check_same(model, about, signals, config.data.name)
         model = model.to(run.device)
         observed = observe(signals, config.data, options.seed)
-        recipe = Recipe(method=about["method"], data=config.data, fit=config.fit)
+        recipe = Recipe(
+            method=about["method"],
+            data=config.data,
+            fit=config.fit,
+            meta=Meta(test_optimiser=about.get("test_optimiser", Meta.test_optimiser)),
+            linear=Linear(sparsity=about.get("sparsity", Linear.sparsity)),
+        )
         prior = None
         if config.fit.solver == "map" and isinstance(model, NeuralDictionary):
             prior = code_prior(model, signals)
+        warm_up()
         started = time.perf_counter()
         steps = (0,) if about["method"] == "scratch" else (0, config.fit.steps)
         points, preds = trajectory(model, recipe, observed, steps, prior=prior)
         seconds = time.perf_counter() - started
         report: dict[str, Any] = {"method": about["method"], "signals": len(observed.truth), "psnr": points[-1].psnr}
-        if len(observed.spatial) == 2 and min(observed.spatial) >= 11:
-            report["ssim"] = float(ssim(preds.movedim(-1, 1), observed.truth.movedim(-1, 1)).mean())
+        if len(observed.spatial) == 2:
+            report |= image_report(assembled(preds, observed), assembled(observed.truth, observed), config.lpips)
         if isinstance(model, NeuralDictionary):
-            report |= dictionary_report(model, observed)
+            with contextlib.suppress(ValueError):  # signals the gate was not built for, coded without it
+                report |= dictionary_report(model, observed)
         if run.is_main:
             print(json.dumps(report))
             print(f"{len(observed.truth) / seconds:.4g} signals per second", file=sys.stderr)
+
+
+def image_report(preds: Tensor, truth: Tensor, perceptual: bool) -> dict[str, float]:
+    """Similarity of images [images, channels, height, width], where these are large enough for it."""
+    found = {}
+    if min(truth.shape[2:]) >= 11:
+        found["ssim"] = float(ssim(preds, truth).mean())
+    if perceptual:
+        found |= {"lpips": float(lpips(preds, truth).mean())}
+        found |= {"lpips_released": float(lpips(preds, truth, released=True).mean())}
+    return found
+
+
+def _check_same(model: nn.Module, about: dict[str, Any], signals: Signals, name: str) -> None:
+    """Networks of single signals can be looked at on these signals only."""
+    assert isinstance(model, NetworkBatch)
+    count = model.weights[0].shape[0]
+    if about["data"] != name or count != len(signals.test):
+        raise UserError(
+            f"the checkpoint holds a network for each of {count} signals of {about['data']}, not for the "
+            f"{len(signals.test)} of {name} that were asked for: give the --data options it was trained with"
+        )
 
 
 def dictionary_report(model: NeuralDictionary, observed: Observed) -> dict[str, Any]:

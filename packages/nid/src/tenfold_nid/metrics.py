@@ -44,6 +44,40 @@ def ssim(
     return similarity.flatten(1).mean(dim=1)
 
 
+def lpips(
+    preds: Float[Tensor, "batch channels height width"],
+    targets: Float[Tensor, "batch channels height width"],
+    *,
+    released: bool = False,
+) -> Float[Tensor, " batch"]:
+    """LPIPS of each image with AlexNet, grey as three equal channels (section 9).
+
+    Args:
+        preds: images, clamped to [0, 1].
+        targets: images in [0, 1].
+        released: pass them as they are, where the network expects [-1, 1], as the released figures have it.
+
+    Raises:
+        ValueError: the images are too small for AlexNet, or its weights are not there and cannot be fetched.
+
+    """
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity  # noqa: PLC0415 - heavy
+
+    if min(targets.shape[2:]) < 32:
+        raise ValueError(f"LPIPS takes images of 32 pixels or more, got {targets.shape[2]}×{targets.shape[3]}")
+    pairs = [x.float().clamp(0, 1).expand(-1, 3, -1, -1) for x in (preds, targets)]
+    try:
+        each = [
+            learned_perceptual_image_patch_similarity(a[None], b[None], net_type="alex", normalize=not released)
+            for a, b in zip(*pairs, strict=True)
+        ]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"LPIPS needs AlexNet's weights, which cannot be fetched ({error}): leave --lpips out"
+        ) from error
+    return torch.stack(each)
+
+
 class SurfaceDistance(NamedTuple):
     """Agreement of two sampled surfaces."""
 

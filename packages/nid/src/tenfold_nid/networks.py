@@ -44,9 +44,14 @@ class NetworkConfig:
     """activation of the trunk"""
 
     def __post_init__(self) -> None:
-        """Refuse a network without a trunk."""
+        """Refuse a network without a trunk, or without width."""
         if self.num_layers < 2:
             raise ValueError(f"num_layers must be at least 2 (a trunk layer and the head), got {self.num_layers}")
+        for name in ("in_dim", "out_dim", "hidden_dim", "ffm_map_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_freqs is not None and self.num_freqs < 0:
+            raise ValueError(f"num_freqs must not be negative, got {self.num_freqs}")
 
 
 class Sine(nn.Module):

@@ -57,9 +57,13 @@ def window_starts(length: int, patch: int, stride: int) -> list[int]:
     """Left ends of windows that cover an axis, the last one flush with the border.
 
     Raises:
-        ValueError: the axis is shorter than a window.
+        ValueError: the axis is shorter than a window, or the windows would leave gaps.
 
     """
+    if not 1 <= stride <= patch:
+        raise ValueError(
+            f"a stride of {stride} pixels between patches of {patch}: it lies in 1..{patch}, or gaps are left"
+        )
     if length < patch:
         raise ValueError(f"an image of {length} pixels along an axis is smaller than a patch of {patch}")
     starts = list(range(0, length - patch + 1, stride))

@@ -147,7 +147,9 @@ def _places(recipe: Recipe, signals: Tensor, model: NeuralDictionary) -> tuple[P
         return "rays", rays, sinogram(signals, rays)
     coords, targets = lattice(spatial, device=signals.device), signals.flatten(1, -2)
     fourier = isinstance(model.experts.map, FourierFeatures) and isinstance(model.experts, SharedTrunkExperts)
-    if fourier and len(coords) % 2 == 0:
+    if (
+        fourier and len(coords) % 2 == 0 and min(spatial) > 1
+    ):  # an axis of one sample sits at -1, and so would its mirror image
         return "antipodal", coords, targets
     learned = any(True for _ in model.experts.map.parameters())
     return "points" if learned else "embedded", coords, targets

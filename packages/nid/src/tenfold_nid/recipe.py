@@ -48,6 +48,8 @@ class Schedule:
         for name in ("epochs", "batch_size", "chunk_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--schedule.{name} takes 1 or more, got {getattr(self, name)}")
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"--schedule.lr takes a positive number, got {self.lr}")
         if self.warmup_epochs < 0:
             raise UserError(f"--schedule.warmup_epochs takes 0 or more, got {self.warmup_epochs}")
 
@@ -112,7 +114,7 @@ class Recipe:
     linear: Linear = dataclasses.field(default_factory=Linear)
     """Settings of pca and ksvd."""
     pretrained: Path | None = None
-    """A run's folder or a checkpoint whose dictionary to start from."""
+    """A run's folder or a checkpoint whose dictionary to start from; its shape takes the place of --model."""
     finetune: bool = False
     """The released fine-tuning: the atoms stay, the gate is trained on the signals to be coded, as they are seen."""
     fit: FitOptions = dataclasses.field(default_factory=FitOptions)
@@ -120,7 +122,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
+        if self.latent_dim < 1:
+            raise UserError(f"--latent_dim takes 1 or more, got {self.latent_dim}")
         if self.finetune and self.pretrained is None:
             raise UserError("--finetune keeps the atoms of a trained dictionary: name it with --pretrained")
         if self.finetune and self.method != "nid":
             raise UserError(f"--finetune trains the gate of a dictionary, which {self.method} has not")
+        if self.finetune and (self.data.fraction < 1 or self.data.test_views):
+            raise UserError(
+                "--finetune looks at the whole of the signals, and would see what --data.fraction and --data.test_views "
+                "hide: leave them out, or use eval with --fit.solver gate, which looks at what is observed"
+            )

@@ -65,11 +65,13 @@ def irls(
     """
     channels = problem.design.shape[-1] - problem.num_experts
     base = torch.ones_like(problem.targets) if problem.weights is None else problem.weights
+    observed = _observed_points(problem).to(base.dtype)
+    share = observed.mean(dim=1, keepdim=True)  # of the rows, which are as many as the signal seen best has
     code = ridge(problem, support, penalty=penalty)
     for _ in range(steps):
         residual = _point_residual(problem, code)
         trust = 1 / residual.clamp(min=delta) if loss == "l1" else (delta / residual.clamp(min=1e-12)).clamp(max=1)
-        trust = trust / (trust * _observed_points(problem)).mean(dim=1, keepdim=True)
+        trust = trust / ((trust * observed).mean(dim=1, keepdim=True) / share)
         weights = base * trust.repeat_interleave(channels, dim=1)
         code = ridge(problem._replace(weights=weights), support, penalty=penalty)
     return outliers(problem, code)
@@ -105,7 +107,7 @@ def admm(
     keep = torch.zeros(cols.shape[0] if cols.ndim == 2 else 1, width, device=matrix.device, dtype=matrix.dtype)
     keep = keep.scatter(1, cols if cols.ndim == 2 else cols[None], 1.0)
     matrix = (matrix * keep[:, None]).double()
-    rows = problem.counts.double().max()
+    rows = problem.counts.double()[: len(matrix), None, None]
     damping = torch.full((width,), float(penalty / rho), dtype=torch.float64, device=matrix.device)
     damping[problem.num_experts :] = 1e-10
     gram = matrix.mT @ matrix / rows + torch.diag(damping)
@@ -114,7 +116,7 @@ def admm(
     excess, dual = torch.zeros_like(targets), torch.zeros_like(targets)
     code = targets.new_zeros(len(targets), width)
     for _ in range(steps):
-        moment = torch.einsum("brp,br->bp", matrix.expand(len(targets), -1, -1), targets + excess - dual) / rows
+        moment = torch.einsum("brp,br->bp", matrix.expand(len(targets), -1, -1), targets + excess - dual) / rows[..., 0]
         code = torch.cholesky_solve(moment[..., None], factor).squeeze(-1)
         predicted = torch.einsum("brp,bp->br", matrix.expand(len(targets), -1, -1), code)
         moved = predicted - targets + dual

@@ -45,9 +45,9 @@ class DataConfig:
     patch: int = 0
     """Side of the patches that images are cut into, each a signal of its own; 0 takes whole images."""
     train_subset: int = 500
-    """Images, phantoms or shapes to learn from."""
+    """Images, phantoms or shapes to learn from; photographs, faces, olivetti, yale and videos are taken whole."""
     test_subset: int = 500
-    """Images, phantoms or shapes to code."""
+    """Images, phantoms or shapes to code; the sets above are taken whole."""
     views: int = 127
     """Views of the tomograph in training; both ends of the half turn are among them."""
     category: str = "03001627"
@@ -96,7 +96,7 @@ def load_signals(config: DataConfig) -> Signals:
 
     """
     if config.name == "pointcloud":
-        raise UserError("a point cloud is one shape, no set of signals: train it with --method scratch")
+        raise UserError("a point cloud is one shape, no set of signals: train --method scratch takes it")
     if config.name in EMBEDDED:
         train, test = _embedded(config)
     else:
@@ -104,6 +104,12 @@ def load_signals(config: DataConfig) -> Signals:
         if config.validation:
             test = train[-max(1, len(train) // 10) :]
             train = train[: -len(test)]
+        if not len(train) or not len(test):
+            raise UserError(
+                f"{config.name}: {len(train)} signals to learn from and {len(test)} to code; each takes at least 1"
+            )
+    if train.ndim != 4 and (config.patch or config.corruption != "none"):
+        raise UserError(f"--data.patch and --data.corruption are for images; {config.name} has volumes")
     if config.size:
         train, test = (_sized(x, config.size) for x in (train, test))
     seen = corrupt(test, config.corruption)
@@ -161,7 +167,12 @@ def _published(config: DataConfig) -> tuple[Tensor, Tensor]:
         return frames, frames
     if name == "ct":
         images = data.ct_images(root / "images.npy")
-        count = min(config.train_subset, len(images) - 1)
+        if len(images) < 2:
+            raise UserError(
+                f"{root / 'images.npy'} has {len(images)} slices: at least one to learn from and one to code"
+            )
+        held = min(config.test_subset, len(images) // 2)  # where there are fewer than asked for, half are coded
+        count = min(config.train_subset, len(images) - held)
         return images[:count], images[count : count + config.test_subset]
     splits = root / "pix2mesh_splits_val05.json"
     chosen = []

@@ -29,15 +29,27 @@ class FitOptions:
     """ridge: closed form; map: closed form under a Gaussian prior; omp, fista: sparse; irls, huber, admm: against
     outliers; adam: steps on the codes; gate: steps on the whole gating network, as released"""
     support: Support | None = None
-    """atoms that may take part: those the gate picks, or all (default: the gate's if it can predict)"""
+    """atoms that may take part: those the gate picks, or all (default: the gate's if it can predict); map, omp and fista
+    choose among all"""
     penalty: float = 1e-4
-    """λ of the ridge or l1 term, or the noise variance of map"""
+    """λ of the ridge or l1 term, or the noise variance of map; omp, which limits the atoms, takes 1e-8 at most"""
     atoms: int | None = None
     """atoms that omp chooses (default: as many as the dictionary activates)"""
     steps: int = 100
     """iterations of the iterative solvers"""
     lr: float = 1e-2
     """step size of adam and gate"""
+
+    def __post_init__(self) -> None:
+        """Refuse what no solver takes."""
+        if not 0 <= self.penalty < float("inf"):
+            raise ValueError(f"--fit.penalty takes 0 or more, got {self.penalty}")
+        if self.steps < 0 or not 0 < self.lr < float("inf"):
+            raise ValueError(
+                f"--fit.steps takes 0 or more and --fit.lr a positive number, got {self.steps} and {self.lr}"
+            )
+        if self.atoms is not None and self.atoms < 1:
+            raise ValueError(f"--fit.atoms takes 1 or more, got {self.atoms}")
 
 
 def fit_codes(

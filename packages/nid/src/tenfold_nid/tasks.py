@@ -1,9 +1,8 @@
 """The tasks of the paper on a trained dictionary and one's own data: each a verb of the command line (sections 1 and 11)."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,53 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, seed_everything
 
 from .baselines.classical import fbp, median_background, rpca, tv
-from .checkpoints import load_dictionary
+from .baselines.networks import NetworkBatch
+from .checkpoints import load_dictionary, load_model
 from .coordinates import lattice
 from .corruptions import occlude, occluded_pixels
 from .data import frames as read_frames
 from .data import read_images
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .embedded import TEST_PHOTOGRAPHS, distance_fields, moving_discs, photograph
+from .errors import refusals
 from .evaluate import check_fit, code_prior, dictionary_system, observe
 from .export import pack_codes, save_onnx, single_signal
 from .fitting import CodePrior, fit_prior, posterior, system
 from .gates import CodebookGate
 from .metrics import psnr, surface_distance
-from .shapes import extract_mesh, marching_cubes, save_mesh, sdf_from_mesh
+from .shapes import Mesh, extract_mesh, marching_cubes, save_mesh, sdf_from_mesh
 from .signals import DataConfig, load_signals, observation
 from .solvers import FitOptions, PatchModel, inpaint, residual_outliers, solve
 from .video import background_dictionary, mask_scores, separate
 
 
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What the library refuses, and what is not installed, as an error of the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
-
-
 def folder_of(options: RunOptions, verb: str) -> Path:
-    """Where a verb writes; it is made."""
+    """Where a verb writes; it is made.
+
+    Raises:
+        UserError: it cannot be.
+
+    """
     folder = options.output / "nid" / (options.name or verb)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
     return folder
+
+
+def stems(files: list[Path]) -> list[str]:
+    """Names for what is written of each file.
+
+    Raises:
+        UserError: two files have the same.
+
+    """
+    names = [file.stem for file in files]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UserError(f"{files[names.index(name)]} and {files[i]} would both be written as {name}: rename one")
+    return names
 
 
 def save_image(path: Path, image: Tensor) -> None:
@@ -66,7 +78,7 @@ def report(**values: Any) -> None:
     print(json.dumps(values))
 
 
-def given_images(files: list[Path], model: NeuralDictionary) -> list[tuple[str, Tensor]]:
+def given_images(files: list[Path], model: NeuralDictionary, option: str = "--images") -> list[tuple[str, Tensor]]:
     """Named images [height, width, channels], or the embedded test photographs when none is given.
 
     Raises:
@@ -76,15 +88,24 @@ def given_images(files: list[Path], model: NeuralDictionary) -> list[tuple[str, 
     if model.config.in_dim != 2:
         raise UserError(f"the dictionary represents {model.config.in_dim}-D signals, not images")
     if files:
-        return [(file.stem, read_images([file], model.config.out_dim)[0]) for file in files]
+        named = zip(stems(files), files, strict=True)
+        return [(name, read_images([file], model.config.out_dim)[0]) for name, file in named]
     if model.config.out_dim != 3:
-        raise UserError(f"the dictionary has {model.config.out_dim} channel: name images with --images")
+        raise UserError(f"the dictionary has {model.config.out_dim} channel: name what to code with {option}")
     return [(name, photograph(name)) for name in TEST_PHOTOGRAPHS]
 
 
-def prior_for(model: NeuralDictionary, options: FitOptions, data: DataConfig) -> CodePrior | None:
+def prior_for(model: NeuralDictionary, options: FitOptions, data: DataConfig, device: torch.device) -> CodePrior | None:
     """The distribution of the training codes, where the solver asks for it."""
-    return code_prior(model, load_signals(data)) if options.solver == "map" else None
+    return code_prior(model, load_signals(data).to(device)) if options.solver == "map" else None
+
+
+def without_prior(*chosen: FitOptions) -> None:
+    """Refuse the solver that asks for the distribution of the training codes, where no training signals are named."""
+    if any(options.solver == "map" for options in chosen):
+        raise UserError(
+            "the solver map learns its prior from training signals, which fit, ct, sdf and eval have: take another"
+        )
 
 
 # -- images ---------------------------------------------------------------------------------------------------------------
@@ -119,7 +140,7 @@ def fit(config: FitConfig, options: RunOptions) -> None:
     with Run.evaluation("nid", options) as run, refusals():
         model = model.to(run.device)
         patched = PatchModel(model, config.stride or None)
-        prior = prior_for(model, config.fit, config.data)
+        prior = prior_for(model, config.fit, config.data, run.device)
         for name, image in given_images(config.images, model):
             images = image[None].to(run.device)
             mask = observation(images, config.fraction, options.seed)
@@ -149,14 +170,17 @@ class InpaintConfig:
     """Tell the solver where the embedded photographs were spoilt."""
     stride: int = 0
     """Distance of neighbouring patches; 0 tiles without overlap."""
-    fit: FitOptions | None = None
-    """How codes are found; default: ridge with a mask, 20 reweightings without."""
+    fit: FitOptions = dataclasses.field(default_factory=FitOptions)
+    """How codes are found where it is known what can be trusted."""
+    robust: FitOptions = dataclasses.field(default_factory=lambda: FitOptions(solver="irls", steps=20))
+    """How codes are found where it is not."""
 
 
 def inpaint_images(config: InpaintConfig, options: RunOptions) -> None:
     """Fill hidden pixels, or find and replace what does not belong."""
     model, _ = load_dictionary(config.checkpoint)
     folder = folder_of(options, "inpaint")
+    without_prior(config.fit, config.robust)
     given = None if config.mask is None else read_images([config.mask], 1)[0, ..., 0] > 0.5
     with Run.evaluation("nid", options) as run, refusals():
         model = model.to(run.device)
@@ -170,7 +194,8 @@ def inpaint_images(config: InpaintConfig, options: RunOptions) -> None:
                 raise UserError(f"the mask is {tuple(mask.shape)} pixels, {name} is {tuple(image.shape[:2])}")
             inputs = spoilt[None].to(run.device)
             trusted = None if mask is None else mask[None].to(run.device)
-            clean, hidden = inpaint(model, inputs, trusted, config.fit, stride=config.stride or None)
+            chosen = config.robust if trusted is None else config.fit
+            clean, hidden = inpaint(model, inputs, trusted, chosen, stride=config.stride or None)
             save_image(folder / f"{name}.png", clean[0])
             save_image(folder / f"{name}-replaced.png", hidden[0, ..., None].float())
             found: dict[str, Any] = {"image": name, "replaced": float(hidden.float().mean())}
@@ -191,6 +216,8 @@ class SeparateConfig:
 
     frames: Path | None = None
     """Folder of images in the order of their names; default: a photograph with moving discs, whose truth is known."""
+    checkpoint: Path | None = None
+    """A dictionary of the scene that is trained already, as by the recipe video-nid; default: one is learned."""
     model: DictionaryConfig = dataclasses.field(
         default_factory=lambda: DictionaryConfig(
             num_experts=64, num_topk=64, hidden_dim=128, ffm_map_size=256, ffm_map_scale=6.0, gate="codebook"
@@ -209,11 +236,18 @@ def separate_video(config: SeparateConfig, options: RunOptions) -> None:
     """Learn a dictionary of the video and take it apart; robust PCA and the median beside it where the truth is known."""
     folder = folder_of(options, "separate")
     video = None if config.frames else moving_discs()
-    if config.steps < 1 or not 1 <= config.background_atoms <= config.model.num_experts:
+    trained = None if config.checkpoint is None else load_dictionary(config.checkpoint)[0]
+    atoms = (config.model if trained is None else trained.config).num_experts
+    if trained is not None and (trained.config.in_dim, trained.config.out_dim) != (2, 3):
+        raise UserError(f"{config.checkpoint} is no dictionary of frames: those have 2 dimensions and 3 channels")
+    if config.steps < 1 or not 1 <= config.background_atoms <= atoms:
         raise UserError("--steps takes 1 or more, --background_atoms between 1 and the number of atoms")
     with Run.evaluation("nid", options) as run, refusals():
         frames = (read_frames(config.frames) if video is None else video.frames).to(run.device)  # type: ignore[arg-type]
-        model = background_dictionary(frames, config.model, steps=config.steps, lr=config.lr, seed=options.seed)
+        if trained is None:
+            model = background_dictionary(frames, config.model, steps=config.steps, lr=config.lr, seed=options.seed)
+        else:
+            model = trained.to(run.device)
         parts = separate(model, frames, background_atoms=config.background_atoms)
         for i, (background, mask) in enumerate(zip(parts.background, parts.mask, strict=True)):
             save_image(folder / f"background-{i:05d}.png", background)
@@ -243,9 +277,10 @@ class TomographyConfig:
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a .ckpt file of the authors' layout."""
     data: DataConfig = dataclasses.field(
-        default_factory=lambda: DataConfig(name="phantoms", size=32, train_subset=200, test_subset=8, test_views=8)
+        default_factory=lambda: DataConfig(name="phantoms", train_subset=200, test_subset=8, test_views=8)
     )
-    """The slices, and how many views of them are seen; training slices give the prior of the solver map."""
+    """The slices, and how many views of them are seen; training slices give the prior of the solver map. Without a size
+    phantoms are drawn at that of the dictionary's."""
     noise: float = 0.0
     """Standard deviation of the noise on the projections."""
     tv_weight: float = 3e-5
@@ -263,10 +298,13 @@ def tomography(config: TomographyConfig, options: RunOptions) -> None:
     if config.noise < 0 or config.tv_weight < 0:
         raise UserError("--noise and --tv_weight take 0 or more")
     with Run.evaluation("nid", options) as run, refusals():
-        signals = load_signals(config.data).to(run.device)
-        check_fit(model, signals, config.data.name)
+        data = config.data
+        if data.name == "phantoms" and not data.size:
+            data = dataclasses.replace(data, size=model.config.size[0])
+        signals = load_signals(data).to(run.device)
+        check_fit(model, signals, data.name)
         model = model.to(run.device)
-        observed = observe(signals, config.data, options.seed)
+        observed = observe(signals, data, options.seed)
         assert observed.rays is not None
         assert observed.angles is not None
         seed_everything(options.seed, "noise")
@@ -283,7 +321,8 @@ def tomography(config: TomographyConfig, options: RunOptions) -> None:
             if prior is not None:
                 spread = posterior(problem, prior, config.fit.penalty).deviation(model.design(coords))
                 save_image(folder / "nid-deviation.png", (spread / spread.max()).view(*size, 1))
-        found["fbp"] = fbp(scans, observed.angles, size[0])
+        if size[0] == size[1]:  # all that filtered back-projection takes
+            found["fbp"] = fbp(scans, observed.angles, size[0])
         found["tv"] = tv(scans, observed.rays, size, weight=config.tv_weight)
         for method, slices in found.items():
             for i, image in enumerate(slices):
@@ -300,7 +339,8 @@ class ShapeConfig:
     """Which shapes to fit, and from what."""
 
     checkpoint: Path
-    """A run's folder, a .safetensors file of ours, or a .ckpt file of the authors' layout."""
+    """A run's folder, a .safetensors file of ours, or a .ckpt file of the authors' layout; or networks of single shapes, as
+    the recipe pointcloud-siren trains them, whose surfaces are written as they are."""
     meshes: list[Path] = dataclasses.field(default_factory=list)
     """Watertight meshes in any format of Open3D; default: embedded primitives."""
     count: int = 4
@@ -317,6 +357,10 @@ class ShapeConfig:
 
 def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
     """Fit distance fields from few samples, extract their surfaces and write them as meshes."""
+    model, _ = load_model(config.checkpoint)
+    if isinstance(model, NetworkBatch) and (model.config.in_dim, model.config.out_dim) == (3, 1):
+        _networks_to_meshes(model, config, options)
+        return
     model, _ = load_dictionary(config.checkpoint)
     folder = folder_of(options, "sdf")
     if model.config.in_dim != 3:
@@ -327,7 +371,8 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
         model = model.to(run.device)
         side = model.config.size[0]
         if config.meshes:
-            named = [(file.stem, sdf_from_mesh(file, side)[..., None]) for file in config.meshes]
+            files = zip(stems(config.meshes), config.meshes, strict=True)
+            named = [(name, sdf_from_mesh(file, side)[..., None]) for name, file in files]
         else:
             named = [(f"shape-{i}", field) for i, field in enumerate(distance_fields(config.count, side, seed=1))]
         coords = lattice((side,) * 3)
@@ -343,8 +388,8 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
             problem = system(model.design(coords[chosen].to(run.device)), targets)
             codes = solve(model, problem, config.fit, prior=prior)
         for (name, field), code in zip(named, codes, strict=True):
-            network = single_signal(model, code)
-            mesh = extract_mesh(network, config.resolution, device=run.device)
+            shape = single_signal(model, code) if model.config.atoms == "shared" else _rendered(model, code)
+            mesh = _surface(shape, config.resolution, name, run.device)
             save_mesh(mesh, folder / f"{name}{config.suffix}")
             truth = marching_cubes(field[..., 0])
             distance = surface_distance(mesh.vertices, truth.vertices, mesh.normals, truth.normals)
@@ -356,6 +401,30 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
                 normal_consistency=None if distance.normal_consistency is None else float(distance.normal_consistency),
             )
     print(f"written to {folder}")
+
+
+def _networks_to_meshes(networks: NetworkBatch, config: ShapeConfig, options: RunOptions) -> None:
+    """Write the surface of each network of a single shape."""
+    if config.resolution < 2:
+        raise UserError("--resolution takes 2 or more")
+    folder = folder_of(options, "sdf")
+    with Run.evaluation("nid", options) as run, refusals():
+        for i in range(networks.weights[0].shape[0]):
+            mesh = _surface(networks.single(i).to(run.device), config.resolution, f"shape-{i}", run.device)
+            save_mesh(mesh, folder / f"shape-{i}{config.suffix}")
+            report(shape=f"shape-{i}", vertices=len(mesh.vertices))
+    print(f"written to {folder}")
+
+
+def _rendered(model: NeuralDictionary, code: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda points: model.render(code[None], points)[0]
+
+
+def _surface(field: Callable[[Tensor], Tensor], resolution: int, name: str, device: torch.device) -> Mesh:
+    try:
+        return extract_mesh(field, resolution, device=device)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 # -- export ---------------------------------------------------------------------------------------------------------------
@@ -379,6 +448,7 @@ def export(config: ExportConfig, options: RunOptions) -> None:
     """Write one signal as a small network of its own in ONNX; where onnxruntime is installed, its values are compared."""
     model, _ = load_dictionary(config.checkpoint)
     folder = folder_of(options, "export")
+    without_prior(config.fit)
     with refusals():
         if isinstance(model.gate_generator, CodebookGate) and config.image is None:
             rows = len(model.gate_generator.codebook.weight)
@@ -386,7 +456,7 @@ def export(config: ExportConfig, options: RunOptions) -> None:
                 raise UserError(f"--index {config.index}: the codebook has {rows} rows")
             code = model.sparse_code(torch.tensor([config.index])).detach()[0]
         else:
-            name, image = given_images([] if config.image is None else [config.image], model)[0]
+            name, image = given_images([] if config.image is None else [config.image], model, "--image")[0]
             codes = PatchModel(model).codes(image[None], None, config.fit)
             if not 0 <= config.index < len(codes):
                 raise UserError(f"--index {config.index}: {name} has {len(codes)} patches")

@@ -17,6 +17,7 @@ from .baselines.networks import AutoDecoder, NetworkBatch, maml_step, reptile_st
 from .checkpoints import load_dictionary
 from .coordinates import lattice
 from .dictionary import Mixture, NeuralDictionary
+from .evaluate import observe, shown_to
 from .gates import CodebookGate
 from .losses import l1_weights
 from .networks import NetworkConfig
@@ -24,7 +25,7 @@ from .optimisation import Sampled, adam, gate_parameters, is_dense, training_ste
 from .plan import Plan
 from .recipe import UNTRAINED, Recipe
 from .shapes import point_cloud_loss
-from .signals import Signals, load_points, load_signals, observation
+from .signals import Signals, load_points, load_signals
 
 
 def train(recipe: Recipe, options: RunOptions) -> None:
@@ -70,8 +71,11 @@ def about(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
         kept |= {"load_mode": model.load_mode, "importance_mode": model.importance_mode}
     elif isinstance(model, NetworkBatch):
         kept |= {"network": dataclasses.asdict(model.config), "count": model.weights[0].shape[0]}
+        kept |= {"test_optimiser": recipe.meta.test_optimiser} if recipe.method in {"maml", "reptile"} else {}
     elif isinstance(model, AutoDecoder):
         kept |= {"network": dataclasses.asdict(model.config), "latents": list(model.latents.weight.shape)}
+    elif recipe.method == "ksvd":
+        kept |= {"sparsity": recipe.linear.sparsity}
     return kept
 
 
@@ -149,6 +153,7 @@ def pretrained(recipe: Recipe, signals: Tensor) -> NeuralDictionary:
     """The dictionary of a checkpoint, its codebook, if it has one, made anew with a row a signal."""
     assert recipe.pretrained is not None
     model, _ = load_dictionary(recipe.pretrained)
+    model.load_mode, model.importance_mode = recipe.load_mode, recipe.importance_mode
     size = tuple(signals.shape[1:-1])
     if signals.shape[-1] != model.config.out_dim or len(size) != model.config.in_dim:
         raise UserError(
@@ -170,17 +175,19 @@ def network_config(recipe: Recipe, signals: Tensor) -> NetworkConfig:
 
 
 def learn_networks(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
-    """A network for each new signal, from scratch, on the samples that are observed."""
-    coords = lattice(signals.seen.shape[1:-1], device=run.device)
-    targets = signals.seen.flatten(1, -2)
-    mask = observation(signals.seen, recipe.data.fraction, run.options.seed)
-    weights = None if mask is None else mask.flatten(1).float()
-    networks = NetworkBatch(network_config(recipe, signals.seen), len(targets)).to(run.device)
-    optimiser: Any = torch.optim.Adam(networks.parameters(), lr=recipe.schedule.lr)
-    for step in run.steps("train", recipe.schedule.epochs, model=networks, optimiser=optimiser):
+    """A network for each new signal, from scratch, on the samples or the projections that are observed."""
+    observed, schedule = observe(signals, recipe.data, run.options.seed), recipe.schedule
+    networks = NetworkBatch(network_config(recipe, signals.seen), len(signals.seen)).to(run.device)
+    fitted, where, targets = shown_to(networks, observed)
+    optimiser: Any = torch.optim.Adam(networks.parameters(), lr=schedule.lr)
+    for step in run.steps("train", schedule.epochs, model=networks, optimiser=optimiser):
         for group in optimiser.param_groups:
-            group["lr"] = rate(recipe, step, recipe.schedule.epochs)
-        loss = signal_losses(networks(coords), targets, weights)
+            group["lr"] = rate(recipe, step, schedule.epochs)
+        places, there = where, targets
+        if targets.shape[1] > schedule.chunk_size:
+            points = torch.randperm(targets.shape[1], device=run.device)[: schedule.chunk_size]
+            places, there = where[points] if observed.mask is None else where[:, points], targets[:, points]
+        loss = signal_losses(fitted(places), there, None)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -237,8 +244,10 @@ def learn_start(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
             )
             run.log(loss=loss)
         else:
-            reptile_step(start, places, batch, inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate)
-            run.log(done=float(step + 1))
+            moved = reptile_step(
+                start, places, batch, inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate
+            )
+            run.log(moved=moved)
     run.complete("train", start, **about(recipe, start))
     return start
 

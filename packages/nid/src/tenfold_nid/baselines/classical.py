@@ -43,7 +43,14 @@ def fbp(
         angles: θ of each view; a closing view at π repeats the one at 0 and is left out.
         size: pixels along a side, and rays a view.
 
+    Raises:
+        ValueError: the rays are not those of these views of square images.
+
     """
+    if sinograms.shape[1] != len(angles) * size:
+        raise ValueError(
+            f"{len(angles)} views of {size} rays are {len(angles) * size} projections, got {sinograms.shape[1]}"
+        )
     from skimage.transform import iradon  # noqa: PLC0415
 
     distinct = angles.cpu() < math.pi - 1e-4 if len(angles) > 1 else torch.ones(1, dtype=torch.bool)
@@ -122,7 +129,10 @@ def tv(
     for _ in range(steps):
         dual = (dual + step * (matrix @ ahead - observed)) / (1 + step)
         slope = slope + step * _gradient(ahead.view(height, width, -1))
-        slope = slope / (slope.norm(dim=0, keepdim=True) / weight).clamp(min=1)
+        if weight > 0:
+            slope = slope / (slope.norm(dim=0, keepdim=True) / weight).clamp(min=1)
+        else:
+            slope = torch.zeros_like(slope)
         after = (x - step * (adjoint @ dual - _divergence(slope).view_as(x))).clamp(min=0)
         ahead, x = 2 * after - x, after
     return x.T.reshape(-1, height, width, 1)

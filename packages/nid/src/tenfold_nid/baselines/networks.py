@@ -158,13 +158,22 @@ def reptile_step(
     inner_steps: int = 8,
     inner_lr: float = 1e-2,
     rate: float = 0.1,
-) -> None:
-    """One step of Reptile, ``θ ← θ + ε (mean θ' - θ)``, with θ' the networks after the inner steps."""
+) -> Float[Tensor, ""]:
+    """One step of Reptile, ``θ ← θ + ε (mean θ' - θ)``, with θ' the networks after the inner steps.
+
+    Returns:
+        Squared length of ``mean θ' - θ``; not finite where the inner steps diverge.
+
+    """
     features = start.map(coords)
     with torch.enable_grad():
         adapted = adapt(start, features, targets, steps=inner_steps, lr=inner_lr, second_order=False)
+    length = coords.new_zeros(())
     for parameter, moved in zip([*start.weights, *start.biases], [*adapted.weights, *adapted.biases], strict=True):
-        parameter.lerp_(moved.mean(dim=0, keepdim=True), rate)
+        target = moved.mean(dim=0, keepdim=True)
+        length = length + (target - parameter).square().sum()
+        parameter.lerp_(target, rate)
+    return length
 
 
 class AutoDecoder(nn.Module):
@@ -194,11 +203,11 @@ class AutoDecoder(nn.Module):
         nn.init.normal_(self.latents.weight, std=0.01)
 
     def decode(
-        self, latent: Float[Tensor, "batch latent"], coords: Float[Tensor, "points in_dim"]
+        self, latent: Float[Tensor, "batch latent"], coords: Float[Tensor, "*places in_dim"]
     ) -> Float[Tensor, "batch points channels"]:
-        """Signals with these latent vectors at common coordinates."""
+        """Signals with these latent vectors at coordinates common to all [points, m], or its own [batch, points, m]."""
         features = self.map(coords)
-        wide = latent[:, None].expand(-1, len(coords), -1)
+        wide = latent[:, None].expand(-1, coords.shape[-2], -1)
         return self.network(torch.cat([features.expand(len(latent), -1, -1), wide], dim=-1))
 
     def forward(
@@ -210,7 +219,7 @@ class AutoDecoder(nn.Module):
 
 def fit_latents(
     decoder: AutoDecoder,
-    coords: Float[Tensor, "points in_dim"],
+    coords: Float[Tensor, "*places in_dim"],
     targets: Float[Tensor, "batch points channels"],
     weights: Float[Tensor, "batch points"] | None = None,
     *,

@@ -1,0 +1,56 @@
+"""The arms of the claims on data that has to be brought: generated here, few and small."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tenfold_nid import embedded, reproduce, train
+from tenfold_nid.recipe import Recipe
+from tenfold_nid.signals import DataConfig, Signals
+from tenfold_shared.claims import load_claims
+from tenfold_shared.cli import load_recipe
+from tenfold_shared.run import RunOptions
+
+SMALL = {
+    "schedule.epochs": 1,
+    "schedule.batch_size": 2,
+    "model.num_experts": 24,
+    "model.num_topk": 8,
+    "model.hidden_dim": 12,
+    "model.ffm_map_size": 16,
+    "model.gate_hidden": 4,
+    "network.hidden_dim": 8,
+    "network.num_layers": 3,
+    "network.ffm_map_size": 16,
+    "latent_dim": 4,
+}
+
+
+def generated(config: DataConfig) -> Signals:
+    """Signals of a data set's shape."""
+    if config.name == "shapenet":
+        fields = embedded.distance_fields(4, 12)
+        return Signals(fields[:2], fields[2:], fields[2:])
+    slices = torch.rand(4, 16, 16, 1 if config.name == "ct" else 3)
+    return Signals(slices[:2], slices[2:], slices[2:], (16, 32) if config.patch else None)
+
+
+@pytest.mark.parametrize("claim_id", ["celeba-quality-k256", "ct-few-views", "shapenet-few-points"])
+def test_every_arm_gives_what_its_claim_compares(
+    claim_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "load_signals", generated)
+    monkeypatch.setattr(train, "load_signals", generated)
+    claim = next(c for c in load_claims("tenfold_nid").claims if c.id == claim_id)
+    options = RunOptions(output=tmp_path, device="cpu", quiet=True)
+    for name, arm in claim.arms.items():
+        changes = {**SMALL, "data.views": 9, **arm.options}
+        recipe: Recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **changes)
+        gate = "codebook" if recipe.model.gate == "codebook" else "conv"
+        fraction = 0.1 if recipe.data.name == "shapenet" else 1.0
+        changes |= {"fit.steps": min(recipe.fit.steps, 4), "data.fraction": fraction, "model.gate": gate}
+        recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **changes)
+        extras = reproduce.coded(recipe, 0, options, tmp_path)
+        assert np.isfinite(reproduce.VALUES[claim.metric.name](extras)), name
