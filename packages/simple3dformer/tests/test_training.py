@@ -3,17 +3,19 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import predict
 from tenfold_simple3dformer.backbone import create_vit
-from tenfold_simple3dformer.data.sets import DataConfig, _Checked
+from tenfold_simple3dformer.data.sets import DataConfig, _Checked, load_data
 from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
 from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
@@ -22,7 +24,18 @@ from tenfold_simple3dformer.planner import plan
 from tenfold_simple3dformer.predict import PredictConfig
 from tenfold_simple3dformer.rooms import make_room, visible
 from tenfold_simple3dformer.shapes import make_shape
-from tenfold_simple3dformer.train import Forgetting, Recipe, class_weights, run_recipe, task_loss
+from tenfold_simple3dformer.train import (
+    Forgetting,
+    Recipe,
+    Result,
+    class_weights,
+    image_stream,
+    measure_retention,
+    prepared,
+    run_recipe,
+    task_loss,
+)
+from tenfold_simple3dformer.voxel import VoxelFormer
 
 CLASSES = {"modelnet10": 10, "modelnet40": 40, "modelnet40-points": 40, "scanobjectnn": 15, "shapenet": 55, "shapenetpart": 50, "s3dis": 13, "procrooms": 13, "sunrgbd": 10, "procshapes": 10, "natural2d": 22}  # fmt: skip
 
@@ -148,6 +161,19 @@ def test_refused_recipes(tmp_path: Path) -> None:
         Recipe(lwf=Forgetting(lam=0.1))
     with pytest.raises(UserError, match="image path"):
         Recipe(task="part_seg", lwf=Forgetting(lam=0.1), weights="x")
+    with pytest.raises(UserError, match="image path"):
+        Recipe(task="part_seg", lwf=Forgetting(teacher="x"))
+    for task, network in (("detection", ModelConfig(preset="3DViT_LWF")), ("voxel_cls", ModelConfig(arch="voxnet"))):
+        with pytest.raises(UserError, match="voxel and point networks"):
+            Recipe(task=task, model=network, lwf=Forgetting(lam=0.1), weights="x")
+    with pytest.raises(UserError, match="give --weights"):
+        Recipe(inflate="average")
+    with pytest.raises(UserError, match="no voxel embedding"):
+        Recipe(task="point_cls", positions_from="resize2d", weights="x")
+    with pytest.raises(UserError, match="--tune frozen"):
+        Recipe(model=ModelConfig(arch="voxnet"), tune="frozen")
+    with pytest.raises(UserError, match="--reweighted"):
+        Recipe(task="part_seg", reweighted=True)
     with pytest.raises(UserError, match="voxel_cls, not point_cls"):
         build_model(ModelConfig(arch="voxnet"), "point_cls", 5, 6)
     with (
@@ -160,6 +186,65 @@ def test_refused_recipes(tmp_path: Path) -> None:
     assert int(checked[0][1]) == 0
     with pytest.raises(UserError, match=r"sample 1 of these has labels 7\.\.7"):
         checked[1]
+
+
+def run_of(recipe: Recipe, folder: Path, name: str = "x") -> Result:
+    with Run("simple3dformer", recipe, options(folder, name)) as run:
+        return run_recipe(run, recipe)[1]
+
+
+def test_refused_data(tmp_path: Path) -> None:
+    """Options that the data cannot obey are not passed over."""
+    few = {"data.train_size": 1, "data.test_size": 1}
+    with pytest.raises(UserError, match=r"--data\.portion"):
+        run_of(load_recipe("tenfold_simple3dformer", "procrooms-mini", Recipe, **few, **{"data.portion": 0.5}), tmp_path)
+    with pytest.raises(UserError, match="choose mini"):
+        run_of(load_recipe("tenfold_simple3dformer", "natural2d-mini", Recipe, **few, **{"model.backbone": "tiny"}), tmp_path)  # fmt: skip
+
+
+def test_depth_view_of_labelled_rooms(tmp_path: Path) -> None:
+    """What one camera sees of a room, to label as well as to detect in."""
+    with Run.evaluation("simple3dformer", options(tmp_path)) as run:
+        whole, seen = (
+            load_data(DataConfig(name="procrooms", points=128, train_size=1, test_size=1, depth_view=v), "scene_seg", 4, run).rooms[0]
+            for v in (False, True)
+        )  # fmt: skip
+    assert 100 < len(seen) != len(whole)
+    assert seen[:, :3].min() == 0
+
+
+@pytest.mark.parametrize("images", ["natural2d", "folder"])
+def test_image_stream_of_a_colour_network(images: str, tmp_path: Path) -> None:
+    """Grey crops become three channels, files get the backbone's size; fewer files than a batch are enough."""
+    colour: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 24, "depth": 1}
+    model = VoxelFormer(create_vit("tiny", **colour), 4, voxels=12, cell=6)
+    teacher = create_vit("tiny", **colour)
+    for i in range(3):
+        Image.new("RGB", (40, 50), (90 * i, 20, 30)).save(tmp_path / f"{i}.png")
+    config = Forgetting(images=images, root=tmp_path, batch_size=4)
+    with Run.evaluation("simple3dformer", options(tmp_path)) as run:
+        pictures = prepared(next(image_stream(config, run, 8, 0, 32).epoch(0))[0], config, 3)
+        assert pictures.shape == (4 if images == "natural2d" else 3, 3, 32, 32)
+        assert 0 <= measure_retention(model, teacher, config, run) <= 100
+
+
+def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
+    """Refused before training, not after it."""
+    torch.save(create_vit("mini").state_dict(), tmp_path / "vit.pth")
+    few = {"data.train_size": 10, "data.test_size": 10, "steps": 1, "lwf.teacher": str(tmp_path / "vit.pth")}
+    with pytest.raises(UserError, match=r"lacks head\.weight"):  # a random head would teach noise
+        run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"model.image_classes": 5}), tmp_path)  # fmt: skip
+    with pytest.raises(UserError, match="colour images"):
+        run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"lwf.images": "folder"}), tmp_path)  # fmt: skip
+
+
+def test_both_the_selected_and_the_last_epoch_are_reported(tmp_path: Path) -> None:
+    few = {"data.train_size": 20, "data.test_size": 10, "steps": 2, "batch_size": 18}
+    assert run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few), tmp_path, "a").last is None
+    chosen = load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"data.select": "heldout"})
+    found = run_of(chosen, tmp_path, "b")
+    assert found.last is not None
+    assert found.last.keys() == found.metrics.keys()
 
 
 def test_released_schedule() -> None:
