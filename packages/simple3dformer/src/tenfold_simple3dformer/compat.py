@@ -174,6 +174,26 @@ def build_official(
     """
     tensors = plain_state(state)
     kind = recognise(tensors)
+    try:
+        model = _built(tensors, kind, heads, task, neighbours, voxels, tokenizer, group_axis, start)
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint looks like a released {kind} network, but {error} is missing") from error
+    load_official_state(model, tensors)
+    return model
+
+
+def _built(
+    tensors: Mapping[str, Tensor],
+    kind: str,
+    heads: int,
+    task: Any,
+    neighbours: int,
+    voxels: int,
+    tokenizer: str,
+    group_axis: Any,
+    start: Any,
+) -> nn.Module:
+    """The network of a kind, with the sizes of the tensors and weights of its own."""
     if kind == "voxnet":
         model: nn.Module = VoxNet(len(tensors["mlp.fc2.weight"]))
     elif kind == "voxel":
@@ -189,7 +209,6 @@ def build_official(
     else:
         shown = ", ".join(list(tensors)[:6])
         raise CheckpointError(f"no released Simple3D-Former, Point Transformer or VoxNet: its keys are {shown} ...")
-    load_official_state(model, tensors)
     return model
 
 
