@@ -16,13 +16,12 @@ from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import predict
 from tenfold_simple3dformer.backbone import create_vit
 from tenfold_simple3dformer.data.sets import DataConfig, _Checked, load_data
-from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
-from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
+from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, scene_votes
+from tenfold_simple3dformer.geometry import read_geometry, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, rate, set_norm_momentum
-from tenfold_simple3dformer.planner import plan
 from tenfold_simple3dformer.predict import PredictConfig
-from tenfold_simple3dformer.rooms import make_room, visible
+from tenfold_simple3dformer.rooms import make_room
 from tenfold_simple3dformer.shapes import make_shape
 from tenfold_simple3dformer.train import (
     Forgetting,
@@ -197,7 +196,9 @@ def test_refused_data(tmp_path: Path) -> None:
     """Options that the data cannot obey are not passed over."""
     few = {"data.train_size": 1, "data.test_size": 1}
     with pytest.raises(UserError, match=r"--data\.portion"):
-        run_of(load_recipe("tenfold_simple3dformer", "procrooms-mini", Recipe, **few, **{"data.portion": 0.5}), tmp_path)
+        run_of(
+            load_recipe("tenfold_simple3dformer", "procrooms-mini", Recipe, **few, **{"data.portion": 0.5}), tmp_path
+        )
     with pytest.raises(UserError, match="choose mini"):
         run_of(load_recipe("tenfold_simple3dformer", "natural2d-mini", Recipe, **few, **{"model.backbone": "tiny"}), tmp_path)  # fmt: skip
 
@@ -283,102 +284,3 @@ def test_voting_sees_every_point() -> None:
     assert votes.shape == (900, 13)
     assert (votes.abs().sum(1) > 0).all()
     assert torch.equal(votes, scene_votes(model, room, 128, 13, torch.device("cpu")))
-
-
-# -- files ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ending", ["off", "obj", "stl", "ply", "pcd", "xyz"])
-def test_formats(ending: str, tmp_path: Path) -> None:
-    """A cube in every format: its extent, its faces, its voxels."""
-    o3d = open3d()
-    cube = o3d.geometry.TriangleMesh.create_box(1.0, 1.0, 2.0)
-    cube.compute_triangle_normals()
-    file = tmp_path / f"cube.{ending}"
-    if ending in ("pcd", "xyz"):
-        points = cube.sample_points_uniformly(500)
-        o3d.io.write_point_cloud(str(file), points)
-    else:
-        o3d.io.write_triangle_mesh(str(file), cube)
-    geometry = read_geometry(file)
-    assert geometry.is_mesh == (ending not in ("pcd", "xyz"))
-    assert np.ptp(geometry.points, axis=0) == pytest.approx([1, 1, 2], abs=0.1)
-    places, normals = sample_surface(geometry, 200)
-    assert places.shape == normals.shape == (200, 3)
-    assert np.linalg.norm(normals, axis=1) == pytest.approx(1)
-    grid = voxelise(geometry, 8)
-    if geometry.is_mesh:
-        assert grid[2:6, 2:6].all()
-        assert not grid[0].any()
-        assert not grid[:, 7].any()
-    else:
-        assert 0 < grid.sum() < 8**3
-
-
-def test_own_shapes_and_their_meshes_agree(tmp_path: Path) -> None:
-    """The voxeliser, on the exported triangles, finds the occupancy that the solids have (plus the surface's cells)."""
-    shape = make_shape("bottle", np.random.RandomState(1))
-    vertices, faces = shape.triangles()
-    exact, found = shape.voxels(16), voxelise(Geometry(vertices, faces), 16, "radius")
-    assert (found >= exact).mean() > 0.99
-    assert exact.sum() < found.sum() < 3 * exact.sum()
-
-
-def test_glued_off_header(tmp_path: Path) -> None:
-    file = tmp_path / "x.off"
-    file.write_text("OFF4 1 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n4 0 1 2 3\n")
-    geometry = read_geometry(file)
-    assert len(geometry.points) == 4
-    assert geometry.faces.tolist() == [[0, 1, 2], [0, 2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("none.xyz", None, "no file"),
-        ("empty.xyz", "", "0 points"),
-        ("one.xyz", "1 2 3\n", "1 points"),
-        ("nan.xyz", "1 2 3\n1 nan 3\n", "point 1 has a coordinate that is not finite"),
-        ("flat.xyz", "1 2 3\n1 2 3\n", "no extent"),
-        ("ragged.xyz", "1 2 3\n1 2\n", "equal rows"),
-        ("short.xyz", "1 2\n3 4\n", "x, y and z"),
-        ("faceless.off", "OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n", "mesh without faces"),
-        ("truncated.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1\n", "truncated"),
-        ("word.off", "PLY\n", "must begin with OFF"),
-        ("picture.gif", "GIF", "formats are"),
-    ],
-)
-def test_refused_files(name: str, content: str | None, words: str, tmp_path: Path) -> None:
-    file = tmp_path / name
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(UserError, match=words):
-        read_geometry(file)
-
-
-def test_conversion_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mesh = tmp_path / "chair.off"
-    write_mesh(mesh, *make_shape("chair", np.random.RandomState(0)).triangles())
-    for name in ("chair.binvox", "chair.ply", "chair.xyz"):
-        predict.convert(mesh, tmp_path / name, voxels=12, points=64)
-    assert len(read_geometry(tmp_path / "chair.ply").points) == 64
-    with pytest.raises(UserError, match="binvox"):
-        predict.convert(mesh, tmp_path / "chair.doc")
-    plan("mini", 30, 6)
-    assert "projection" in capsys.readouterr().out
-    weights = tmp_path / "vit.pth"
-    torch.save(create_vit("mini").state_dict(), weights)
-    predict.show_transfer(str(weights), "procshapes-mini")
-    assert "taken" in capsys.readouterr().out
-
-
-def test_depth_view() -> None:
-    """A camera sees some of a room, and points behind an object's front are hidden."""
-    room = make_room(3, 3000)
-    seen = visible(room, 1)
-    assert 0.05 < seen.mean() < 0.9
-
-
-def test_wrong_checkpoint_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint"):
-        load_model(tmp_path / "none")

@@ -90,7 +90,7 @@ def check_geometry(points: Float[ndarray, "n 3"], where: str) -> None:
 
 def _table(path: Path) -> tuple[ndarray, ndarray | None]:
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             rows = np.load(path, allow_pickle=False)
         else:
             text = path.read_text(encoding="utf-8").replace(",", " ")
@@ -172,7 +172,9 @@ def sample_surface(
         return np.asarray(sampled.points), np.asarray(sampled.normals)
     cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(geometry.points))
     cloud.estimate_normals(o3d.geometry.KDTreeSearchParamKNN(16))
-    chosen = np.random.RandomState(seed).choice(len(geometry.points), count, replace=len(geometry.points) < count)
+    chosen = np.random.RandomState(seed % 2**32).choice(
+        len(geometry.points), count, replace=len(geometry.points) < count
+    )
     return np.asarray(cloud.points)[chosen], np.asarray(cloud.normals)[chosen]
 
 

@@ -72,6 +72,11 @@ class VoxelFormer(nn.Module):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.head = create_head(head, c, classes)
 
+    @property
+    def cell_side(self) -> float:
+        """Voxels along the side of what a token stands for; the hybrid's stem stretches the whole grid."""
+        return self.voxels / self.grid[0] if self.tokenizer.startswith("hybrid") else float(self.cell)
+
     def tokens(self, voxels: Float[Tensor, "b 1 v v v"]) -> Float[Tensor, "b ..."]:
         """E on its lattice: (B, n, n, C), or (B, n, n, n, C) for naive, group and slices (before any grouping)."""
         if voxels.shape[2:] != (self.voxels,) * 3:
