@@ -30,8 +30,8 @@ class VoxelFormer(nn.Module):
         vit: the backbone; kept as it is, its class token is shared by voxels and images.
         classes: of the 3D task.
         tokenizer: ``naive`` (n^3 tokens), ``projection`` (mean over z, n^2), ``group`` (section 2.3), ``occupancy2d``
-            (a silhouette), ``hybrid`` (VoxNet's stem), ``slices`` (weight sharing: the blocks run on every z-slice with
-            shared positions, the n read-outs are averaged).
+            (a silhouette), ``hybrid`` and ``hybrid_naive`` (VoxNet's stem, averaged over z or not), ``slices`` (weight
+            sharing: the blocks run on every z-slice with shared positions, the n read-outs are averaged).
         voxels: side V of the grid.
         cell: side T of a cell.
         head: ``linear`` or ``cosine`` (AM-softmax).
@@ -61,8 +61,8 @@ class VoxelFormer(nn.Module):
         c = width(vit)
         if tokenizer == "occupancy2d":
             self.embed: nn.Module = SilhouetteEmbedding(c, cell)
-        elif tokenizer == "hybrid":
-            self.embed = HybridEmbedding(c)
+        elif tokenizer in ("hybrid", "hybrid_naive"):
+            self.embed = HybridEmbedding(c, mean_over_z=tokenizer == "hybrid")
         else:
             self.embed = InflatedEmbedding(c, cell)
         self.group = GroupEncoder(c, self.grid[0], group_axis) if tokenizer == "group" else None
