@@ -21,7 +21,7 @@ from tenfold_simple3dformer.evaluate import EvalConfig, EvalData, evaluate, load
 from tenfold_simple3dformer.figures import cell_of
 from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
-from tenfold_simple3dformer.planner import plan
+from tenfold_simple3dformer.planner import costs, plan
 from tenfold_simple3dformer.point import PointFormer
 from tenfold_simple3dformer.predict import PredictConfig
 from tenfold_simple3dformer.rooms import make_room, visible
@@ -127,6 +127,8 @@ def test_conversion_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(UserError, match="binvox"):
         predict.convert(mesh, tmp_path / "chair.doc")
     plan("mini", 30, 6)
+    found = {cost.tokenizer: cost.macs for cost in costs("mini", 30, 6)}
+    assert found["projection"] - found["occupancy2d"] == 25 * (216 - 36) * 64  # cubes and squares of 6, 25 of them
     assert "projection" in capsys.readouterr().out
     weights = tmp_path / "vit.pth"
     torch.save(create_vit("mini").state_dict(), weights)

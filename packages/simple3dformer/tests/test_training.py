@@ -270,6 +270,31 @@ def test_schedules() -> None:
     assert model.momentum == 0.01
 
 
+@pytest.mark.parametrize("name", ["weight_decay", "momentum", "step_epochs", "bn_epochs", "clip", "lr"])
+def test_refused_optimisers(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        Optim(**{name: -1})
+
+
+def test_refused_networks() -> None:
+    """Heads that do not divide the width, negative sizes, one sample to take a batch's statistics of."""
+    for options in ({"heads": 5}, {"depth": -1}, {"heads": -1}):
+        with pytest.raises(UserError):
+            build_model(ModelConfig(backbone="mini", **options), "voxel_cls", 5, 1)
+    network = build_model(ModelConfig(arch="pointnet"), "point_cls", 5, 6).train()
+    with pytest.raises(UserError, match="--batch_size"):
+        network(torch.rand(1, 32, 6))
+
+
+def test_positions_that_start_at_zero() -> None:
+    """The released scripts' recipes have the release's positions."""
+    for name in ("modelnet40-projection-small-released", "shapenet-group-base-released"):
+        assert load_recipe("tenfold_simple3dformer", name, Recipe).model.positions == "zero"
+    zero = build_model(ModelConfig(backbone="mini", positions="zero"), "voxel_cls", 5, 1)
+    assert torch.equal(zero.pos_embed, torch.zeros(1, 26, 64))
+    assert zero.pos_embed.requires_grad
+
+
 def test_class_weights() -> None:
     weights = class_weights([0, 0, 0, 1], 3)
     assert weights.mean() == pytest.approx(1)
