@@ -90,6 +90,10 @@ def test_glued_off_header(tmp_path: Path) -> None:
     file = tmp_path / "x.off"
     file.write_text("OFF4 1 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n4 0 1 2 3\n")
     geometry = read_geometry(file)
+    file.write_text("OFF\n# made by hand\n4 1 0\n0 0 0\n1 0 0 # second\n1 1 0\n0 1 0\n4 0 1 2 3 255 0 0\n")
+    again = read_geometry(file)
+    assert np.array_equal(again.points, geometry.points)
+    assert np.array_equal(again.faces, geometry.faces)
     assert len(geometry.points) == 4
     assert geometry.faces.tolist() == [[0, 1, 2], [0, 2, 3]]
 
@@ -106,6 +110,8 @@ def test_glued_off_header(tmp_path: Path) -> None:
         ("short.xyz", "1 2\n3 4\n", "x, y and z"),
         ("faceless.off", "OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n", "mesh without faces"),
         ("truncated.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1\n", "truncated"),
+        ("negative.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 -1\n", "does not exist"),
+        ("fewer.off", "OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "1 of 2 faces"),
         ("word.off", "PLY\n", "must begin with OFF"),
         ("picture.gif", "GIF", "formats are"),
     ],
