@@ -16,13 +16,13 @@ from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import predict
 from tenfold_simple3dformer.backbone import create_vit
 from tenfold_simple3dformer.data.sets import DataConfig, _Checked, load_data
-from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, scene_votes
+from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
 from tenfold_simple3dformer.geometry import read_geometry, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, rate, set_norm_momentum
 from tenfold_simple3dformer.predict import PredictConfig
 from tenfold_simple3dformer.rooms import make_room
-from tenfold_simple3dformer.shapes import make_shape
+from tenfold_simple3dformer.shapes import make_shape, voxel_set
 from tenfold_simple3dformer.train import (
     Forgetting,
     Recipe,
@@ -155,6 +155,18 @@ def test_learning_beats_chance(tmp_path: Path) -> None:
     assert kept[1.0] > kept[0.0] + 5
 
 
+def test_attention_examples_are_test_shapes(tmp_path: Path) -> None:
+    """The first of the test set as it is evaluated, its deleted and added voxels included."""
+    few = {"data.train_size": 10, "data.test_size": 10, "steps": 1, "data.test_seed": 7}
+    run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few), tmp_path, "a")
+    shown = predict.voxel_examples(tmp_path / "simple3dformer" / "a", "x", 2)
+    packed, _ = voxel_set(10, 7, 30, 0.1, 0.005)
+    for (title, grid, weights), bits in zip(shown, packed, strict=False):
+        assert np.array_equal(grid.flatten(), np.unpackbits(bits, count=30**3))
+        assert weights.shape == (5, 5, 5)
+        assert title.startswith("x: ")
+
+
 def test_refused_recipes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="teacher"):
         Recipe(lwf=Forgetting(lam=0.1))
@@ -246,6 +258,15 @@ def test_both_the_selected_and_the_last_epoch_are_reported(tmp_path: Path) -> No
     found = run_of(chosen, tmp_path, "b")
     assert found.last is not None
     assert found.last.keys() == found.metrics.keys()
+
+
+def test_the_best_of_low_rank_training_loads_by_itself(tmp_path: Path) -> None:
+    few = {"data.train_size": 20, "data.test_size": 10, "steps": 2, "batch_size": 18}
+    recipe = load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"data.select": "heldout", "tune": "lora"})  # fmt: skip
+    run_of(recipe, tmp_path)
+    folder = tmp_path / "simple3dformer" / "x" / "checkpoints"
+    best, last = (load_model(folder / f"{name}.safetensors")[0].state_dict() for name in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in last)
 
 
 def test_released_schedule() -> None:

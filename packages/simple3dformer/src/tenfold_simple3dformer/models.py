@@ -73,10 +73,13 @@ class ModelConfig:
     """Detection: decoder layers."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes below one."""
+        """Refuse sizes that are none."""
         for name in ("cell", "neighbours", "centres", "queries", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--model.{name} takes 1 or more, got {getattr(self, name)}")
+        for name in ("heads", "depth", "image_classes", "reduce"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--model.{name} takes 0 or more, got {getattr(self, name)}")
 
 
 def build_model(config: ModelConfig, task: str, classes: int, inputs: int, voxels: int = 30) -> nn.Module:

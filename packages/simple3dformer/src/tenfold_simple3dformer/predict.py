@@ -290,8 +290,9 @@ def _point_attention(
         places, room = _room(config, run.options.seed)
         grid = whole_scene(room, np.random.RandomState(0), about.get("points", 4096))
         total, seen = np.zeros(len(room)), np.zeros(len(room))
-        for features, rows in zip(np.array_split(grid.features, len(grid.rows)), grid.rows, strict=True):
-            found = point_rollout(model, torch.from_numpy(features).float().to(run.device))[0].cpu().numpy()
+        for start in range(0, len(grid.rows), 8):
+            features, rows = grid.features[start : start + 8], grid.rows[start : start + 8]
+            found = point_rollout(model, torch.from_numpy(features).float().to(run.device)).cpu().numpy()
             np.add.at(total, rows, found)
             np.add.at(seen, rows, 1)
         values = total / seen
@@ -305,11 +306,12 @@ def _point_attention(
 
 
 def voxel_examples(run: Path, name: str, count: int = 3) -> list[tuple[str, ndarray, ndarray]]:
-    """Title, grid and attention of a few generated test shapes; nothing for networks without a class token."""
-    model, _ = load_model(run)
-    if not isinstance(model, VoxelFormer):
+    """Title, grid and attention of the first test shapes; nothing for other data and for networks without attention."""
+    model, about = load_model(run)
+    data = about.get("data", {})
+    if not isinstance(model, VoxelFormer) or data.get("name") != "procshapes":
         return []
-    packed, labels = shapes.voxel_set(count, 99, model.voxels)
+    packed, labels = shapes.voxel_set(count, data["test_seed"], model.voxels, data["drop"], data["noise"])
     grids = np.stack([np.unpackbits(p, count=model.voxels**3).reshape((model.voxels,) * 3) for p in packed])
     weights = voxel_rollout(model, torch.from_numpy(grids).float()[:, None]).numpy()
     return [(f"{name}: {shapes.CATEGORIES[labels[i]]}", grids[i], weights[i]) for i in range(count)]

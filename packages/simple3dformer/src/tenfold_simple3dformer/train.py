@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from tenfold_shared.batches import Batches, Stream, StreamedBatches
-from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.checkpoint import load_weights, save_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 from tenfold_simple3dformer import natural
@@ -24,7 +24,7 @@ from tenfold_simple3dformer.lwf import Mode, lwf_loss, retention, teach
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, set_norm_momentum, set_rates
 from tenfold_simple3dformer.tuning import Mode as TuningMode
-from tenfold_simple3dformer.tuning import merge_low_rank, set_trainable
+from tenfold_simple3dformer.tuning import merge_low_rank, merged_state, set_trainable
 from tenfold_simple3dformer.weights import (
     Inflation,
     Positions,
@@ -308,7 +308,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
             run.log(selection=value)
             if value > best.value:
                 best.value, best.epoch = value, epoch
-                run.save_weights("best", plain, **about)
+                if run.is_main:
+                    save_weights(run.directory / "checkpoints" / "best.safetensors", merged_state(plain), about)
     return plain, _finish(run, recipe, data, plain, teacher, best, before, about)
 
 
@@ -356,6 +357,8 @@ def _finish(
     last = None
     if data.selection is not None and best.epoch >= 0:
         last = evaluate_model(plain, data.test, data, recipe.task, run)
+        if recipe.tune == "lora":
+            merge_low_rank(plain)
         run.accelerator.wait_for_everyone()
         tensors, _ = load_weights(run.directory / "checkpoints" / "best.safetensors")
         plain.load_state_dict(tensors)

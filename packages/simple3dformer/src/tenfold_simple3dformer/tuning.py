@@ -55,6 +55,18 @@ def set_trainable(model: nn.Module, mode: Mode = "full", *, rank: int = 8) -> No
                 parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank))
 
 
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with low-rank updates added to the weights that they belong to, under the plain keys."""
+    state = {}
+    for name, value in model.state_dict().items():
+        module, found, part = name.partition(".parametrizations.weight.")
+        if not found:
+            state[name] = value
+        elif part == "original":
+            state[f"{module}.weight"] = model.get_submodule(module).weight.detach()  # type: ignore[union-attr]
+    return state
+
+
 def merge_low_rank(model: nn.Module) -> None:
     """Bake low-rank updates into the weights they belong to, so that the keys are the plain ones again."""
     for module in model.modules():
