@@ -233,6 +233,7 @@ def load_model(checkpoint: Path, **options: Any) -> tuple[nn.Module, dict[str, A
 
     """
     path = weights_file(checkpoint)
+    about: dict[str, Any]
     if path.suffix == ".safetensors":
         state, about = load_weights(path)
         if "task" in about and "network" in about:
@@ -246,7 +247,7 @@ def load_model(checkpoint: Path, **options: Any) -> tuple[nn.Module, dict[str, A
                 ) from error
             return model, about
     model = load_official_checkpoint(path, **options)
-    about: dict[str, Any] = {"task": "voxel_cls", "voxels": getattr(model, "voxels", 32), "inputs": 1, "parts": {}}
+    about = {"task": "voxel_cls", "voxels": getattr(model, "voxels", 32), "inputs": 1, "parts": {}}
     if isinstance(model, PointFormer | PointTransformer):
         about["inputs"] = model.inputs
         about["task"] = "point_cls" if model.task == "cls" else "part_seg"

@@ -1,6 +1,6 @@
 """Which parameters are trained (section 11): all, none of the blocks, the norms, or low-rank updates of the attention."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -63,7 +63,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         if not found:
             state[name] = value
         elif part == "original":
-            state[f"{module}.weight"] = model.get_submodule(module).weight.detach()  # type: ignore[union-attr]
+            state[f"{module}.weight"] = cast(Tensor, model.get_submodule(module).weight).detach()
     return state
 
 
