@@ -176,6 +176,10 @@ def test_scanobjectnn(tmp_path: Path) -> None:
         content["data"], content["label"] = np.zeros((1, 40, 3)), np.array([15])
     with pytest.raises(UserError, match="15 classes"):
         clouds.scanobjectnn(tmp_path, "test", 16)
+    with h5py.File(file, "w") as content:
+        content["data"], content["label"] = np.zeros((2, 40, 3)), np.array([1])
+    with pytest.raises(UserError, match="1 labels"):
+        clouds.scanobjectnn(tmp_path, "test", 16)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="truncated"):
         clouds.scanobjectnn(tmp_path, "test", 16)
@@ -220,9 +224,31 @@ def test_s3dis_rooms(tmp_path: Path) -> None:
     features, labels = s3dis.training_block(room, np.random.RandomState(0), points=16)
     assert features.shape == (16, 9)
     assert set(labels) <= {8, 12}
-    (folder / "wall_1.txt").write_text("1 2 3\n")
-    with pytest.raises(UserError, match="wall_1"):
-        s3dis.read_room(folder.parent)
+    for content in ("1 2 3\n", "1 2 3\n4 5 6\n", "1 2 3 nan 5 6\n"):
+        (folder / "wall_1.txt").write_text(content)
+        with pytest.raises(UserError, match="wall_1"):
+            s3dis.read_room(folder.parent)
+    (folder.parent / "room.npy").write_bytes((folder.parent / "room.npy").read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"room\.npy.*delete it"):
+        s3dis.load_rooms(tmp_path, [5])
+
+
+def test_modelnet_meshes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that lacks a split moves no label; a grid is kept where the folder may be written to, and only there."""
+    for part in ("bed/train", "chair/train", "chair/test"):
+        (tmp_path / part).mkdir(parents=True)
+        (tmp_path / part / f"{part[:2]}.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    (_, labels, classes), (files, test_labels, _) = (volumes.modelnet_files(tmp_path, s) for s in ("train", "test"))
+    assert (labels, test_labels, classes) == ([0, 1], [1], ("bed", "chair"))
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volumes, "atomic_write", refused)
+        assert volumes.modelnet_grid(files[0], 6).sum() > 0
+    assert not files[0].with_suffix(".binvox").exists()
+    assert np.array_equal(volumes.modelnet_grid(files[0], 6), read_binvox(files[0].with_suffix(".binvox")).grid)
 
 
 def test_whole_scene_covers_every_point() -> None:
@@ -247,6 +273,12 @@ def test_sunrgbd_files(tmp_path: Path) -> None:
     np.save(tmp_path / "000001_bbox.npy", rows)
     with pytest.raises(UserError, match="class outside"):
         sunrgbd.read_scene(tmp_path, "000001")
+    rows[0, 7] = 1
+    np.save(tmp_path / "000001_bbox.npy", rows)
+    for bad in (np.full((4, 6), np.nan), np.zeros((0, 6)), np.zeros(6)):
+        np.savez(tmp_path / "000001_pc.npz", pc=bad)
+        with pytest.raises(UserError, match="000001"):
+            sunrgbd.read_scene(tmp_path, "000001")
     (tmp_path / "000001_pc.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="000001"):
         sunrgbd.read_scene(tmp_path, "000001")

@@ -30,6 +30,7 @@ from tenfold_simple3dformer.detection.boxes import (
 )
 from tenfold_simple3dformer.detection.criterion import Criterion, LossWeights, Prediction
 from tenfold_simple3dformer.detection.detector import Detector, bounds
+from tenfold_simple3dformer.detection.transformer import FourierEmbedding
 from tenfold_simple3dformer.rooms import sun_scene
 
 
@@ -75,6 +76,14 @@ def test_polygons_against_sampling() -> None:
     for i in range(6):
         both = inside(a[i, :4, [0, 2]]) & inside(b[i, :4, [0, 2]])
         assert float(found[i]) == pytest.approx(float(both.float().mean()) * 16, abs=0.02)
+
+
+def test_phases_keep_their_digits_in_half_precision() -> None:
+    xyz = torch.rand(1, 50, 3)
+    embedding = FourierEmbedding(64)
+    exact = embedding(xyz, *bounds(xyz))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embedding(xyz, *bounds(xyz)), exact)
 
 
 def test_angle_bins() -> None:

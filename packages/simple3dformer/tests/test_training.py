@@ -3,26 +3,38 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import predict
 from tenfold_simple3dformer.backbone import create_vit
-from tenfold_simple3dformer.data.sets import DataConfig, _Checked
+from tenfold_simple3dformer.data.sets import DataConfig, _Checked, load_data
 from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
-from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
+from tenfold_simple3dformer.geometry import read_geometry, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, rate, set_norm_momentum
-from tenfold_simple3dformer.planner import plan
 from tenfold_simple3dformer.predict import PredictConfig
-from tenfold_simple3dformer.rooms import make_room, visible
-from tenfold_simple3dformer.shapes import make_shape
-from tenfold_simple3dformer.train import Forgetting, Recipe, class_weights, run_recipe, task_loss
+from tenfold_simple3dformer.rooms import make_room
+from tenfold_simple3dformer.shapes import make_shape, voxel_set
+from tenfold_simple3dformer.train import (
+    Forgetting,
+    Recipe,
+    Result,
+    class_weights,
+    image_stream,
+    measure_retention,
+    prepared,
+    run_recipe,
+    task_loss,
+)
+from tenfold_simple3dformer.voxel import VoxelFormer
 
 CLASSES = {"modelnet10": 10, "modelnet40": 40, "modelnet40-points": 40, "scanobjectnn": 15, "shapenet": 55, "shapenetpart": 50, "s3dis": 13, "procrooms": 13, "sunrgbd": 10, "procshapes": 10, "natural2d": 22}  # fmt: skip
 
@@ -78,7 +90,7 @@ TASKS = {
     "natural2d-mini": {"data.train_size": 44, "data.test_size": 22},
     "procshapes-points-mini": {"data.points": 64, "data.select": "heldout"},
     "procshapes-parts-mini": {"data.points": 64, "data.portion": 0.5},
-    "procrooms-mini": {"data.points": 128, "data.select": "test"},
+    "procrooms-mini": {"data.points": 512, "data.select": "test"},
     "procrooms-detection-mini": {"data.points": 512, "model.centres": 64, "model.queries": 8, "model.layers": 1},
 }
 
@@ -105,7 +117,10 @@ def test_every_task_trains_evaluates_and_predicts(
     rng = np.random.RandomState(0)
     file = tmp_path / ("room.xyz" if "rooms" in name else "shape.obj")
     if "rooms" in name:
-        np.savetxt(file, make_room(5, 700).points[:, :6], fmt="%.4f")
+        points = make_room(5, 2000).points
+        if recipe.task == "scene_seg":  # a few blocks of a room
+            points = points[(points[:, :2] < 1.6).all(1)]
+        np.savetxt(file, points[:, :6], fmt="%.4f")
     else:
         write_mesh(file, *make_shape("chair", rng).triangles())
     predict.predict(PredictConfig(run.directory, file, tmp_path / "out"), options(tmp_path))
@@ -113,7 +128,7 @@ def test_every_task_trains_evaluates_and_predicts(
     assert Path(answer["picture"]).read_bytes().startswith(b"\x89PNG")
     if recipe.task in ("part_seg", "scene_seg"):
         assert read_geometry(Path(answer["cloud"])).colours is not None
-        assert sum(answer["points"].values()) == (64 if recipe.task == "part_seg" else 700)
+        assert sum(answer["points"].values()) == (64 if recipe.task == "part_seg" else len(points))
     if recipe.task == "detection":
         assert answer["boxes"]
         return
@@ -143,11 +158,36 @@ def test_learning_beats_chance(tmp_path: Path) -> None:
     assert kept[1.0] > kept[0.0] + 5
 
 
+def test_attention_examples_are_test_shapes(tmp_path: Path) -> None:
+    """The first of the test set as it is evaluated, its deleted and added voxels included."""
+    few = {"data.train_size": 10, "data.test_size": 10, "steps": 1, "data.test_seed": 7}
+    run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few), tmp_path, "a")
+    shown = predict.voxel_examples(tmp_path / "simple3dformer" / "a", "x", 2)
+    packed, _ = voxel_set(10, 7, 30, 0.1, 0.005)
+    for (title, grid, weights), bits in zip(shown, packed, strict=False):
+        assert np.array_equal(grid.flatten(), np.unpackbits(bits, count=30**3))
+        assert weights.shape == (5, 5, 5)
+        assert title.startswith("x: ")
+
+
 def test_refused_recipes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="teacher"):
         Recipe(lwf=Forgetting(lam=0.1))
     with pytest.raises(UserError, match="image path"):
         Recipe(task="part_seg", lwf=Forgetting(lam=0.1), weights="x")
+    with pytest.raises(UserError, match="image path"):
+        Recipe(task="part_seg", lwf=Forgetting(teacher="x"))
+    for task, network in (("detection", ModelConfig(preset="3DViT_LWF")), ("voxel_cls", ModelConfig(arch="voxnet"))):
+        with pytest.raises(UserError, match="voxel and point networks"):
+            Recipe(task=task, model=network, lwf=Forgetting(lam=0.1), weights="x")
+    with pytest.raises(UserError, match="give --weights"):
+        Recipe(inflate="average")
+    with pytest.raises(UserError, match="no voxel embedding"):
+        Recipe(task="point_cls", positions_from="resize2d", weights="x")
+    with pytest.raises(UserError, match="--tune frozen"):
+        Recipe(model=ModelConfig(arch="voxnet"), tune="frozen")
+    with pytest.raises(UserError, match="--reweighted"):
+        Recipe(task="part_seg", reweighted=True)
     with pytest.raises(UserError, match="voxel_cls, not point_cls"):
         build_model(ModelConfig(arch="voxnet"), "point_cls", 5, 6)
     with (
@@ -160,6 +200,76 @@ def test_refused_recipes(tmp_path: Path) -> None:
     assert int(checked[0][1]) == 0
     with pytest.raises(UserError, match=r"sample 1 of these has labels 7\.\.7"):
         checked[1]
+
+
+def run_of(recipe: Recipe, folder: Path, name: str = "x") -> Result:
+    with Run("simple3dformer", recipe, options(folder, name)) as run:
+        return run_recipe(run, recipe)[1]
+
+
+def test_refused_data(tmp_path: Path) -> None:
+    """Options that the data cannot obey are not passed over."""
+    few = {"data.train_size": 1, "data.test_size": 1}
+    with pytest.raises(UserError, match=r"--data\.portion"):
+        run_of(
+            load_recipe("tenfold_simple3dformer", "procrooms-mini", Recipe, **few, **{"data.portion": 0.5}), tmp_path
+        )
+    with pytest.raises(UserError, match="choose mini"):
+        run_of(load_recipe("tenfold_simple3dformer", "natural2d-mini", Recipe, **few, **{"model.backbone": "tiny"}), tmp_path)  # fmt: skip
+
+
+def test_depth_view_of_labelled_rooms(tmp_path: Path) -> None:
+    """What one camera sees of a room, to label as well as to detect in."""
+    with Run.evaluation("simple3dformer", options(tmp_path)) as run:
+        whole, seen = (
+            load_data(DataConfig(name="procrooms", points=128, train_size=1, test_size=1, depth_view=v), "scene_seg", 4, run).rooms[0]
+            for v in (False, True)
+        )  # fmt: skip
+    assert 100 < len(seen) != len(whole)
+    assert seen[:, :3].min() == 0
+
+
+@pytest.mark.parametrize("images", ["natural2d", "folder"])
+def test_image_stream_of_a_colour_network(images: str, tmp_path: Path) -> None:
+    """Grey crops become three channels, files get the backbone's size; fewer files than a batch are enough."""
+    colour: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 24, "depth": 1}
+    model = VoxelFormer(create_vit("tiny", **colour), 4, voxels=12, cell=6)
+    teacher = create_vit("tiny", **colour)
+    for i in range(3):
+        Image.new("RGB", (40, 50), (90 * i, 20, 30)).save(tmp_path / f"{i}.png")
+    config = Forgetting(images=images, root=tmp_path, batch_size=4)
+    with Run.evaluation("simple3dformer", options(tmp_path)) as run:
+        pictures = prepared(next(image_stream(config, run, 8, 0, 32).epoch(0))[0], config, 3)
+        assert pictures.shape == (4 if images == "natural2d" else 3, 3, 32, 32)
+        assert 0 <= measure_retention(model, teacher, config, run) <= 100
+
+
+def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
+    """Refused before training, not after it."""
+    torch.save(create_vit("mini").state_dict(), tmp_path / "vit.pth")
+    few = {"data.train_size": 10, "data.test_size": 10, "steps": 1, "lwf.teacher": str(tmp_path / "vit.pth")}
+    with pytest.raises(UserError, match=r"lacks head\.weight"):  # a random head would teach noise
+        run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"model.image_classes": 5}), tmp_path)  # fmt: skip
+    with pytest.raises(UserError, match="colour images"):
+        run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"lwf.images": "folder"}), tmp_path)  # fmt: skip
+
+
+def test_both_the_selected_and_the_last_epoch_are_reported(tmp_path: Path) -> None:
+    few = {"data.train_size": 20, "data.test_size": 10, "steps": 2, "batch_size": 18}
+    assert run_of(load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few), tmp_path, "a").last is None
+    chosen = load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"data.select": "heldout"})
+    found = run_of(chosen, tmp_path, "b")
+    assert found.last is not None
+    assert found.last.keys() == found.metrics.keys()
+
+
+def test_the_best_of_low_rank_training_loads_by_itself(tmp_path: Path) -> None:
+    few = {"data.train_size": 20, "data.test_size": 10, "steps": 2, "batch_size": 18}
+    recipe = load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"data.select": "heldout", "tune": "lora"})  # fmt: skip
+    run_of(recipe, tmp_path)
+    folder = tmp_path / "simple3dformer" / "x" / "checkpoints"
+    best, last = (load_model(folder / f"{name}.safetensors")[0].state_dict() for name in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in last)
 
 
 def test_released_schedule() -> None:
@@ -184,6 +294,31 @@ def test_schedules() -> None:
     assert model.momentum == 0.01
 
 
+@pytest.mark.parametrize("name", ["weight_decay", "momentum", "step_epochs", "bn_epochs", "clip", "lr"])
+def test_refused_optimisers(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        Optim(**{name: -1})
+
+
+def test_refused_networks() -> None:
+    """Heads that do not divide the width, negative sizes, one sample to take a batch's statistics of."""
+    for options in ({"heads": 5}, {"depth": -1}, {"heads": -1}):
+        with pytest.raises(UserError):
+            build_model(ModelConfig(backbone="mini", **options), "voxel_cls", 5, 1)
+    network = build_model(ModelConfig(arch="pointnet"), "point_cls", 5, 6).train()
+    with pytest.raises(UserError, match="--batch_size"):
+        network(torch.rand(1, 32, 6))
+
+
+def test_positions_that_start_at_zero() -> None:
+    """The released scripts' recipes have the release's positions."""
+    for name in ("modelnet40-projection-small-released", "shapenet-group-base-released"):
+        assert load_recipe("tenfold_simple3dformer", name, Recipe).model.positions == "zero"
+    zero = build_model(ModelConfig(backbone="mini", positions="zero"), "voxel_cls", 5, 1)
+    assert torch.equal(zero.pos_embed, torch.zeros(1, 26, 64))
+    assert zero.pos_embed.requires_grad
+
+
 def test_class_weights() -> None:
     weights = class_weights([0, 0, 0, 1], 3)
     assert weights.mean() == pytest.approx(1)
@@ -198,102 +333,3 @@ def test_voting_sees_every_point() -> None:
     assert votes.shape == (900, 13)
     assert (votes.abs().sum(1) > 0).all()
     assert torch.equal(votes, scene_votes(model, room, 128, 13, torch.device("cpu")))
-
-
-# -- files ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ending", ["off", "obj", "stl", "ply", "pcd", "xyz"])
-def test_formats(ending: str, tmp_path: Path) -> None:
-    """A cube in every format: its extent, its faces, its voxels."""
-    o3d = open3d()
-    cube = o3d.geometry.TriangleMesh.create_box(1.0, 1.0, 2.0)
-    cube.compute_triangle_normals()
-    file = tmp_path / f"cube.{ending}"
-    if ending in ("pcd", "xyz"):
-        points = cube.sample_points_uniformly(500)
-        o3d.io.write_point_cloud(str(file), points)
-    else:
-        o3d.io.write_triangle_mesh(str(file), cube)
-    geometry = read_geometry(file)
-    assert geometry.is_mesh == (ending not in ("pcd", "xyz"))
-    assert np.ptp(geometry.points, axis=0) == pytest.approx([1, 1, 2], abs=0.1)
-    places, normals = sample_surface(geometry, 200)
-    assert places.shape == normals.shape == (200, 3)
-    assert np.linalg.norm(normals, axis=1) == pytest.approx(1)
-    grid = voxelise(geometry, 8)
-    if geometry.is_mesh:
-        assert grid[2:6, 2:6].all()
-        assert not grid[0].any()
-        assert not grid[:, 7].any()
-    else:
-        assert 0 < grid.sum() < 8**3
-
-
-def test_own_shapes_and_their_meshes_agree(tmp_path: Path) -> None:
-    """The voxeliser, on the exported triangles, finds the occupancy that the solids have (plus the surface's cells)."""
-    shape = make_shape("bottle", np.random.RandomState(1))
-    vertices, faces = shape.triangles()
-    exact, found = shape.voxels(16), voxelise(Geometry(vertices, faces), 16, "radius")
-    assert (found >= exact).mean() > 0.99
-    assert exact.sum() < found.sum() < 3 * exact.sum()
-
-
-def test_glued_off_header(tmp_path: Path) -> None:
-    file = tmp_path / "x.off"
-    file.write_text("OFF4 1 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n4 0 1 2 3\n")
-    geometry = read_geometry(file)
-    assert len(geometry.points) == 4
-    assert geometry.faces.tolist() == [[0, 1, 2], [0, 2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("none.xyz", None, "no file"),
-        ("empty.xyz", "", "0 points"),
-        ("one.xyz", "1 2 3\n", "1 points"),
-        ("nan.xyz", "1 2 3\n1 nan 3\n", "point 1 has a coordinate that is not finite"),
-        ("flat.xyz", "1 2 3\n1 2 3\n", "no extent"),
-        ("ragged.xyz", "1 2 3\n1 2\n", "equal rows"),
-        ("short.xyz", "1 2\n3 4\n", "x, y and z"),
-        ("faceless.off", "OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n", "mesh without faces"),
-        ("truncated.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1\n", "truncated"),
-        ("word.off", "PLY\n", "must begin with OFF"),
-        ("picture.gif", "GIF", "formats are"),
-    ],
-)
-def test_refused_files(name: str, content: str | None, words: str, tmp_path: Path) -> None:
-    file = tmp_path / name
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(UserError, match=words):
-        read_geometry(file)
-
-
-def test_conversion_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mesh = tmp_path / "chair.off"
-    write_mesh(mesh, *make_shape("chair", np.random.RandomState(0)).triangles())
-    for name in ("chair.binvox", "chair.ply", "chair.xyz"):
-        predict.convert(mesh, tmp_path / name, voxels=12, points=64)
-    assert len(read_geometry(tmp_path / "chair.ply").points) == 64
-    with pytest.raises(UserError, match="binvox"):
-        predict.convert(mesh, tmp_path / "chair.doc")
-    plan("mini", 30, 6)
-    assert "projection" in capsys.readouterr().out
-    weights = tmp_path / "vit.pth"
-    torch.save(create_vit("mini").state_dict(), weights)
-    predict.show_transfer(str(weights), "procshapes-mini")
-    assert "taken" in capsys.readouterr().out
-
-
-def test_depth_view() -> None:
-    """A camera sees some of a room, and points behind an object's front are hidden."""
-    room = make_room(3, 3000)
-    seen = visible(room, 1)
-    assert 0.05 < seen.mean() < 0.9
-
-
-def test_wrong_checkpoint_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint"):
-        load_model(tmp_path / "none")

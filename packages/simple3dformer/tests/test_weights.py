@@ -1,9 +1,11 @@
 """Image weights into the blocks: what is taken, resized, inflated, new; other naming schemes; refusals."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -84,6 +86,36 @@ def test_positions_of_another_image_size() -> None:
     assert torch.equal(resized[:, 0], positions[:, 0])
     report = transfer(create_vit("mini", img_size=48), source())
     assert report.status["pos_embed"] == "resized"
+    with pytest.raises(UserError, match="no square grid"):
+        resize_positions(torch.zeros(1, 18, 4), (6, 6))
+
+
+def test_positions_of_backbones_whose_class_token_has_none() -> None:
+    """DeiT-III and backbones with registers have positions for the patches alone; SigLIP has no class token at all."""
+    patches = source()["pos_embed"][:, 1:]
+    for options in ({"no_embed_class": True}, {"no_embed_class": True, "reg_tokens": 2}, {"class_token": False, "global_pool": "avg", "fc_norm": False}):  # fmt: skip
+        vit = create_vit("mini", **options)
+        state = {**vit.state_dict(), "pos_embed": patches}
+        larger = transfer(create_vit("mini", img_size=48, **options), state)
+        assert larger.status["pos_embed"] == "resized"
+        for name, way in (("projection", "resize2d"), ("naive", "replicate_z")):
+            model = VoxelFormer(create_vit("mini", **options), 5, name, voxels=16, cell=4)
+            transfer(model, state, positions=way)
+            own = model.pos_embed.shape[1] - math.prod(model.grid)
+            assert own == (0 if vit.cls_token is None else 1)
+            assert torch.equal(model.pos_embed[:, :own], torch.zeros(1, own, 64))
+            assert torch.equal(model.pos_embed[0, own:].view(16, -1, 64)[:, 0], patches[0])
+
+
+def test_distilled_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a file: without the distillation token's position. As a backbone, such a network is refused."""
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: distilled)
+    state, _ = read_image_weights("timm:deit_tiny_distilled_patch16_224")
+    assert state["pos_embed"].shape == (1, 197, 192)
+    assert "dist_token" not in state
+    with pytest.raises(UserError, match="distillation token"):
+        create_vit("deit_tiny_distilled_patch16_224")
 
 
 def test_refused_weights(tmp_path: Path) -> None:
@@ -151,6 +183,11 @@ def test_released_files_are_recognised(tmp_path: Path) -> None:
     grids = (torch.rand(2, 1, 30, 30, 30) < 0.2).float()
     with torch.no_grad():
         torch.testing.assert_close(found(grids), voxel(grids))
+    hybrid = VoxelFormer(create_vit("tiny", depth=1, heads=3), 7, "hybrid_naive").eval()
+    assert hybrid.pos_embed.shape[1] == 217
+    torch.save(to_official(hybrid), tmp_path / "hybrid.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(load_official_checkpoint(tmp_path / "hybrid.pth").eval()(grids), hybrid(grids))
     point = PointFormer(create_vit("tiny", depth=1), 22, 50, "seg", ratios=(4,), image_path=True).eval()
     state = to_official(point) | {"transition_downs.0.sa.last_pos_embed.0.weight": torch.zeros(192, 3)}
     torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}}, tmp_path / "point.pth")

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tenfold_shared.errors import UserError
 from tenfold_simple3dformer.pointops import (
     ball_query,
     farthest_point_sampling,
@@ -31,6 +32,9 @@ class PointwiseMLP(nn.Module):
     def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
         """Every position on its own; the statistics run over all of them."""
         shape = x.shape[:-1]
+        # Where statistics run over several processes, the norms are of another class.
+        if self.training and shape.numel() == 1 and type(self.norms[0]) is nn.BatchNorm1d:
+            raise UserError("batch norm needs more than one sample to train on: raise --batch_size")
         x = x.reshape(-1, x.shape[-1])
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = norm(linear(x)).relu()

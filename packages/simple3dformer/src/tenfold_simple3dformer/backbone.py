@@ -46,6 +46,8 @@ def create_vit(
         options["depth"] = depth
     if classes is not None:
         options["num_classes"] = classes
+    if depth < 0 or heads < 0:
+        raise UserError(f"--model.depth and --model.heads take 0 or more, got {depth} and {heads}")
     if name == "mini":
         mini = {
             "img_size": 32,
@@ -56,7 +58,10 @@ def create_vit(
             "depth": 3,
             "num_heads": 4,
         }
-        return VisionTransformer(**{**mini, **options})
+        try:
+            return VisionTransformer(**{**mini, **options})
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"backbone mini: {error}") from error
     try:
         vit = timm.create_model(DEIT.get(name, name), pretrained=False, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -76,8 +81,12 @@ def plain(vit: nn.Module, name: str = "the backbone") -> "VisionTransformer":
     """
     from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
 
-    if not isinstance(vit, VisionTransformer) or getattr(vit, "rope", None) is not None:
-        raise UserError(f"{name} ({type(vit).__name__}) is no plain VisionTransformer of timm; take a ViT or a DeiT")
+    distilled = getattr(vit, "dist_token", None) is not None
+    if not isinstance(vit, VisionTransformer) or getattr(vit, "rope", None) is not None or distilled:
+        raise UserError(
+            f"{name} ({type(vit).__name__}) is no plain VisionTransformer of timm; take a ViT, or a DeiT without a "
+            "distillation token"
+        )
     return vit
 
 

@@ -174,6 +174,26 @@ def build_official(
     """
     tensors = plain_state(state)
     kind = recognise(tensors)
+    try:
+        model = _built(tensors, kind, heads, task, neighbours, voxels, tokenizer, group_axis, start)
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint looks like a released {kind} network, but {error} is missing") from error
+    load_official_state(model, tensors)
+    return model
+
+
+def _built(
+    tensors: Mapping[str, Tensor],
+    kind: str,
+    heads: int,
+    task: Any,
+    neighbours: int,
+    voxels: int,
+    tokenizer: str,
+    group_axis: Any,
+    start: Any,
+) -> nn.Module:
+    """The network of a kind, with the sizes of the tensors and weights of its own."""
     if kind == "voxnet":
         model: nn.Module = VoxNet(len(tensors["mlp.fc2.weight"]))
     elif kind == "voxel":
@@ -189,7 +209,6 @@ def build_official(
     else:
         shown = ", ".join(list(tensors)[:6])
         raise CheckpointError(f"no released Simple3D-Former, Point Transformer or VoxNet: its keys are {shown} ...")
-    load_official_state(model, tensors)
     return model
 
 
@@ -212,14 +231,14 @@ def _voxel(tensors: Mapping[str, Tensor], heads: int, voxels: int, tokenizer: st
     square = round(positions**0.5)
     flat = "voxel_embed.proj.conv2d_1.weight" in tensors
     if "voxel_embed.proj.weight" in tensors:
-        cell, n, name = 6, 6, "hybrid"
+        cell, n, name = 6, 6, "hybrid_naive" if positions == 6**3 else "hybrid"
     else:
         cell = tensors[f"voxel_embed.proj.conv{2 if flat else 3}d_1.weight"].shape[-1]
         n = square if square**2 == positions else round(positions ** (1 / 3))
         name = tokenizer or ("occupancy2d" if flat else "projection" if square**2 == positions else "naive")
         if "group_pos_embed" in tensors:
             name = "group"
-    side = voxels or (128 if (cell, n) == (9, 14) else 30 if name == "hybrid" else cell * n)
+    side = voxels or (128 if (cell, n) == (9, 14) else 30 if name.startswith("hybrid") else cell * n)
     vit = _backbone(tensors, heads)
     return VoxelFormer(vit, classes, name, voxels=side, cell=cell, head=head, group_axis=axis)  # type: ignore[arg-type]
 

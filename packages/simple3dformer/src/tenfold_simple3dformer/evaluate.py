@@ -16,10 +16,10 @@ from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import metrics, natural
-from tenfold_simple3dformer.baselines import PointTransformer
+from tenfold_simple3dformer.baselines import PointTransformer, VoxNet
 from tenfold_simple3dformer.compat import load_official_checkpoint
 from tenfold_simple3dformer.data import s3dis
-from tenfold_simple3dformer.data.sets import Data, DataConfig, Task, load_data
+from tenfold_simple3dformer.data.sets import Data, DataConfig, Name, Task, load_data
 from tenfold_simple3dformer.data.sunrgbd import boxes_of
 from tenfold_simple3dformer.detection.average_precision import (
     Detections,
@@ -171,12 +171,44 @@ def _detection(model: nn.Module, batches: Any, data: Data) -> dict[str, float]:
 
 
 @dataclasses.dataclass
+class EvalData:
+    """What is to differ from the data that a checkpoint was trained on; None: nothing."""
+
+    name: Name | None = None
+    """The data set; default: the one of the training, or procshapes for an authors' file."""
+    root: Path | None = None
+    """Its folder; default: as trained for the same data set, or its published name in the data root."""
+    voxels: int | None = None
+    """Side of the grid."""
+    points: int | None = None
+    """Points of a cloud, of a scene's block, or of a scene to detect in."""
+    normals: bool | None = None
+    """Use normals where the data has them."""
+    train_size: int | None = None
+    """Generated training samples."""
+    test_size: int | None = None
+    """Generated test samples."""
+    train_seed: int | None = None
+    """Seed of the generated training samples."""
+    test_seed: int | None = None
+    """Seed of the generated test samples."""
+    drop: float | None = None
+    """Share of the occupied voxels of generated shapes that is deleted."""
+    noise: float | None = None
+    """Share of all voxels of generated shapes that is occupied at random."""
+    depth_view: bool | None = None
+    """Generated scenes: only what one camera sees."""
+    workers: int | None = None
+    """Processes that read files."""
+
+
+@dataclasses.dataclass
 class EvalConfig:
     """What to evaluate."""
 
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a file of the authors' layout."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: EvalData = dataclasses.field(default_factory=EvalData)
     """The data; for a checkpoint of ours, whatever is not given is as it was trained."""
     batch_size: int = 64
     """Samples at a time."""
@@ -201,9 +233,10 @@ def load_model(checkpoint: Path, **options: Any) -> tuple[nn.Module, dict[str, A
 
     """
     path = weights_file(checkpoint)
+    about: dict[str, Any]
     if path.suffix == ".safetensors":
         state, about = load_weights(path)
-        if "task" in about:
+        if "task" in about and "network" in about:
             config = ModelConfig(**about["network"])
             model = build_model(config, about["task"], len(about["classes"]), about["inputs"], about["voxels"])
             try:
@@ -214,24 +247,25 @@ def load_model(checkpoint: Path, **options: Any) -> tuple[nn.Module, dict[str, A
                 ) from error
             return model, about
     model = load_official_checkpoint(path, **options)
-    task = "voxel_cls"
+    about = {"task": "voxel_cls", "voxels": getattr(model, "voxels", 32), "inputs": 1, "parts": {}}
     if isinstance(model, PointFormer | PointTransformer):
-        task = "point_cls" if model.task == "cls" else "part_seg"
-    if isinstance(model, PointFormer) and model.task == "seg" and model.classes == len(s3dis.CLASSES):
-        task = "scene_seg"
-    about = {"task": task, "voxels": getattr(model, "voxels", 32), "inputs": getattr(model, "inputs", 1)}
+        about["inputs"] = model.inputs
+        about["task"] = "point_cls" if model.task == "cls" else "part_seg"
+        if model.task == "seg" and model.classes == len(s3dis.CLASSES):
+            about["task"] = "scene_seg"
+        if about["task"] == "part_seg" and model.classes == sum(map(len, metrics.SHAPENET_PARTS.values())):
+            about["parts"] = metrics.SHAPENET_PARTS
     return model, about
 
 
-def trained_data(given: DataConfig, about: dict[str, Any]) -> DataConfig:
-    """The data that was given, with what was left at its default as the checkpoint was trained."""
-    if "data" not in about or given.name not in (DataConfig().name, about["data"]["name"]):
-        return given
-    trained = {**about["data"], "root": Path(about["data"]["root"]) if about["data"]["root"] else None}
-    default = DataConfig()
-    kept = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
-    changed = {name: value for name, value in kept.items() if value != getattr(default, name)}
-    return DataConfig(**{**trained, **changed})
+def trained_data(given: EvalData, about: dict[str, Any]) -> DataConfig:
+    """The data that was given, with what was not as the checkpoint was trained; another data set begins at its defaults."""
+    changes = {name: value for name, value in vars(given).items() if value is not None}
+    trained = about.get("data", {})
+    if given.name not in (None, trained.get("name")):
+        return DataConfig(**changes)
+    root = trained.get("root")
+    return DataConfig(**{**trained, "root": None if root is None else Path(root), **changes})
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
@@ -263,11 +297,11 @@ def check_fit(model: nn.Module, data: Data, about: dict[str, Any], config: DataC
         raise UserError(
             f"the network has {classes} classes and {config.name} {len(data.classes)}: choose another --data.name"
         )
-    if about["task"] == "voxel_cls" and getattr(model, "voxels", config.voxels) != config.voxels:
+    if about["task"] == "voxel_cls" and not isinstance(model, VoxNet) and about["voxels"] != config.voxels:
         raise UserError(
             f"the network takes grids of {about['voxels']} voxels a side: add --data.voxels {about['voxels']}"
         )
-    if isinstance(model, PointFormer) and model.inputs != data.inputs:
+    if about["task"] in ("point_cls", "part_seg", "scene_seg") and about["inputs"] != data.inputs:
         raise UserError(
-            f"the network takes {model.inputs} channels a point and {config.name} has {data.inputs}: see --data.normals"
+            f"the network takes {about['inputs']} channels a point and {config.name} has {data.inputs}: see --data.normals"
         )

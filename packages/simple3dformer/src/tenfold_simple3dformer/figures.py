@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 
 if TYPE_CHECKING:
@@ -26,12 +26,20 @@ def colour_map(values: Float[ndarray, " n"], name: str = "viridis") -> Float[nda
     return mpl.colormaps[name]((values - low) / (high - low or 1.0))[:, :3]
 
 
-def draw_voxels(axes: Any, grid: UInt8[ndarray, "v v v"], weights: Float[ndarray, "n n n"]) -> None:
-    """Occupied voxels as dots, coloured and made opaque by the weight of the cell that they lie in."""
+def cell_of(places: Int[ndarray, "p 3"], n: int, cell: float) -> tuple[ndarray, ...]:
+    """Index, among n^3 cells of side ``cell``, of the cell that each voxel lies in; a border belongs to the last cells."""
+    return tuple(np.minimum((places / cell).astype(int), n - 1).T)
+
+
+def draw_voxels(
+    axes: Any, grid: UInt8[ndarray, "v v v"], weights: Float[ndarray, "n n n"], cell: float | None = None
+) -> None:
+    """Occupied voxels as dots, coloured and made opaque by the weight of the cell that they lie in.
+
+    ``cell``: side of a cell in voxels; default: as many as divide the grid.
+    """
     x, y, z = np.nonzero(grid)
-    n, side = len(weights), len(grid)
-    cell = side // n
-    value = weights[np.minimum(x // cell, n - 1), np.minimum(y // cell, n - 1), np.minimum(z // cell, n - 1)]
+    value = weights[cell_of(np.stack([x, y, z], 1), len(weights), cell or float(len(grid) // len(weights)))]
     value = value / (value.max() if len(value) and value.max() > 0 else 1.0)
     colours = np.concatenate([colour_map(value), 0.15 + 0.85 * value[:, None]], 1) if len(value) else None
     axes.scatter(x, y, z, c=colours, s=6, depthshade=False, linewidths=0)

@@ -90,7 +90,7 @@ def check_geometry(points: Float[ndarray, "n 3"], where: str) -> None:
 
 def _table(path: Path) -> tuple[ndarray, ndarray | None]:
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             rows = np.load(path, allow_pickle=False)
         else:
             text = path.read_text(encoding="utf-8").replace(",", " ")
@@ -109,25 +109,31 @@ def _table(path: Path) -> tuple[ndarray, ndarray | None]:
 def read_off(path: Path) -> tuple[Float[ndarray, "n 3"], Int[ndarray, "f 3"]]:
     """An OFF mesh, also one whose counts are glued to the word OFF (some of ModelNet); polygons are cut into fans.
 
+    Comments, and what follows the coordinates or the corners in a line (colours), are passed over.
+
     Raises:
         UserError: no OFF file, or truncated.
 
     """
-    words = path.read_text(encoding="utf-8", errors="replace").split()
-    if not words or not words[0].upper().startswith("OFF"):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = [words for line in text.splitlines() if (words := line.partition("#")[0].split())]
+    if not rows or not rows[0][0].upper().startswith("OFF"):
         raise UserError(f"{path} is no OFF file: it must begin with OFF")
-    values = [words[0][3:], *words[1:]] if len(words[0]) > 3 else words[1:]
+    counts = [word for word in (rows[0][0][3:], *rows[0][1:]) if word]
+    rows = rows[1:]
+    if not counts and rows:
+        counts, rows = rows[0], rows[1:]
     try:
-        vertices, polygons = int(values[0]), int(values[1])
-        points = np.array(values[3 : 3 + 3 * vertices], dtype=np.float64).reshape(vertices, 3)
-        at, faces = 3 + 3 * vertices, []
-        for _ in range(polygons):
-            corners = int(values[at])
-            polygon = [int(v) for v in values[at + 1 : at + 1 + corners]]
-            if len(polygon) < corners or (polygon and max(polygon) >= vertices):
+        vertices, polygons = int(counts[0]), int(counts[1])
+        points = np.array([row[:3] for row in rows[:vertices]], dtype=np.float64).reshape(vertices, 3)
+        faces = []
+        for row in rows[vertices : vertices + polygons]:
+            polygon = [int(v) for v in row[1 : 1 + int(row[0])]]
+            if len(polygon) < int(row[0]) or (polygon and not 0 <= min(polygon) <= max(polygon) < vertices):
                 raise ValueError("a face ends early or names a vertex that does not exist")
-            faces += [(polygon[0], polygon[i], polygon[i + 1]) for i in range(1, corners - 1)]
-            at += 1 + corners
+            faces += [(polygon[0], polygon[i], polygon[i + 1]) for i in range(1, len(polygon) - 1)]
+        if len(rows) < vertices + polygons:
+            raise ValueError(f"{len(rows) - vertices} of {polygons} faces are there")
     except (ValueError, IndexError) as error:
         raise UserError(f"{path} is truncated or corrupted: {error}") from error
     return points, np.array(faces, dtype=int).reshape(-1, 3)
@@ -172,7 +178,9 @@ def sample_surface(
         return np.asarray(sampled.points), np.asarray(sampled.normals)
     cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(geometry.points))
     cloud.estimate_normals(o3d.geometry.KDTreeSearchParamKNN(16))
-    chosen = np.random.RandomState(seed).choice(len(geometry.points), count, replace=len(geometry.points) < count)
+    chosen = np.random.RandomState(seed % 2**32).choice(
+        len(geometry.points), count, replace=len(geometry.points) < count
+    )
     return np.asarray(cloud.points)[chosen], np.asarray(cloud.normals)[chosen]
 
 

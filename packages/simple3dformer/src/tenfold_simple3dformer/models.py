@@ -51,8 +51,8 @@ class ModelConfig:
     """Voxels to tokens."""
     cell: int = 6
     """Side of a cell in voxels."""
-    positions: Literal["learned", "none"] = "learned"
-    """Positions of the voxel tokens."""
+    positions: Literal["learned", "zero", "none"] = "learned"
+    """Positions of the voxel tokens: learned, from a truncated normal or, as the release's, from zero; or none."""
     group_axis: Literal["z", "released"] = "z"
     """Axis that the group embedding attends along; the release mixes the batch."""
     head: Literal["linear", "cosine"] = "linear"
@@ -73,10 +73,13 @@ class ModelConfig:
     """Detection: decoder layers."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes below one."""
+        """Refuse sizes that are none."""
         for name in ("cell", "neighbours", "centres", "queries", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--model.{name} takes 1 or more, got {getattr(self, name)}")
+        for name in ("heads", "depth", "image_classes", "reduce"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--model.{name} takes 0 or more, got {getattr(self, name)}")
 
 
 def build_model(config: ModelConfig, task: str, classes: int, inputs: int, voxels: int = 30) -> nn.Module:
@@ -104,7 +107,8 @@ def build_model(config: ModelConfig, task: str, classes: int, inputs: int, voxel
     if task == "voxel_cls":
         return VoxelFormer(
             vit, classes, config.tokenizer, voxels=voxels, cell=config.cell, head=config.head,
-            positions=config.positions, group_axis=config.group_axis,
+            positions="none" if config.positions == "none" else "learned", group_axis=config.group_axis,
+            zero_positions=config.positions == "zero",
         )  # fmt: skip
     if task == "detection":
         return Detector(

@@ -52,8 +52,17 @@ class Optim:
 
     def __post_init__(self) -> None:
         """Refuse rates that are none."""
-        if self.lr < 0 or self.lr_blocks < 0:
+        if not (self.lr >= 0 and self.lr_blocks >= 0):
             raise UserError(f"--optim.lr and --optim.lr_blocks take 0 or more, got {self.lr} and {self.lr_blocks}")
+        for name in ("weight_decay", "momentum", "warmup_epochs", "warmup_steps", "gamma", "floor", "clip", "bn_floor"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--optim.{name} takes 0 or more, got {getattr(self, name)}")
+        for name in ("bn_momentum", "bn_gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--optim.{name} takes 0 to 1, got {getattr(self, name)}")
+        for name in ("step_epochs", "bn_epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--optim.{name} takes 1 or more epochs, got {getattr(self, name)}")
 
 
 def build_optimiser(config: Optim, model: nn.Module) -> torch.optim.Optimizer:

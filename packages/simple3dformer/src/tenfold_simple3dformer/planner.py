@@ -40,7 +40,8 @@ def costs(backbone: str, voxels: int, cell: int, classes: int = 40) -> list[Cost
         width, depth, n = model.vit.embed_dim, len(model.vit.blocks), grid[0]
         lengths = sequence_lengths(name, grid)
         tokens = {"group": n * n * (n + 1) + n * n + 1, "slices": n * (n * n + 1)}.get(name, lengths[-1])
-        embedding = n**3 * cell**3 * width if name in ("naive", "group", "slices") else n * n * cell**3 * width
+        columns = {"projection": n * n * cell**3, "occupancy2d": n * n * cell**2}
+        embedding = columns.get(name, n**3 * cell**3) * width
         macs = attention_cost(name, n, width, depth) + embedding
         found.append(Cost(name, lengths, parameters(model), macs, 4.0 * 34 * tokens * width * depth))
     return found

@@ -46,7 +46,14 @@ def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) 
         recipe = dataclasses.replace(recipe, lwf=dataclasses.replace(recipe.lwf, teacher=teacher))
     with Run("simple3dformer", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
         _, result = run_recipe(run, recipe)
-        extras = {**result.metrics, "retention": result.retention, "drift": list(result.drift.values()), "run": name}
+        extras: dict[str, Any] = {
+            **result.metrics,
+            "retention": result.retention,
+            "drift": list(result.drift.values()),
+            "run": name,
+        }
+        if result.last is not None:
+            extras["last epoch"] = result.last
         return Measurement(result.value, extras={**extras, "parameters": result.parameters}, **run.usage())
 
 

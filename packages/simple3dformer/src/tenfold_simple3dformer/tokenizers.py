@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tenfold_shared.errors import UserError
 
-TokenizerName = Literal["naive", "projection", "group", "occupancy2d", "hybrid", "slices"]
+TokenizerName = Literal["naive", "projection", "group", "occupancy2d", "hybrid", "hybrid_naive", "slices"]
 
 RELEASED_NAMES = {
     ("VoxelEmbed", "default"): "projection",
@@ -28,7 +28,7 @@ RELEASED_NAMES = {
     ("VoxelNaiveProjection", "default"): "occupancy2d",
     ("VoxelEmbed_no_zdim", "default"): "occupancy2d",
     ("VoxelEmbed_Hybrid", "default"): "hybrid",
-    ("VoxelEmbed_Hybrid_no_average", "default"): "hybrid",
+    ("VoxelEmbed_Hybrid_no_average", "default"): "hybrid_naive",
 }
 """(class, position embedding) of the release -> our name; the release's README has the first two the wrong way round."""
 
@@ -46,9 +46,9 @@ def cells_per_axis(voxels: int, cell: int) -> int:
 
 
 def token_grid(name: str, voxels: int, cell: int) -> tuple[int, ...]:
-    """The lattice of a tokenizer's tokens: (n, n, n) for naive, (n, n) for the others."""
-    if name == "hybrid":
-        return (6, 6)
+    """The lattice of a tokenizer's tokens: (n, n, n) for naive, (n, n) for the others; the hybrids' n is 6."""
+    if name.startswith("hybrid"):
+        return (6, 6) if name == "hybrid" else (6, 6, 6)
     n = cells_per_axis(voxels, cell)
     return (n, n, n) if name == "naive" else (n, n)
 

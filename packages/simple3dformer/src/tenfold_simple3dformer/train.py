@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from tenfold_shared.batches import Batches, Stream, StreamedBatches
-from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.checkpoint import load_weights, save_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 from tenfold_simple3dformer import natural
@@ -24,7 +24,7 @@ from tenfold_simple3dformer.lwf import Mode, lwf_loss, retention, teach
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, set_norm_momentum, set_rates
 from tenfold_simple3dformer.tuning import Mode as TuningMode
-from tenfold_simple3dformer.tuning import merge_low_rank, set_trainable
+from tenfold_simple3dformer.tuning import merge_low_rank, merged_state, set_trainable
 from tenfold_simple3dformer.weights import (
     Inflation,
     Positions,
@@ -103,9 +103,29 @@ class Recipe:
             )
         if self.lwf.lam > 0 and self.weights == "none" and not self.lwf.teacher:
             raise UserError("--lwf.lam needs a teacher: give --weights, or --lwf.teacher")
-        if self.lwf.lam > 0 and self.task != "voxel_cls" and self.model.preset == "3DViT":
+        if self.lwf.lam > 0 or self.lwf.teacher:
+            self._check_image_path()
+        if (self.inflate, self.positions_from) != ("random", "random"):
+            if self.weights == "none":
+                raise UserError("--inflate and --positions_from need image weights to take from: give --weights")
+            if self.task != "voxel_cls":
+                raise UserError(f"--inflate and --positions_from are for voxel_cls: {self.task} has no voxel embedding")
+        if self.tune != "full" and (self.model.arch != "simple3dformer" or self.task == "image_cls"):
+            raise UserError(f"--tune {self.tune} is for the 3D networks of --model.arch simple3dformer")
+        if self.reweighted and self.task not in ("voxel_cls", "point_cls", "image_cls"):
+            raise UserError(f"--reweighted weighs the classes of whole samples, which {self.task} does not have")
+
+    def _check_image_path(self) -> None:
+        """The image term and the measurement of retention need a network that still takes images."""
+        if self.model.arch != "simple3dformer" or self.task in ("detection", "image_cls"):
             raise UserError(
-                "--lwf.lam needs a network with its image path: choose --model.preset 3DViT_LWF or 3DViT_1_layer"
+                f"--lwf.lam and --lwf.teacher are for the voxel and point networks of --model.arch simple3dformer, not for "
+                f"{self.model.arch} on {self.task}"
+            )
+        if self.task != "voxel_cls" and self.model.preset == "3DViT":
+            raise UserError(
+                "--lwf.lam and --lwf.teacher need a network with its image path: choose --model.preset 3DViT_LWF or "
+                "3DViT_1_layer"
             )
 
 
@@ -123,6 +143,8 @@ class Result:
     """1 - cosine of each block's weights before and after training."""
     parameters: int
     """Of the network."""
+    last: dict[str, float] | None = None
+    """Where an epoch was selected: the metrics after the last one."""
 
 
 class Best:
@@ -143,13 +165,13 @@ class Best:
 class _ImageFiles(Dataset[tuple[Tensor, int]]):
     """Images of a folder at any depth, sorted, without labels."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, size: int):
         from tenfold_shared.images import imagenet_transform  # noqa: PLC0415
 
         self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in (".jpeg", ".jpg", ".png"))
         if not self.files:
             raise UserError(f"no image in {root}: give --lwf.root a folder of JPEG or PNG files such as ImageNet's val")
-        self.transform = imagenet_transform(train=True)
+        self.transform = imagenet_transform(train=True, size=size)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -162,7 +184,9 @@ class _ImageFiles(Dataset[tuple[Tensor, int]]):
 
 
 def image_stream(config: Forgetting, run: Run, count: int, seed: int, size: int) -> Batches | StreamedBatches:
-    """Images for the second term: 32-pixel crops in grey, or files as ImageNet is augmented.
+    """Images of ``size`` pixels for the second term: crops in grey, or files as ImageNet is augmented.
+
+    A folder of fewer images than a batch gives batches of all of them.
 
     Raises:
         UserError: no folder is given, or it holds no image.
@@ -174,14 +198,21 @@ def image_stream(config: Forgetting, run: Run, count: int, seed: int, size: int)
             raise UserError(
                 "--lwf.images folder needs --lwf.root: a folder of images such as ImageNet's validation set"
             )
-        return StreamedBatches(_ImageFiles(config.root), config.batch_size, workers=4, **common)
+        files = _ImageFiles(config.root, size)
+        batch = min(config.batch_size, len(files) // run.world * run.world)
+        if batch < 1:
+            raise UserError(f"{config.root} has {len(files)} images for {run.world} processes: give at least one each")
+        return StreamedBatches(files, batch, workers=4, **common)
     crops = natural.crops(count, seed, size)
     return Batches(crops.images, crops.labels, config.batch_size, std=(1 / 255,), **common)
 
 
-def prepared(images: Tensor, config: Forgetting) -> Tensor:
-    """Images as the teacher takes them."""
-    return natural.standardised(images) if config.images == "natural2d" else images
+def prepared(images: Tensor, config: Forgetting, channels: int) -> Tensor:
+    """Images as the teacher takes them; grey crops are repeated for a network of three channels."""
+    if config.images != "natural2d":
+        return images
+    grey = natural.standardised(images)
+    return grey.expand(-1, channels, -1, -1) if channels > 1 else grey
 
 
 def train(recipe: Recipe, options: RunOptions) -> None:
@@ -191,6 +222,9 @@ def train(recipe: Recipe, options: RunOptions) -> None:
         if run.is_main:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in list(result.metrics.items())[:4])
             kept = "" if result.retention is None else f", 2D retention {result.retention:.2f} %"
+            if result.last is not None:
+                first = PRIMARY[recipe.task]
+                shown += f" (selected epoch; after the last one {first} {result.last[first]:.2f})"
             print(f"{recipe.task} {recipe.model.arch} on {recipe.data.name}: {shown}{kept}; {run.directory}")
 
 
@@ -209,6 +243,11 @@ def start_model(recipe: Recipe, data: Data, run: Run) -> nn.Module:
 
     """
     model = build_model(recipe.model, recipe.task, len(data.classes), data.inputs, recipe.data.voxels)
+    if recipe.task == "image_cls" and _image_shape(model) != (32, 1):
+        raise UserError(
+            f"{recipe.data.name} has grey crops of 32 pixels, and --model.backbone {recipe.model.backbone} takes other "
+            "images: choose mini"
+        )
     if recipe.weights == "none":
         return model
     state, source = read_image_weights(recipe.weights)
@@ -234,7 +273,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         set_trainable(model, recipe.tune)
     about = describe(recipe, data)
     teacher = _teacher(recipe, run, model)
-    images = Stream(image_stream(recipe.lwf, run, 3000, 0, _side(model))) if recipe.lwf.lam > 0 else None
+    side, channels = _image_shape(model)
+    images = Stream(image_stream(recipe.lwf, run, 3000, 0, side)) if recipe.lwf.lam > 0 else None
     optimiser: Any = build_optimiser(recipe.optim, model)
     plain = model
     model, optimiser = run.prepare(model, optimiser)
@@ -249,7 +289,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         inputs, target = stream[step]
         if images is not None:
             assert teacher is not None
-            pictures = prepared(images[step][0], recipe.lwf)
+            pictures = prepared(images[step][0], recipe.lwf, channels)
             logits, image_logits = model(inputs[:, None] if recipe.task == "voxel_cls" else inputs, pictures)
             loss, terms = lwf_loss(
                 logits.flatten(0, -2), target.flatten(), image_logits, teach(teacher, pictures), lam=recipe.lwf.lam,
@@ -268,7 +308,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
             run.log(selection=value)
             if value > best.value:
                 best.value, best.epoch = value, epoch
-                run.save_weights("best", plain, **about)
+                if run.is_main:
+                    save_weights(run.directory / "checkpoints" / "best.safetensors", merged_state(plain), about)
     return plain, _finish(run, recipe, data, plain, teacher, best, before, about)
 
 
@@ -313,7 +354,11 @@ def _finish(
     before: dict[str, Tensor],
     about: dict[str, Any],
 ) -> Result:
+    last = None
     if data.selection is not None and best.epoch >= 0:
+        last = evaluate_model(plain, data.test, data, recipe.task, run)
+        if recipe.tune == "lora":
+            merge_low_rank(plain)
         run.accelerator.wait_for_everyone()
         tensors, _ = load_weights(run.directory / "checkpoints" / "best.safetensors")
         plain.load_state_dict(tensors)
@@ -322,10 +367,11 @@ def _finish(
     metrics = evaluate_model(plain, data.test, data, recipe.task, run)
     kept = None
     if teacher is not None and hasattr(plain, "forward_images"):
-        kept = measure_retention(plain, teacher, recipe.lwf, run, _side(plain))
+        kept = measure_retention(plain, teacher, recipe.lwf, run)
     after = _backbone_state(plain)
     drift = block_drift(before, after) if before else {}
-    result = Result(metrics, metrics[PRIMARY[recipe.task]], kept, drift, sum(p.numel() for p in plain.parameters()))
+    count = sum(p.numel() for p in plain.parameters())
+    result = Result(metrics, metrics[PRIMARY[recipe.task]], kept, drift, count, last)
     run.save_weights("last", plain, **about, value=result.value)
     return result
 
@@ -335,30 +381,49 @@ def _teacher(recipe: Recipe, run: Run, model: nn.Module) -> nn.Module | None:
     if not source:
         return None
     classes = recipe.model.image_classes or None
-    vit, _ = vit_from_weights(recipe.lwf.backbone or recipe.model.backbone, source, classes=classes)
+    depth = 0 if recipe.lwf.backbone else recipe.model.depth
+    vit, report = vit_from_weights(recipe.lwf.backbone or recipe.model.backbone, source, classes=classes, depth=depth)
+    lacking = [name for name, status in report.status.items() if status == "new"]
+    if lacking:
+        raise UserError(
+            f"{report.source} is no teacher: it lacks {', '.join(lacking)} of this shape, which would be random; give "
+            "weights with a head for the network's image classes"
+        )
     head, own = getattr(vit, "num_classes", 0), getattr(getattr(model, "vit", None), "num_classes", 0)
-    if recipe.lwf.lam > 0 and head != own:
+    if head != own:
         raise UserError(f"the teacher has {head} classes and the network's image head {own}: they must be the same")
+    if _image_shape(vit) != _image_shape(model):
+        raise UserError(
+            f"the teacher takes images of {_image_shape(vit)[0]} pixels in {_image_shape(vit)[1]} channels and the network "
+            f"of {_image_shape(model)[0]} in {_image_shape(model)[1]}: choose another --lwf.backbone"
+        )
+    if recipe.lwf.images == "folder":
+        if _image_shape(model)[1] != 3:
+            raise UserError("--lwf.images folder gives colour images and the backbone takes grey ones: use natural2d")
+        image_stream(recipe.lwf, run, 0, 0, _image_shape(model)[0])  # what cannot be read is refused before training
     return vit.to(run.device).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
-def measure_retention(model: nn.Module, teacher: nn.Module, config: Forgetting, run: Run, side: int) -> float:
+def measure_retention(model: nn.Module, teacher: nn.Module, config: Forgetting, run: Run) -> float:
     """Per cent of about 400 images on which model and teacher agree: held-out crops, or other crops of a folder's files."""
+    side, channels = _image_shape(model)
     batches = image_stream(dataclasses.replace(config, batch_size=50 * run.world), run, 400, 9, side)
     model.eval()
     agree, count = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     for images, _ in itertools.islice(batches.epoch(0), 8):
-        pictures = prepared(images, config)
+        pictures = prepared(images, config, channels)
         agree += retention(model.forward_images(pictures), teach(teacher, pictures)) * len(pictures)  # type: ignore[operator]
         count += len(pictures)
     return float(100 * run.reduce(agree) / run.reduce(count))
 
 
-def _side(model: nn.Module) -> int:
-    """Side of the images that the backbone takes."""
+def _image_shape(model: nn.Module) -> tuple[int, int]:
+    """Side and channels of the images that the backbone takes."""
     embed = getattr(getattr(model, "vit", model), "patch_embed", None)
-    return int(embed.img_size[0]) if embed is not None and hasattr(embed, "img_size") else 32
+    if embed is None or not hasattr(embed, "img_size"):
+        return 32, 1
+    return int(embed.img_size[0]), int(embed.proj.in_channels)
 
 
 def _backbone_state(model: nn.Module) -> dict[str, Tensor]:

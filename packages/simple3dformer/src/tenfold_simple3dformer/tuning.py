@@ -1,6 +1,6 @@
 """Which parameters are trained (section 11): all, none of the blocks, the norms, or low-rank updates of the attention."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,18 @@ def set_trainable(model: nn.Module, mode: Mode = "full", *, rank: int = 8) -> No
         for block in vit.blocks:
             for linear in (block.attn.qkv, block.attn.proj):
                 parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank))
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with low-rank updates added to the weights that they belong to, under the plain keys."""
+    state = {}
+    for name, value in model.state_dict().items():
+        module, found, part = name.partition(".parametrizations.weight.")
+        if not found:
+            state[name] = value
+        elif part == "original":
+            state[f"{module}.weight"] = cast(Tensor, model.get_submodule(module).weight).detach()
+    return state
 
 
 def merge_low_rank(model: nn.Module) -> None:

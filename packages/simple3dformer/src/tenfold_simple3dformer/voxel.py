@@ -30,8 +30,8 @@ class VoxelFormer(nn.Module):
         vit: the backbone; kept as it is, its class token is shared by voxels and images.
         classes: of the 3D task.
         tokenizer: ``naive`` (n^3 tokens), ``projection`` (mean over z, n^2), ``group`` (section 2.3), ``occupancy2d``
-            (a silhouette), ``hybrid`` (VoxNet's stem), ``slices`` (weight sharing: the blocks run on every z-slice with
-            shared positions, the n read-outs are averaged).
+            (a silhouette), ``hybrid`` and ``hybrid_naive`` (VoxNet's stem, averaged over z or not), ``slices`` (weight
+            sharing: the blocks run on every z-slice with shared positions, the n read-outs are averaged).
         voxels: side V of the grid.
         cell: side T of a cell.
         head: ``linear`` or ``cosine`` (AM-softmax).
@@ -61,8 +61,8 @@ class VoxelFormer(nn.Module):
         c = width(vit)
         if tokenizer == "occupancy2d":
             self.embed: nn.Module = SilhouetteEmbedding(c, cell)
-        elif tokenizer == "hybrid":
-            self.embed = HybridEmbedding(c)
+        elif tokenizer in ("hybrid", "hybrid_naive"):
+            self.embed = HybridEmbedding(c, mean_over_z=tokenizer == "hybrid")
         else:
             self.embed = InflatedEmbedding(c, cell)
         self.group = GroupEncoder(c, self.grid[0], group_axis) if tokenizer == "group" else None
@@ -71,6 +71,11 @@ class VoxelFormer(nn.Module):
         if self.pos_embed is not None and not zero_positions:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.head = create_head(head, c, classes)
+
+    @property
+    def cell_side(self) -> float:
+        """Voxels along the side of what a token stands for; the hybrid's stem stretches the whole grid."""
+        return self.voxels / self.grid[0] if self.tokenizer.startswith("hybrid") else float(self.cell)
 
     def tokens(self, voxels: Float[Tensor, "b 1 v v v"]) -> Float[Tensor, "b ..."]:
         """E on its lattice: (B, n, n, C), or (B, n, n, n, C) for naive, group and slices (before any grouping)."""

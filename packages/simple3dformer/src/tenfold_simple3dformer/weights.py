@@ -1,5 +1,6 @@
 """2D weights into the shared blocks (section 2.6): which tensors were taken, resized, inflated, or are new."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ def read_image_weights(weights: str) -> tuple[dict[str, Tensor], str]:
             raise UserError(
                 f"--weights {weights} cannot be fetched ({type(error).__name__}: {str(error)[:200]}); give a local file"
             ) from error
-        return model.state_dict(), weights
+        return to_timm(model.state_dict()), weights
     path = Path(weights)
     if path.is_dir():
         path = path / "checkpoints" / "last.safetensors"
@@ -111,12 +112,18 @@ def _from_vit21k(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def resize_positions(
-    positions: Float[Tensor, "1 p c"], grid: tuple[int, int], prefix: int = 1
-) -> Float[Tensor, "1 q c"]:
-    """Bicubic resize of a square grid of positions; those of the prefix tokens stay."""
+def resize_positions(positions: Float[Tensor, "1 p c"], grid: tuple[int, int]) -> Float[Tensor, "1 q c"]:
+    """Bicubic resize of a square grid of positions; those of the tokens before it (none, or the class token's) stay.
+
+    Raises:
+        UserError: the positions are of no square grid.
+
+    """
+    side = math.isqrt(positions.shape[1])
+    prefix = positions.shape[1] - side**2
+    if prefix > 1:
+        raise UserError(f"{positions.shape[1]} positions are of no square grid, with or without a class token")
     head, rest = positions[:, :prefix], positions[:, prefix:]
-    side = round(rest.shape[1] ** 0.5)
     if (side, side) == grid:
         return positions
     plane = rest.view(1, side, side, -1).permute(0, 3, 1, 2)
@@ -178,8 +185,13 @@ def transfer(
         elif value.shape == tensor.shape:
             loaded[name], report.status[prefix + name] = value, "taken"
         elif name == "pos_embed" and value.dim() == 3 and value.shape[-1] == tensor.shape[-1]:
-            side = round((tensor.shape[1] - 1) ** 0.5)
-            loaded[name], report.status[prefix + name] = resize_positions(value, (side, side)), "resized"
+            side = math.isqrt(tensor.shape[1])
+            resized = resize_positions(value, (side, side))
+            if resized.shape != tensor.shape:
+                raise UserError(
+                    f"{source} has positions with or without a class token's, and the network the other way"
+                )
+            loaded[name], report.status[prefix + name] = resized, "resized"
         else:
             report.status[prefix + name] = "new"
             given[name] = value
@@ -203,7 +215,7 @@ def _check_blocks(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source
     wrong = [name for name, tensor in needed.items() if given[name].shape != tensor.shape]
     if wrong:
         name = wrong[0]
-        ours, theirs = own["norm.weight"].shape[0], given["norm.weight"].shape[0]
+        ours, theirs = (len(state["blocks.0.norm1.weight"]) for state in (own, given))
         reason = (
             f"its width is {theirs} and the network's {ours}"
             if ours != theirs
@@ -243,8 +255,13 @@ def _inflate(
         )
     n = model.grid[0]
     flat = resize_positions(state["pos_embed"], (n, n))
+    own = model.pos_embed.shape[1] - n ** len(model.grid)
+    if flat.shape[1] > n * n and not own:
+        flat = flat[:, 1:]
+    if flat.shape[1] == n * n and own:  # a backbone whose class token has no position
+        flat = torch.cat([torch.zeros_like(flat[:, :1]), flat], 1)
     if deep:
-        flat = torch.cat([flat[:, :1], flat[:, 1:].repeat_interleave(n, 1)], 1)  # z is the fastest axis
+        flat = torch.cat([flat[:, :own], flat[:, own:].repeat_interleave(n, 1)], 1)  # z is the fastest axis
     with torch.no_grad():
         model.pos_embed.copy_(flat)
     report.status["pos_embed"] = "inflated"

@@ -56,7 +56,7 @@ class PointTransformer(nn.Module):
         neighbours: int = 16,
     ):
         super().__init__()
-        self.task, self.stages = task, stages
+        self.task, self.stages, self.inputs, self.classes = task, stages, inputs, classes
         widths = [32 * 2**i for i in range(stages + 1)]
         self.fc1 = two_layers(inputs, 32)
         self.transformer1 = VectorAttention(32, dim, neighbours)

@@ -13,6 +13,7 @@ class VoxNet(nn.Module):
 
     def __init__(self, classes: int):
         super().__init__()
+        self.classes = classes
         self.feat = voxnet_stem()
         self.fc1, self.fc2 = nn.Linear(6912, 128), nn.Linear(128, classes)
 

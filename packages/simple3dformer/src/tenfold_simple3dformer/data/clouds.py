@@ -165,6 +165,10 @@ def scanobjectnn(
         raise UserError(f"no {file}: expected {SCANOBJECTNN_LAYOUT} from {SCANOBJECTNN_URL}") from error
     except (OSError, KeyError) as error:
         raise UserError(f"{file} is truncated or corrupted: {error}") from error
+    if data.ndim != 3 or data.shape[2] != 3 or len(data) != len(label) or not np.isfinite(data).all():
+        raise UserError(
+            f"{file} has {len(label)} labels for coordinates of shape {list(data.shape)}, or some not finite"
+        )
     if len(label) and not 0 <= label.min() <= label.max() < len(SCANOBJECTNN_CLASSES):
         raise UserError(
             f"{file} has labels {label.min()}..{label.max()}: there are {len(SCANOBJECTNN_CLASSES)} classes"

@@ -1,5 +1,6 @@
 """S3DIS, the Aligned Version 1.2 (section 5): rooms out of their annotations, training blocks, the whole-scene grid."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from numpy.random import RandomState
 
-from tenfold_shared.errors import UserError
+from tenfold_shared.checkpoint import atomic_write
+from tenfold_shared.errors import RunFailure, UserError
 
 CLASSES = (
     "ceiling", "floor", "wall", "beam", "column", "window", "door", "table", "chair", "sofa", "bookcase", "board", "clutter",
@@ -41,6 +43,9 @@ def read_room(folder: Path) -> Room:
             rows = np.array(text.split(), dtype=np.float32).reshape(-1, 6)
         except ValueError as error:
             raise UserError(f"{file} is no table of x y z r g b: {error}") from error
+        lines = sum(1 for line in text.split(b"\n") if line.strip())
+        if len(rows) != lines:
+            raise UserError(f"{file} is no table of x y z r g b: {6 * len(rows)} numbers in {lines} lines")
         parts.append(np.hstack([rows, np.full((len(rows), 1), label, np.float32)]))
     room = np.concatenate(parts)
     room[:, :3] -= room[:, :3].min(0)
@@ -48,10 +53,11 @@ def read_room(folder: Path) -> Room:
 
 
 def load_rooms(root: Path, areas: Sequence[int]) -> dict[str, Room]:
-    """Rooms of some areas by name; a room once merged is kept beside its annotations as ``room.npy``.
+    """Rooms of some areas by name; a room once merged is kept beside its annotations as ``room.npy``, if that folder may
+    be written to.
 
     Raises:
-        UserError: an area has no rooms.
+        UserError: an area has no rooms, or a kept room is no longer whole.
 
     """
     rooms = {}
@@ -61,11 +67,24 @@ def load_rooms(root: Path, areas: Sequence[int]) -> dict[str, Room]:
             raise UserError(f"{root} has no rooms of Area_{area}: expected {LAYOUT} from {URL}")
         for folder in folders:
             kept = folder / "room.npy"
-            room = np.load(kept) if kept.exists() else read_room(folder)
-            if not kept.exists():
-                np.save(kept, room)
+            if kept.exists():
+                room = _kept_room(kept)
+            else:
+                room = read_room(folder)
+                with contextlib.suppress(OSError, RunFailure), atomic_write(kept) as file:
+                    np.save(file, room)
             rooms[f"Area_{area}/{folder.name}"] = room
     return rooms
+
+
+def _kept_room(file: Path) -> Room:
+    try:
+        room = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} is truncated or corrupted ({error}): delete it, it is made anew") from error
+    if room.ndim != 2 or room.shape[1] != 7:
+        raise UserError(f"{file} has shape {list(room.shape)}, expected rows of 7: delete it, it is made anew")
+    return room
 
 
 def label_weights(rooms: Sequence[Room]) -> Float[ndarray, " k"]:

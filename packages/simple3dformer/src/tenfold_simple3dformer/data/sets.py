@@ -73,6 +73,11 @@ class DataConfig:
                 raise UserError(f"--data.{name} is a share in [0, 1), got {getattr(self, name)}")
         if not 0 < self.portion <= 1:
             raise UserError(f"--data.portion is a share in (0, 1], got {self.portion}")
+        for name in ("train_seed", "test_seed"):
+            if not 0 <= getattr(self, name) < 2**20:
+                raise UserError(f"--data.{name} takes 0 to {2**20 - 1}, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise UserError(f"--data.workers takes 0 or more, got {self.workers}")
 
 
 class Data(NamedTuple):
@@ -204,7 +209,7 @@ def _source(config: DataConfig, task: Task) -> _Source:
         return _Source(sets[0], sets[1], sunrgbd.SceneSet(made[1], config.points), sunrgbd.CLASSES, 3)
     if config.name == "procrooms":
         made_rooms = [
-            [rooms.make_room(seed * 1000 + i).points for i in range(count)]
+            [_room_points(seed * 1000 + i, config.depth_view) for i in range(count)]
             for seed, count in ((config.train_seed, config.train_size), (config.test_seed, config.test_size))
         ]
         return _scene_source(config, *made_rooms)
@@ -252,6 +257,16 @@ def _source(config: DataConfig, task: Task) -> _Source:
     lists = [[(place, name) for name in sunrgbd.scene_names(place)] for place in found]
     sets = [sunrgbd.SceneSet(lists[0], config.points, augment=a) for a in (config.augment, False)]
     return _Source(sets[0], sets[1], sunrgbd.SceneSet(lists[1], config.points), sunrgbd.CLASSES, 3)
+
+
+def _room_points(seed: int, depth_view: bool) -> np.ndarray:
+    """A generated room's rows; the depth view keeps what one camera sees of four times the points, as for detection."""
+    if not depth_view:
+        return rooms.make_room(seed).points
+    room = rooms.make_room(seed, 80_000)
+    rows = room.points[rooms.visible(room, seed)]
+    rows[:, :3] -= rows[:, :3].min(0)
+    return rows
 
 
 def _scene_source(config: DataConfig, train: Sequence[np.ndarray], test: Sequence[np.ndarray]) -> _Source:
@@ -308,7 +323,9 @@ def load_data(config: DataConfig, task: Task, batch_size: int, run: Run, seed: i
     source = _source(config, task)
     train, plain = source.train, source.plain
     labels = list(source.labels)
-    if config.portion < 1 and labels:
+    if config.portion < 1 and not labels:
+        raise UserError(f"--data.portion keeps a share of each category, and the samples of {config.name} have none")
+    if config.portion < 1:
         kept = clouds.portion(labels, config.portion, config.train_seed)
         train, plain, labels = Subset(train, kept), Subset(plain, kept), [labels[i] for i in kept]
     selection: Dataset[Any] | None = source.test if config.select == "test" else None

@@ -28,15 +28,17 @@ def read_scene(folder: Path, name: str) -> tuple[Float[ndarray, "n 3"], Rows]:
     """Coordinates and box rows of a scene.
 
     Raises:
-        UserError: a file is missing, truncated or of another shape, or a class is out of range; it is named.
+        UserError: a file is missing, truncated, empty, not finite or of another shape, or a class is out of range; it is named.
 
     """
     try:
         with np.load(folder / f"{name}_pc.npz", allow_pickle=False) as file:
             cloud = file["pc"][:, :3].astype(np.float32)
         boxes = np.load(folder / f"{name}_bbox.npy", allow_pickle=False).reshape(-1, 8)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"scene {name} in {folder} cannot be read: {error}") from error
+    if not len(cloud) or cloud.shape[1] != 3 or not (np.isfinite(cloud).all() and np.isfinite(boxes).all()):
+        raise UserError(f"scene {name} in {folder} has no points, or a value that is not finite")
     if len(boxes) and not ((boxes[:, 7] >= 0) & (boxes[:, 7] < len(CLASSES))).all():
         raise UserError(f"{folder / name}_bbox.npy has a class outside of 0..{len(CLASSES) - 1}")
     return cloud, boxes

@@ -1,5 +1,6 @@
 """Voxel data sets: ModelNet10/40 meshes, voxelised once, and ShapeNetCore v2 binvox files (section 5)."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tenfold_shared.errors import UserError
+from tenfold_shared.checkpoint import atomic_write
+from tenfold_shared.errors import RunFailure, UserError
 from tenfold_simple3dformer.data.binvox import Binvox, binvox_bytes, read_binvox
 from tenfold_simple3dformer.geometry import read_geometry, voxelise
 
@@ -28,9 +30,13 @@ def modelnet_files(root: Path, split: str) -> tuple[list[Path], list[int], tuple
         UserError: there is none.
 
     """
-    classes = tuple(sorted(f.name for f in root.iterdir() if (f / split).is_dir())) if root.is_dir() else ()
+    folders = root.iterdir() if root.is_dir() else ()
+    # Both splits count: a class that lacks one must not move the labels of those after it.
+    classes = tuple(sorted(f.name for f in folders if (f / "train").is_dir() or (f / "test").is_dir()))
     files, labels = [], []
     for label, name in enumerate(classes):
+        if not (root / name / split).is_dir():
+            continue
         stems = {f.with_suffix("") for f in (root / name / split).iterdir() if f.suffix in (".off", ".binvox")}
         for stem in sorted(stems):
             ready = stem.with_suffix(".binvox")
@@ -52,7 +58,9 @@ def modelnet_grid(file: Path, side: int) -> UInt8[ndarray, "v v v"]:
         grid = read_binvox(file).grid
     else:
         grid = voxelise(read_geometry(file), side)
-        file.with_suffix(".binvox").write_bytes(binvox_bytes(Binvox(grid)))
+        # Whole or not at all: several processes may make it at once. Where the folder may not be written to, it is not kept.
+        with contextlib.suppress(OSError, RunFailure), atomic_write(file.with_suffix(".binvox")) as kept:
+            kept.write(binvox_bytes(Binvox(grid)))
     if len(grid) != side:
         raise UserError(f"{file} has {len(grid)} voxels a side, expected {side}: set --data.voxels or delete the file")
     return grid

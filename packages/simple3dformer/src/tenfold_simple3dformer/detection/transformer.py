@@ -27,7 +27,10 @@ class FourierEmbedding(nn.Module):
         self, xyz: Float[Tensor, "b n 3"], low: Float[Tensor, "b 3"], high: Float[Tensor, "b 3"]
     ) -> Float[Tensor, "b c n"]:
         """Channels first."""
-        p = 2 * math.pi * scene_coordinates(xyz, low, high) @ self.gauss_B
+        with torch.autocast(
+            xyz.device.type, enabled=False
+        ):  # half precision has no digits left for phases of many turns
+            p = 2 * math.pi * scene_coordinates(xyz, low, high) @ self.gauss_B
         return torch.cat([p.sin(), p.cos()], -1).transpose(1, 2)
 
 
