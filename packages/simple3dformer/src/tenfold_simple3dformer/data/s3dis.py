@@ -71,7 +71,7 @@ def load_rooms(root: Path, areas: Sequence[int]) -> dict[str, Room]:
                 room = _kept_room(kept)
             else:
                 room = read_room(folder)
-                with contextlib.suppress(OSError, RunFailure), atomic_write(kept) as file:
+                with contextlib.suppress(RunFailure, UserError), atomic_write(kept) as file:
                     np.save(file, room)
             rooms[f"Area_{area}/{folder.name}"] = room
     return rooms

@@ -59,7 +59,7 @@ def modelnet_grid(file: Path, side: int) -> UInt8[ndarray, "v v v"]:
     else:
         grid = voxelise(read_geometry(file), side)
         # Whole or not at all: several processes may make it at once. Where the folder may not be written to, it is not kept.
-        with contextlib.suppress(OSError, RunFailure), atomic_write(file.with_suffix(".binvox")) as kept:
+        with contextlib.suppress(RunFailure, UserError), atomic_write(file.with_suffix(".binvox")) as kept:
             kept.write(binvox_bytes(Binvox(grid)))
     if len(grid) != side:
         raise UserError(f"{file} has {len(grid)} voxels a side, expected {side}: set --data.voxels or delete the file")
