@@ -10,7 +10,7 @@ import torch
 
 from tenfold_augnerf import export, sharpness
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import EvalConfig, as_trained, data_of, evaluate, load_renderer, scores_of
+from tenfold_augnerf.evaluate import EvalConfig, OtherData, data_of, evaluate, load_renderer, scores_of
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
@@ -23,6 +23,7 @@ from tenfold_shared.scenes import blocks_cameras, blocks_views, write_blender
 
 TINY = ModelConfig(depth=3, width=16, octaves=4, view_octaves=1, density="softplus")
 DATA = DataConfig(name="blocks-tiny", near=2.4, far=5.6, views=2)
+SAME = OtherData("blocks-tiny", near=2.4, far=5.6)
 KEYS = ["zval_f", "pts_c", "pts_f", "feat_c", "feat_f", "raw_c", "raw_f", "rgb"]
 
 
@@ -239,12 +240,12 @@ def test_aug_nerf_learns(tmp_path: Path) -> None:
     assert scores_of(loaded, data.test)["psnr"] == pytest.approx(result.test["psnr"], abs=1e-4)
 
     run_folder, out = tmp_path / "augnerf" / "x", tmp_path / "out"
-    export.render(RenderConfig(run_folder, chosen.data, "path", 2), RunOptions(output=out, device="cpu"))
+    export.render(RenderConfig(run_folder, split="path", frames=2), RunOptions(output=out, device="cpu"))
     assert len(list((out / "augnerf" / "render-path").glob("depth_*.npy"))) == 2
-    config = ExportConfig(run_folder, chosen.data, points=24, threshold=1.0, step=150)
+    config = ExportConfig(run_folder, points=24, threshold=1.0, step=150)
     export.export(config, RunOptions(output=out, device="cpu"))
     assert {p.name for p in (out / "augnerf" / "export").iterdir()} == {"density.npy", "mesh.obj", "00000150.ckpt"}
-    probe = sharpness.SharpnessConfig(out / "augnerf" / "export" / "00000150.ckpt", chosen.data, rays=32)
+    probe = sharpness.SharpnessConfig(out / "augnerf" / "export" / "00000150.ckpt", SAME, rays=32)
     sharpness.sharpness(probe, RunOptions(output=out, device="cpu"))
     assert (out / "augnerf" / "sharpness" / "sharpness.png").is_file()
 
@@ -334,16 +335,13 @@ def test_a_run_is_judged_on_the_data_it_was_trained_on(
     assert found["data"] == "blender made"
     assert found["psnr"] == pytest.approx(result.test["psnr"], abs=1e-5)
     (tmp_path / "sets").rename(tmp_path / "moved")
-    moved = judged(data=dataclasses.replace(as_trained(), root=tmp_path / "moved"))
+    moved = judged(data=OtherData(root=tmp_path / "moved"))
     assert moved == found
-    assert data_of(folder, dataclasses.replace(as_trained(), near=2.0, far=6.0)) == dataclasses.replace(
-        own, near=2.0, far=6.0
-    )
-    other = judged(data=DATA)
+    asked = OtherData(near=2.0, far=6.0, test_skip=DataConfig.test_skip)  # a default counts where it is given
+    assert data_of(folder, asked) == dataclasses.replace(own, near=2.0, far=6.0, test_skip=DataConfig.test_skip)
+    other = judged(data=SAME)
     assert other["data"] == "blocks-tiny"
     assert other["psnr"] != found["psnr"]
 
-    export.export(ExportConfig(folder, DATA, points=8, threshold=0.1), options(tmp_path, "out"))
+    export.export(ExportConfig(folder, SAME, points=8, threshold=0.1), options(tmp_path, "out"))
     assert judged(checkpoint=tmp_path / "augnerf" / "out" / "00000000.ckpt", samples=[6, 5])["data"] == "blocks-tiny"
-    with pytest.raises(UserError, match="as-trained needs a checkpoint"):
-        load_data(as_trained())

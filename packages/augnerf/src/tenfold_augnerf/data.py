@@ -32,7 +32,6 @@ DataName = Literal[
     "deepvoxels",
     "linemod",
     "prepared",
-    "as-trained",
 ]
 Kind = Literal[
     "none", "saltpepper", "saltpepper-bernoulli", "gaussian", "poisson", "blur", "exposure", "jpeg", "occlusion"
@@ -57,8 +56,7 @@ class DataConfig:
     """Which pictures, and what is done to the training views."""
 
     name: DataName = "blocks-tiny"
-    """The data set: an exact scene of blocks in several sizes, a published layout, or a folder of prepared rays.
-    as-trained, for what reads a checkpoint: what the checkpoint was trained on; further options take the place of its own."""
+    """The data set: an exact scene of blocks in several sizes, a published layout, or a folder of prepared rays."""
     scene: str = ""
     """Scene of the data set, a folder's name."""
     root: Path | None = None
@@ -158,8 +156,6 @@ def load_data(config: DataConfig) -> Data:
         UserError: the data set is not there or damaged, or the configuration does not fit it.
 
     """
-    if config.name == "as-trained":
-        raise UserError("--data.name as-trained needs a checkpoint that was trained on something: name a data set")
     if config.name == "prepared":
         return _prepared(config)
     splits = READERS[config.name.partition("-")[0]](config)

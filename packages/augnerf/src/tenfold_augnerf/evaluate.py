@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tenfold_augnerf.compat import convert, load_official_checkpoint
-from tenfold_augnerf.data import Data, DataConfig, load_data
+from tenfold_augnerf.data import Data, DataConfig, DataName, load_data
 from tenfold_augnerf.geometry import (
     depth_scores,
     median_depth,
@@ -161,9 +161,32 @@ def memorised(renderer: Renderer, data: Data) -> dict[str, float]:
 # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def as_trained() -> DataConfig:
-    """Where a checkpoint is read, its own data is the default."""
-    return DataConfig(name="as-trained")
+@dataclasses.dataclass
+class OtherData:
+    """What is to differ from the data that a checkpoint was trained on; None: nothing."""
+
+    name: DataName | None = None
+    """The data set; default: the one of the training, or blocks-tiny for a checkpoint that does not say."""
+    scene: str | None = None
+    """Scene of the data set, a folder's name."""
+    root: Path | None = None
+    """Folder of the data set."""
+    factor: int | None = None
+    """LLFF: how much smaller than the originals the pictures are."""
+    half_res: bool | None = None
+    """Blender: halve the pictures by area averaging."""
+    white: bool | None = None
+    """Composite transparent pictures on white, and render on it."""
+    ndc: bool | None = None
+    """LLFF: sample in normalised device coordinates instead of world space."""
+    spherify: bool | None = None
+    """LLFF: a capture around an object."""
+    test_skip: int | None = None
+    """Keep every n-th validation and test view of Blender and DeepVoxels; LLFF tests every n-th view."""
+    near: float | None = None
+    """Smallest ray parameter."""
+    far: float | None = None
+    """Largest ray parameter."""
 
 
 @dataclasses.dataclass
@@ -172,7 +195,7 @@ class EvalConfig:
 
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a .ckpt or .tar file of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=as_trained)
+    data: OtherData = dataclasses.field(default_factory=OtherData)
     """The pictures."""
     split: str = "test"
     """Views to evaluate on: test, validation or train."""
@@ -187,8 +210,8 @@ def weights_file(checkpoint: Path) -> Path:
     return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
 
 
-def data_of(checkpoint: Path, asked: DataConfig) -> DataConfig:
-    """The data asked for; without a name, that of the checkpoint's training, changed in what else is asked for.
+def data_of(checkpoint: Path, asked: OtherData) -> DataConfig:
+    """The data of the checkpoint's training, changed in what is asked for; another data set begins at its defaults.
 
     A checkpoint that does not say what it was trained on, as those of other programs, gets the smallest blocks, with a
     message.
@@ -197,19 +220,17 @@ def data_of(checkpoint: Path, asked: DataConfig) -> DataConfig:
         UserError: the checkpoint is not there or damaged.
 
     """
-    if asked.name != "as-trained":
-        return asked
     path = weights_file(checkpoint)
+    changes = {name: value for name, value in vars(asked).items() if value is not None}
     trained = load_weights(path)[1].get("data") if path.suffix == ".safetensors" else None
-    if trained is None:
+    if asked.name is None and trained is None:
         print(
             f"{path} does not say what it was trained on: blocks-tiny is taken, or name it by --data", file=sys.stderr
         )
-        return dataclasses.replace(asked, name=DataConfig.name)
+    if trained is None or asked.name not in (None, trained["name"]):
+        return DataConfig(**changes)
     root = None if trained["root"] is None else Path(trained["root"])
-    own = DataConfig(**{**trained, "root": root})
-    values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked) if field.name != "name"}
-    return dataclasses.replace(own, **{name: v for name, v in values.items() if v != getattr(DataConfig, name)})
+    return DataConfig(**{**trained, "root": root, **changes})
 
 
 def load_renderer(checkpoint: Path, data: Data, samples: list[int] | None = None) -> tuple[Renderer, dict[str, Any]]:

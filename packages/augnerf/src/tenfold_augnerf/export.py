@@ -9,7 +9,7 @@ import torch
 
 from tenfold_augnerf.compat import to_official
 from tenfold_augnerf.data import BLOCKS, TEST_OFFSET, VALIDATION_OFFSET, Data, DataConfig, load_data, write_prepared
-from tenfold_augnerf.evaluate import Rendered, as_trained, data_of, load_renderer, render_view, views_of
+from tenfold_augnerf.evaluate import OtherData, Rendered, data_of, load_renderer, render_view, views_of
 from tenfold_augnerf.geometry import chamfer, density_grid, extract_mesh, grid_axes, sample_triangles, write_obj
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import atomic_write, write_text
@@ -26,7 +26,7 @@ class RenderConfig:
 
     checkpoint: Path
     """A run's folder or a checkpoint file, ours or of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=as_trained)
+    data: OtherData = dataclasses.field(default_factory=OtherData)
     """The pictures whose cameras and bounds are used."""
     split: str = "test"
     """Views to render: test, validation, train, or path: the video's cameras. LLFF captures have a spiral (spherified: a
@@ -78,7 +78,7 @@ class ExportConfig:
 
     checkpoint: Path
     """A run's folder or a checkpoint file, ours or of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=as_trained)
+    data: OtherData = dataclasses.field(default_factory=OtherData)
     """The pictures, for the bounds."""
     extents: list[float] = dataclasses.field(default_factory=lambda: [2.0, 2.0, 2.0])
     """Size of the grid in world units: along y, x and z, as the released code orders them."""

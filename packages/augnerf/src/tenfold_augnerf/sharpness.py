@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tenfold_augnerf.attack import Step, attack
-from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import as_trained, data_of, load_renderer, rays_at_once, views_of
+from tenfold_augnerf.data import Data, load_data
+from tenfold_augnerf.evaluate import OtherData, data_of, load_renderer, rays_at_once, views_of
 from tenfold_augnerf.objective import Objective, Starts, random_starts
 from tenfold_augnerf.perturbation import KEYS, radius
 from tenfold_augnerf.renderer import Renderer
@@ -116,7 +116,7 @@ class SharpnessConfig:
 
     checkpoint: Path
     """A run's folder or a checkpoint file, ours or of the released layouts."""
-    data: DataConfig = dataclasses.field(default_factory=as_trained)
+    data: OtherData = dataclasses.field(default_factory=OtherData)
     """The pictures."""
     split: str = "test"
     """Views whose error is looked at."""
