@@ -80,6 +80,15 @@ def short(method: str = "cil-qud", **changes: object) -> Recipe:
     return recipe
 
 
+def test_a_batch_that_does_not_go_round_the_tasks_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The new task would get floor(1 / 2) images of it."""
+    for sub_batch, told in ((1, True), (2, False)):
+        recipe = short(steps=1, sub_batch=sub_batch, sampler="groups")
+        with Run("cilqud", recipe, dataclasses.replace(options(tmp_path), name=str(sub_batch), quiet=False)) as run:
+            run_recipe(run, recipe)
+        assert ("1 images a step do not go round 2 tasks" in capsys.readouterr().err) is told
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_its_checkpoint_predicts_the_same(method: str, tmp_path: Path) -> None:
     recipe = short(method)

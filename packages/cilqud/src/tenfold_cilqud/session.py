@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -289,6 +290,12 @@ def balanced_streams(session: Session, index: int, new: Samples, anchors: Sample
     """The class-balanced batches of a task by the recipe's sampler."""
     recipe, augment, run = session.recipe, session.data.augment, session.run
     sizes = batch_composition(recipe.batch_size, index, recipe.sub_batch)
+    if sizes.sub_batch <= index and run.is_main and not run.options.quiet:
+        print(
+            f"note: {sizes.sub_batch} images a step do not go round {index + 1} tasks: the new one gets one all the same; "
+            "raise --batch_size or --sub_batch",
+            file=sys.stderr,
+        )
     if recipe.sampler == "class_balanced":
         both = joined(new, anchors)
         stream = Stream(run, both, sizes.sub_batch, f"balanced-{index}", augment, class_weights(both.labels))
