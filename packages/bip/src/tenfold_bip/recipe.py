@@ -10,6 +10,8 @@ from tenfold_bip.projections import check_keep
 from tenfold_shared.errors import UserError
 
 Method = Literal["dense", "bip", "imp", "omp", "random", "snip", "grasp", "synflow", "hydra"]
+FROM_TRAINED: tuple[Method, ...] = ("bip", "imp", "omp", "hydra")
+"""The methods that prune a densely trained network; the others start from the initialisation."""
 
 
 @dataclasses.dataclass
@@ -71,7 +73,7 @@ class Recipe:
     arch: str = "digits_cnn"
     """Architecture."""
     keep: float = 0.1
-    """Keep ratio k: the fraction of the prunable weights that remains."""
+    """Keep ratio k: the fraction of the prunable weights that remains; n:m has n/m whatever is given."""
     structure: str = "global"
     """What is pruned: global, layer, filter, channel, or n:m such as 2:4."""
     min_keep: int = 0
@@ -85,7 +87,7 @@ class Recipe:
     score_batches: int = 1
     """Batches on which SNIP and GraSP are scored."""
     pretrained: Path | None = None
-    """A dense run's folder or checkpoint to start from in place of dense training."""
+    """A dense run's folder or checkpoint to start from in place of dense training; for bip, imp, omp and hydra."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The images."""
     dense: Phase = dataclasses.field(default_factory=Phase)
@@ -112,8 +114,17 @@ class Recipe:
             )
         if self.bilevel.trainer == "released" and self.bilevel.lower_steps != 1:
             raise UserError("--bilevel.lower_steps: the released trainer takes one; use --bilevel.trainer paper")
+        if self.bilevel.trainer == "released" and self.bilevel.ig != "released":
+            raise UserError(
+                f"--bilevel.ig {self.bilevel.ig}: the released trainer has an implicit term of its own; give "
+                "--bilevel.ig released, with --bilevel.lr2 0 to leave it out"
+            )
         if self.bilevel.tie_scores and self.bilevel.scores_init != "weight":
             raise UserError("--bilevel.scores_init random: tied scores are the weights themselves, drop one of the two")
+        if self.pretrained is not None and self.method not in FROM_TRAINED:
+            raise UserError(f"--pretrained: {self.method} starts from the initialisation, not from a trained network")
+        if self.method == "imp" and ":" in self.structure:
+            raise UserError(f"--structure {self.structure}: IMP cuts more in every round, which n:m does not; use omp")
 
     def _check_ranges(self) -> None:
         phases = {"dense": self.dense, "sparse": self.sparse, "hydra": self.hydra, "finetune": self.finetune}

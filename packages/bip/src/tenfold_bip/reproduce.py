@@ -12,7 +12,7 @@ import yaml
 from tenfold_bip.baselines import imp_keep_schedule
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
-from tenfold_bip.recipe import Recipe
+from tenfold_bip.recipe import FROM_TRAINED, Recipe
 from tenfold_bip.train import run_recipe
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
@@ -24,9 +24,6 @@ from tenfold_shared.run import Run, RunOptions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-FROM_DENSE = ("bip", "imp", "omp", "hydra", "dense")  # the methods that start from a densely trained network
-
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     """Measure claims of the paper; without arguments the miniature on digits."""
@@ -46,10 +43,10 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
 
 def _run_arm(arm: Arm, name: str, seed: int, options: RunOptions, folder: Path) -> Measurement:
     recipe = load_recipe("tenfold_bip", str(arm.recipe), Recipe, **arm.options)
-    if recipe.method in FROM_DENSE and recipe.pretrained is None:
-        recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
     if recipe.method == "dense":
-        return _dense_accuracy(recipe)
+        return _dense_accuracy(dense_run(recipe, seed, options, folder))
+    if recipe.method in FROM_TRAINED and recipe.pretrained is None:
+        recipe = dataclasses.replace(recipe, pretrained=dense_run(recipe, seed, options, folder))
     if recipe.method == "imp":
         share_rounds(recipe, folder / "runs" / name, seed)
     with Run("bip", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
@@ -78,9 +75,8 @@ def share_rounds(recipe: Recipe, directory: Path, seed: int) -> None:
                     copy.write(done.read_bytes())
 
 
-def _dense_accuracy(recipe: Recipe) -> Measurement:
-    assert recipe.pretrained is not None
-    _, about = load_model(recipe.pretrained)
+def _dense_accuracy(directory: Path) -> Measurement:
+    _, about = load_model(directory)
     return Measurement(
         about["accuracy"], extras={"accuracy": about["accuracy"], "passes": 0, "keep": 1.0, "history": []}
     )
