@@ -1,6 +1,8 @@
 """Every recipe is built and stepped, every method runs, and BiP learns."""
 
+import contextlib
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from tenfold_bip.recipe import Bilevel, Phase, Recipe
 from tenfold_bip.released import released_bilevel_step, released_optimizer
 from tenfold_bip.reproduce import dense_run, measure
 from tenfold_bip.train import METHODS, run_recipe
+from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.claims import Arm, Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
@@ -170,6 +173,53 @@ def test_variants_of_the_bilevel_loop(settings: dict, tmp_path: Path) -> None:
     with Run("bip", recipe, options(tmp_path)) as run:
         _, result = run_recipe(run, recipe)
     assert result.passes == 3 * (1000 // 64)
+
+
+def test_hydra_trains_in_bf16_and_the_released_trainer_says_at_once_that_it_does_not(tmp_path: Path) -> None:
+    """Hydra leaves the weights as they were trained, in any precision, and fine-tuning trains them again."""
+    how = options(tmp_path, precision="bf16")
+    recipe = short("hydra", hydra=Phase(epochs=2), finetune=Phase(epochs=2))
+    with Run("bip", recipe, how) as run:
+        run_recipe(run, recipe)
+    folder = tmp_path / "bip" / "x" / "checkpoints"
+    dense, pruned, tuned = (load_weights(folder / f"{name}.safetensors")[0] for name in ("dense", "prune", "finetune"))
+    original = "3.parametrizations.weight.original"
+    assert torch.equal(dense["3.weight"], pruned[original])
+    assert not torch.equal(pruned["3.parametrizations.weight.0.scores"], pruned[original])
+    assert not torch.equal(tuned[original], pruned[original])
+    released = short("bip", bilevel=Bilevel(trainer="released", ig="released"))
+    with pytest.raises(UserError, match="trainer released runs in one"), Run(
+        "bip", released, dataclasses.replace(how, name="y")
+    ) as run:
+        run_recipe(run, released)
+    assert not (tmp_path / "bip" / "y").exists()
+
+
+def test_random_scores_are_drawn_alike_after_a_resume(tmp_path: Path) -> None:
+    """A run that was killed right after its dense training draws the scores of one that was not."""
+    recipe = short("bip", bilevel=Bilevel(epochs=2, scores_init="random"))
+    with Run("bip", recipe, options(tmp_path / "whole")) as run:
+        run_recipe(run, recipe)
+    whole, killed = (tmp_path / name / "bip" / "x" for name in ("whole", "killed"))
+    (killed / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "checkpoints/dense.safetensors", "checkpoints/rewind.safetensors"):
+        shutil.copy(whole / name, killed / name)
+    with Run("bip", recipe, options(tmp_path / "killed", resume=True)) as run:
+        run_recipe(run, recipe)
+    weights = [load_model(folder)[0].state_dict() for folder in (whole, killed)]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_only_the_epoch_that_was_kept_is_rewound_to(tmp_path: Path) -> None:
+    dense = dense_run(short("omp"), 0, RunOptions(device="cpu", quiet=True), tmp_path)
+    recipe = short("omp", pretrained=dense)
+    for epoch in (1, 2):
+        given = dataclasses.replace(recipe, rewind_epoch=epoch)
+        with (
+            contextlib.nullcontext() if epoch == 1 else pytest.raises(UserError, match="kept the weights of epoch 1"),
+            Run("bip", given, dataclasses.replace(options(tmp_path), name=f"rewind{epoch}")) as run,
+        ):
+            run_recipe(run, given)
 
 
 @pytest.mark.parametrize("upper", ["train", "heldout"])

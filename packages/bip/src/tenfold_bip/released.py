@@ -6,7 +6,7 @@ One iteration is four forward and three backward passes, and moves the running s
 times.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -132,8 +132,21 @@ def released_accelerate_step(
     return loss.detach(), outputs
 
 
+def hydra_freeze(model: nn.Module, frozen: bool = True) -> None:
+    """Freeze what Hydra never touches, weights and biases; or train them again."""
+    weights = _groups(model)[1]
+    _trainable(weights, not frozen)
+    for weight in weights if frozen else ():
+        weight.grad = None  # one that dense training left would be zeroed, and the weight decayed
+
+
 def hydra_step(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, *, loss_fn: LossFn = cross_entropy
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    loss_fn: LossFn = cross_entropy,
+    backward: Callable[[Tensor], object] = torch.Tensor.backward,
 ) -> tuple[Tensor, Tensor]:
     """One step of Hydra: scores (and batch normalisation) by the straight-through gradient, weights and biases frozen
     and never touched.
@@ -143,17 +156,17 @@ def hydra_step(
         batch: (inputs, targets).
         optimizer: over all parameters; frozen ones have no gradient and are skipped.
         loss_fn: (outputs, targets) -> mean loss.
+        backward: how to differentiate, e.g. an Accelerator's `backward`.
 
     Returns:
         (loss, outputs), detached.
 
     """
-    _, weights = _groups(model)
-    _trainable(weights, False)
+    hydra_freeze(model)
     optimizer.zero_grad(set_to_none=False)
     loss, outputs = _forward(model, batch, loss_fn)
-    loss.backward()
+    backward(loss)
     optimizer.step()
-    _trainable(weights, True)
+    hydra_freeze(model, False)
     set_masks(model)
     return loss.detach(), outputs

@@ -36,11 +36,12 @@ from tenfold_bip.masking import (
     kept_per_layer,
     prune_parametrize,
     reaches_output,
+    set_masks,
     split_parameters,
 )
 from tenfold_bip.models import create_model
 from tenfold_bip.recipe import Phase, Recipe
-from tenfold_bip.released import hydra_step, released_bilevel_step, released_optimizer
+from tenfold_bip.released import hydra_freeze, hydra_step, released_bilevel_step, released_optimizer
 from tenfold_bip.schedules import SCHEDULES
 from tenfold_shared.batches import Stream
 from tenfold_shared.checkpoint import load_weights
@@ -136,6 +137,12 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         RunFailure: the loss is no longer finite; a cut leaves nothing that leads from the input to the output.
 
     """
+    released = recipe.method == "bip" and recipe.bilevel.trainer == "released"
+    if released and (run.world > 1 or run.options.precision != "fp32"):
+        raise UserError(
+            "--bilevel.trainer released runs in one process and in fp32, as released: start it without torchrun and "
+            "--precision"
+        )
     seed_everything(run.options.seed, "init")
     session = Session(run, recipe, load_data(recipe.data, recipe.batch_size, run))
     try:
@@ -179,7 +186,7 @@ def fit(session: Session, model: nn.Module, name: str, phase: Phase, *, dense: b
     optimiser: Any = torch.optim.SGD(model.parameters(), phase.lr, phase.momentum, weight_decay=phase.weight_decay)
     model, optimiser = run.prepare(model, optimiser, channels_last=True)
     if dense and snapshot == 0 and not run.completed(name):
-        run.save_weights("rewind", model)
+        run.save_weights("rewind", model, epoch=snapshot)
     stream = Stream(batches)
     for step in run.steps(name, epochs * len(batches), model=model, optimiser=optimiser):
         epoch, position = divmod(step, len(batches))
@@ -193,7 +200,7 @@ def fit(session: Session, model: nn.Module, name: str, phase: Phase, *, dense: b
         if position + 1 == len(batches):
             run.log(accuracy=accuracy(model, session.data.evaluation, run))
             if dense and epoch + 1 == snapshot:
-                run.save_weights("rewind", model)
+                run.save_weights("rewind", model, epoch=snapshot)
     session.close(model, name, passes=0 if dense else epochs * len(batches))
     return run.unwrap(model)
 
@@ -209,6 +216,8 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
     lower: Any = torch.optim.SGD(weights, settings.alpha, momentum, weight_decay=decay)
     upper: Any = torch.optim.SGD(scores, settings.beta, momentum, weight_decay=decay)
     model, lower, upper = run.prepare(model, lower, upper, channels_last=True)
+    if settings.tie_scores:  # the way to a GPU parts the scores from the weights, which would lose their first step
+        set_masks(model)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
     per_epoch, n = len(data.upper), settings.lower_steps
     for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
@@ -235,7 +244,7 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
 def released_bip(session: Session, model: nn.Module) -> nn.Module:
     """BiP as the released trainer does it: four forward and three backward passes an iteration (section 2.5)."""
     run, data, settings = session.run, session.data, session.recipe.bilevel
-    model = alone(run, model, "the released trainer")
+    model = model.to(run.device)
     lower = released_optimizer(model, settings.alpha, settings.momentum, settings.weight_decay)
     upper = released_optimizer(model, settings.beta, settings.momentum, settings.weight_decay)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
@@ -254,16 +263,19 @@ def released_bip(session: Session, model: nn.Module) -> nn.Module:
 def hydra(session: Session, model: nn.Module) -> nn.Module:
     """Hydra: scores alone, by the straight-through gradient; the weights stay as they were trained."""
     run, phase, batches = session.run, session.recipe.hydra, session.data.lower
-    model = alone(run, scored(session, pretrained(session, model)), "Hydra")
-    optimiser = released_optimizer(model, phase.lr, phase.momentum, phase.weight_decay)
+    model = scored(session, pretrained(session, model))
+    optimiser: Any = released_optimizer(model, phase.lr, phase.momentum, phase.weight_decay)
+    hydra_freeze(model)  # before processes agree on whose gradients they average
+    model, optimiser = run.prepare(model, optimiser, channels_last=True)
     stream = Stream(batches)
     for step in run.steps("prune", phase.epochs * len(batches), model=model, optimiser=optimiser):
         epoch, position = divmod(step, len(batches))
         session.rate(optimiser, phase.schedule, epoch, phase.lr, phase.epochs)
-        loss, _ = hydra_step(model, stream[step], optimiser)
-        run.log(loss=loss)
+        loss, _ = hydra_step(model, stream[step], optimiser, backward=session.backward)
+        run.log(loss=run.reduce(loss, "mean"))
         if position + 1 == len(batches):
             run.log(accuracy=accuracy(model, session.data.evaluation, run))
+    hydra_freeze(run.unwrap(model), False)
     return finish(session, model, passes=phase.epochs * len(batches))
 
 
@@ -288,7 +300,12 @@ def rewound(session: Session, model: nn.Module) -> nn.Module:
         raise UserError(
             f"--pretrained {folder}: {recipe.method} rewinds to an early epoch, which only a run's folder has"
         )
-    state, _ = load_weights(folder / "checkpoints" / "rewind.safetensors")
+    state, about = load_weights(folder / "checkpoints" / "rewind.safetensors")
+    if (epoch := about.get("epoch", recipe.rewind_epoch)) != recipe.rewind_epoch:
+        raise UserError(
+            f"--rewind_epoch {recipe.rewind_epoch}: {folder} has kept the weights of epoch {epoch}; give that epoch, "
+            "or no --pretrained"
+        )
     fresh = create_model(recipe.arch, session.data.classes)
     fresh.load_state_dict(state)
     return fresh
@@ -299,18 +316,10 @@ def scored(
 ) -> nn.Module:
     """The network with scores and masks."""
     recipe = session.recipe
+    seed_everything(session.run.options.seed, "scores")  # a resumed run draws what one that was not killed does
     return prune_parametrize(
         model, recipe.keep, recipe.structure, min_keep=recipe.min_keep, scores_init=init, tie_scores=tie
     )
-
-
-def alone(run: Run, model: nn.Module, what: str) -> nn.Module:
-    """The network on the device, for a trainer that is as it was released: one process, single precision."""
-    if run.world > 1 or run.options.precision != "fp32":
-        raise UserError(
-            f"{what} runs in one process and in fp32, as released: start it without torchrun and --precision"
-        )
-    return model.to(run.device)
 
 
 def finish(session: Session, model: nn.Module, passes: int) -> nn.Module:
