@@ -128,6 +128,10 @@ def test_synflow_reaches_the_ratio_without_losing_a_layer() -> None:
     kept = kept_per_layer(fix_masks(model, masks))
     assert sum(k for k, _ in kept.values()) == keep_count(0.02, 14288)
     assert all(k > 0 for k, _ in kept.values())
+    model = create_model("digits_cnn")
+    spared = kept_per_layer(fix_masks(model, synflow_masks(model, 0.02, (1, 8, 8), iterations=3, min_keep=70)))
+    assert sum(k for k, _ in spared.values()) == keep_count(0.02, 14288)
+    assert all(k >= 70 for k, _ in spared.values())
 
 
 @pytest.mark.parametrize("structure", ["filter", "channel"])

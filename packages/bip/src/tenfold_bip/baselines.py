@@ -132,7 +132,12 @@ def grasp_importance(
 
 
 def synflow_masks(
-    model: nn.Module, keep: float, input_shape: tuple[int, ...], iterations: int = SYNFLOW_ROUNDS
+    model: nn.Module,
+    keep: float,
+    input_shape: tuple[int, ...],
+    iterations: int = SYNFLOW_ROUNDS,
+    *,
+    min_keep: int = 0,
 ) -> dict[str, Tensor]:
     """SynFlow's masks: `iterations` rounds at keep ratios keep^(i / iterations), each ranking |dR/dtheta * theta|.
 
@@ -144,6 +149,7 @@ def synflow_masks(
         keep: fraction that remains, in (0, 1].
         input_shape: of one sample, without the batch dimension.
         iterations: rounds.
+        min_keep: entries every layer keeps at least.
 
     """
     check_keep(keep)
@@ -157,5 +163,5 @@ def synflow_masks(
         flow = functional_call(model, parameters | z, (ones,)).sum()
         gradients = torch.autograd.grad(flow, list(z.values()), allow_unused=True, materialize_grads=True)
         importances = {name: (g * z[name]).detach() for name, g in zip(z, gradients, strict=True)}
-        masks = importance_masks(importances, keep ** (i / iterations))
+        masks = importance_masks(importances, keep ** (i / iterations), min_keep=min_keep)
     return masks
