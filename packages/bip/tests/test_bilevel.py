@@ -251,6 +251,17 @@ def test_refusals() -> None:
         add_implicit_term_(model, 1.0)
 
 
+def test_a_layer_that_is_not_called_keeps_its_scores() -> None:
+    model = net()
+    model[0].spare = nn.Linear(6, 6).double()
+    score_optimizer = optimizers(prune_parametrize(model, 0.5))[1]
+    layers = {layer.name: layer.masking.scores for layer in masked_layers(model)}
+    before = {name: scores.detach().clone() for name, scores in layers.items()}
+    m_step(model, batch(0), score_optimizer)
+    unchanged = [name for name, scores in layers.items() if torch.equal(scores, before[name])]
+    assert unchanged == ["0.spare.weight"]
+
+
 def test_it_learns() -> None:
     """A planted sparse linear teacher: BiP at 20 % must classify far above chance (1/3)."""
     torch.manual_seed(0)

@@ -46,13 +46,19 @@ def add_implicit_term_(model: nn.Module, gamma: float) -> None:
 
     After a backward pass theta.grad = m * g and s.grad = sign(s) * theta * g, and since m is binary m * g * g = (m *
     g)^2: the implicit term of (IG) needs nothing else.
+    A layer that the forward pass left out has no gradient, and its scores stay.
     Both gradients are averaged over processes by then, so data-parallel training applies the term to the gradient of
     the whole batch, as one process would.
     """
-    for layer in masked_layers(model):
+    layers = masked_layers(model)
+    given = [layer.masking.scores is not None and layer.masking.scores.grad is not None for layer in layers]
+    if not any(given):
+        raise ValueError("The model lacks the gradients of its weights and scores; run a backward pass first.")
+    for layer in (layer for layer, has_gradient in zip(layers, given, strict=True) if has_gradient):
         scores = layer.masking.scores
-        if scores is None or scores.grad is None or layer.theta.grad is None:
-            raise ValueError(f"{layer.name} lacks the gradients of its weight and scores; run a backward pass first.")
+        assert scores is not None, "only scores have gradients"
+        if layer.theta.grad is None:
+            raise ValueError(f"{layer.name} lacks the gradient of its weight, which the implicit term is made of.")
         scores.grad.addcmul_(scores.sign(), layer.theta.grad.square(), value=-1.0 / gamma)
 
 
