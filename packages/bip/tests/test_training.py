@@ -140,6 +140,7 @@ def test_arms_start_from_the_dense_network_of_their_own_recipe(tmp_path: Path) -
     others = {
         "dense.lr": dataclasses.replace(recipe, dense=Phase(epochs=2, lr=0.02)),
         "batch_size": dataclasses.replace(recipe, batch_size=50),
+        "data.upper": dataclasses.replace(recipe, data=DataConfig(upper="heldout")),
         "data.validation": dataclasses.replace(recipe, data=DataConfig(validation=0.5)),
         "rewind_epoch": dataclasses.replace(recipe, rewind_epoch=0),
     }

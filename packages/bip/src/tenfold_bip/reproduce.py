@@ -102,7 +102,7 @@ def _dense_part(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what only pruning reads, so that every arm's dense training is the same."""
     kept = {"arch", "batch_size", "data", "dense", "rewind_epoch"}
     defaults = {f.name: getattr(Recipe(), f.name) for f in dataclasses.fields(Recipe) if f.name not in kept}
-    return {**defaults, "method": "dense", "data": dataclasses.replace(recipe.data, upper="train")}
+    return {**defaults, "method": "dense"}
 
 
 # -- choosing values ------------------------------------------------------------------------------------------------------
