@@ -60,6 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(to_official(model, arch="resnet20s"), folder / f"{name}.pth.tar")
     model = prune_parametrize(create_model("digits_cnn"), 0.5, "filter", scores_init="random")
     torch.save(to_official(model, arch="digits_cnn"), folder / "digits.pth.tar")
+    torch.save(create_model("digits_cnn").state_dict(), folder / "dense.pt")
     return folder
 
 
@@ -85,8 +86,11 @@ def test_compare_masks(command: Command, runs: Path, tmp_path: Path) -> None:
     overlap = re.search(r"IoU (0\.\d+)  by chance (0\.\d+)", out)
     assert overlap
     assert 0.2 < float(overlap[1]) < 0.9
+    assert re.search(r"^  3\.weight  IoU [01]\.\d+$", out, re.MULTILINE)
     refused(command("compare-masks", first), "two or more")
-    refused(command("compare-masks", first, runs / "scored.pth.tar"), "different layers")
+    refused(command("compare-masks", first, first), "two or more different")
+    refused(command("compare-masks", first, runs / "scored.pth.tar"), r"scored\.pth\.tar has scores .*: give --keep")
+    refused(command("compare-masks", first, runs / "scored.pth.tar", "--keep", 0.5), "different layers")
     torch.save(create_model("digits_cnn", 20).state_dict(), tmp_path / "twenty.pt")
     refused(command("compare-masks", first, tmp_path / "twenty.pt"), r"\(10, 32\) and \(20, 32\)")
 
@@ -154,6 +158,8 @@ def test_shrink_names_what_it_cannot_follow(
         (["--checkpoint", "{}/scored.pth.tar", "--keep", "1.5"], "--keep"),
         (["--checkpoint", "{}/scored.pth.tar", "--keep", "0.00001"], "would be empty"),
         (["--checkpoint", "{}/bip/weights", "--arch", "nonsense"], "nonsense"),
+        (["--checkpoint", "{}/bip/weights", "--keep", "0.1"], "--keep and --structure are of an authors' checkpoint"),
+        (["--checkpoint", "{}/dense.pt", "--keep", "0.1"], r"dense\.pt has no scores"),
         (["--checkpoint", "{}/scored.pth.tar", "--keep", "0.5"], "3 channels and digits has 1"),
         (["--checkpoint", "{}/filter.pth.tar", "--keep", "0.5"], "'filter' or 'channel'"),
         (["--checkpoint", "{}/bip/weights", "--batch_size", "0"], "--batch_size"),
@@ -228,11 +234,26 @@ def test_a_network_that_a_cut_takes_apart_is_named(method: str, command: Command
     assert code == 0, err
 
 
-def pretrained_with_a_weak_layer(folder: Path, arch: str, layer: str) -> Path:
+def test_eval_counts_a_layer_that_kept_all_its_weights(command: Command, tmp_path: Path) -> None:
+    """It is part of the keep ratio, as in the run; the ratio over all parameters has batch norms and biases in it."""
+    dense = pretrained_with_a_weak_layer(tmp_path, "digits_cnn", "6.weight", 1e6)
+    train = ["train", "--config", "digits-cnn", "--method", "omp", "--keep", 0.7, "--pretrained", dense]
+    given = ["--sparse.epochs", 1, "--output", tmp_path, "--name", "x", "--device", "cpu", "--quiet", "true"]
+    code, out, err = command(*train, *given)
+    assert code == 0, err
+    assert "70.00 % of the weights kept" in out
+    _, out, err = command("eval", "--checkpoint", tmp_path / "bip" / "x", "--device", "cpu")
+    found = json.loads(out.splitlines()[-1])
+    assert found["kept_per_layer"]["6.weight"] == [9216, 9216]
+    assert found["keep"] == pytest.approx(0.7, abs=1e-3)
+    assert found["keep_of_all_parameters"] == pytest.approx(1 - 0.3 * 14288 / 14458, abs=1e-3)
+
+
+def pretrained_with_a_weak_layer(folder: Path, arch: str, layer: str, scale: float = 1e-6) -> Path:
     """A dense run's folder, as far as pruning reads it."""
     torch.manual_seed(0)
     state = create_model(arch).state_dict()
-    state[layer] *= 1e-6
+    state[layer] *= scale
     for name in ("last", "rewind"):
         save_weights(folder / "dense" / "checkpoints" / f"{name}.safetensors", state, {"arch": arch, "classes": 10})
     return folder / "dense"

@@ -289,6 +289,8 @@ def test_overlap() -> None:
     assert expected_iou(1.0) == 1.0
     masks = [{"w": top_mask(torch.rand(200_000), 60_000)} for _ in range(2)]
     assert mask_iou(*masks) == pytest.approx(expected_iou(0.3), abs=0.01)
+    few = {"w": top_mask(torch.rand(200_000), 4_000)}
+    assert mask_iou(masks[0], few) == pytest.approx(expected_iou(0.3, 0.02), abs=0.002)
     with pytest.raises(ValueError, match="different layers"):
         mask_iou(a, {"v": b["w"]})
 

@@ -1,6 +1,7 @@
 """What a network is worth and what it costs: accuracy, sparsity, operations (section 9); masks against masks; shrinking."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Literal
@@ -94,16 +95,21 @@ def load_model(checkpoint: Path, arch: str = "", keep: float = 0.0, structure: s
 def _load_model(checkpoint: Path, arch: str, keep: float, structure: str) -> tuple[nn.Module, dict]:
     path = weights_file(checkpoint)
     if path.suffix == ".safetensors":
+        if keep or structure:
+            raise UserError(f"--keep and --structure are of an authors' checkpoint; {path} holds the weights it kept")
         state, metadata = load_weights(path)
         arch = arch or metadata.get("arch") or recognise_architecture(state)
         model = create_model(arch, metadata.get("classes") or class_count(state))
         load_official_state(model, state, arch)
         masks = {name: getattr(module, attribute) != 0 for name, module, attribute in prunable_weights(model)}
-        pruned = {name: mask for name, mask in masks.items() if not bool(mask.all())}
+        masked = metadata.pop("masked", None)  # files of others do not say which layers count, so those that are cut do
+        pruned = {n: mask for n, mask in masks.items() if (n in masked if masked is not None else not bool(mask.all()))}
         return fix_masks(model, pruned) if pruned else model, {**metadata, "arch": arch}
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a run's folder, a .safetensors or a .pth.tar file")
     model = load_official_checkpoint(path, arch or None, keep=keep or 1.0, structure=structure or None)
+    if (keep or structure) and not has_masks(model):
+        raise UserError(f"--keep and --structure: {path} has no scores to make a mask of")
     return model, {"arch": arch or "recognised by its keys"}
 
 
@@ -141,39 +147,53 @@ def _check_channels(model: nn.Module, channels: int, name: str, advice: str) -> 
 
 
 def costs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, object]:
-    """Keep ratio over the prunable weights, kept weights by layer, operations of the dense and the sparse network."""
+    """Keep ratio over the prunable weights and over all parameters, kept weights by layer, operations of the dense and the
+    sparse network.
+    """
     device = next(model.parameters()).device
     operations = flops(model, torch.zeros(1, *shape, device=device))
     kept = kept_per_layer(model) if has_masks(model) else {}
     return {
         "keep": keep_ratio(model) if kept else 1.0,
+        "keep_of_all_parameters": keep_ratio(model, "all") if kept else 1.0,
         "flops_dense": operations.dense,
         "flops_sparse": operations.sparse,
         "kept_per_layer": {name: list(count) for name, count in kept.items()},
     }
 
 
-def compare_masks(*checkpoints: str) -> None:
-    """Print the overlap (intersection over union) of the masks of every two checkpoints, and what chance would give."""
-    if len(checkpoints) < 2:
-        raise UserError("compare-masks takes two or more run folders or .safetensors files")
-    masks = {}
-    for name in checkpoints:
-        model, _ = load_model(Path(name))
-        masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
-    names = list(masks)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            keeps = [
-                sum(int(m.sum()) for m in masks[n].values()) / sum(m.numel() for m in masks[n].values())
-                for n in (first, second)
-            ]
-            chance = expected_iou(sum(keeps) / 2)
-            try:
-                overlap = mask_iou(masks[first], masks[second])
-            except ValueError as error:
-                raise UserError(f"{first} and {second}: {error}") from error
-            print(f"{first}  {second}  IoU {overlap:.4f}  by chance {chance:.4f}")
+def compare_masks(
+    *checkpoints: str, keep: float = 0.0, structure: Literal["", "global", "filter", "channel"] = ""
+) -> None:
+    """Print the overlap (intersection over union) of the masks of every two checkpoints, what chance would give, and the
+    overlap layer by layer.
+
+    ``keep`` and ``structure`` are those of the authors' checkpoints among them, as in ``eval``.
+    """
+    if len(set(checkpoints)) < 2 or len(set(checkpoints)) < len(checkpoints):
+        raise UserError("compare-masks takes two or more different run folders, .safetensors or .pth.tar files")
+    masks = {name: _masks(Path(name), keep, structure) for name in checkpoints}
+    for first, second in itertools.combinations(checkpoints, 2):
+        keeps = [
+            sum(int(m.sum()) for m in masks[n].values()) / sum(m.numel() for m in masks[n].values())
+            for n in (first, second)
+        ]
+        try:
+            overlap = mask_iou(masks[first], masks[second])
+        except ValueError as error:
+            raise UserError(f"{first} and {second}: {error}") from error
+        print(f"{first}  {second}  IoU {overlap:.4f}  by chance {expected_iou(*keeps):.4f}")
+        for layer in masks[first]:
+            print(f"  {layer}  IoU {mask_iou(*({layer: masks[n][layer]} for n in (first, second))):.4f}")
+
+
+def _masks(checkpoint: Path, keep: float, structure: str) -> dict[str, Tensor]:
+    EvalConfig(checkpoint, keep=keep)
+    official = weights_file(checkpoint).suffix != ".safetensors"
+    model, _ = load_model(checkpoint, keep=keep if official else 0.0, structure=structure if official else "")
+    if official and has_masks(model) and not keep:
+        raise UserError(f"{checkpoint} has scores and does not hold its keep ratio: give --keep")
+    return {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
 
 
 SHAPES: dict[DataName, tuple[int, int, int]] = {

@@ -392,9 +392,12 @@ def mask_iou(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return both / either if either else 1.0
 
 
-def expected_iou(keep: float) -> float:
-    """Expected overlap of two independent random masks of the same keep ratio k: k / (2 - k) for many weights."""
-    return keep / (2.0 - keep)
+def expected_iou(keep: float, other: float | None = None) -> float:
+    """Expected overlap of two independent random masks, for many weights: k / (2 - k) where both keep k, in general k l
+    / (k + l - k l).
+    """
+    other = keep if other is None else other
+    return keep * other / (keep + other - keep * other)
 
 
 def pack_mask(mask: UInt8[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:

@@ -170,7 +170,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     )
     plain = bake_masks(copy.deepcopy(model)) if has_masks(model) else model
     about = {"method": recipe.method, "arch": recipe.arch, "classes": session.data.classes, "accuracy": result.accuracy}
-    run.save_weights("last", plain, **about, shape=session.data.shape)
+    masked = list(kept_per_layer(model)) if has_masks(model) else []
+    run.save_weights("last", plain, **about, shape=session.data.shape, masked=masked)
     return model, result
 
 
@@ -389,7 +390,7 @@ def at_initialisation(session: Session, model: nn.Module) -> nn.Module:
     if recipe.method == "synflow":
         if recipe.structure != "global":
             raise UserError(f"--structure {recipe.structure}: synflow ranks all weights together, use global")
-        masks = synflow_masks(model, recipe.keep, data.shape)
+        masks = synflow_masks(model, recipe.keep, data.shape, min_keep=recipe.min_keep)
         session.ledger.count(1, SYNFLOW_ROUNDS)
         return sparse_fit(session, model, masks)
     if recipe.method == "random":
