@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
 
 
 def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) -> list[ReportFigure]:
-    """Accuracy against sparsity, accuracy against gradient evaluations, and the overlap of the masks.
+    """Accuracy against sparsity of every network, accuracy against gradient evaluations, and the overlap of the masks.
 
     The last two show the sparsest claim that compares most methods.
     """
@@ -135,19 +136,20 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
     if not accurate:
         return []
     sparsest = max(accurate, key=lambda outcome: (len(outcome.arms), -_keep(outcome)))
-    where = f"{claims[0].model} on {claims[0].data}"
+    where = {claim.id: f"{claim.model} on {claim.data}" for claim in claims}
     drawn = []
     with figure_style():
-        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-        _accuracy_against_sparsity(axes, accurate)
-        drawn.append(
-            ReportFigure(
-                figure,
-                title="Accuracy against sparsity",
-                caption=f"{where}: mean over the seeds, bars span one standard deviation; dotted, the dense network.",
-                alt="Test accuracy of every method at every sparsity",
+        for network in dict.fromkeys(where[outcome.claim] for outcome in accurate):
+            figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+            _accuracy_against_sparsity(axes, [outcome for outcome in accurate if where[outcome.claim] == network])
+            drawn.append(
+                ReportFigure(
+                    figure,
+                    title="Accuracy against sparsity",
+                    caption=f"{network}: mean over the seeds, bars span one standard deviation; dotted, the dense network.",
+                    alt=f"Test accuracy of every method at every sparsity, {network}",
+                )
             )
-        )
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
         _accuracy_against_cost(axes, sparsest)
         drawn.append(
@@ -226,18 +228,25 @@ def _accuracy_against_cost(axes: "Axes", outcome: Outcome) -> None:
 
 def _overlaps(outcome: Outcome, folder: Path) -> tuple[list[str], list[list[float]]] | None:
     """Arms, and the mean overlap between every two of them over the seeds."""
-    runs = {arm: [extras["run"] for _, extras in _points(outcome, arm) if "run" in extras] for arm in outcome.arms}
+    runs = {
+        arm: {
+            seed: extras["run"]
+            for seed, value, extras in zip(outcome.seeds, result.values, result.extras, strict=True)
+            if value is not None and "run" in extras
+        }
+        for arm, result in outcome.arms.items()
+    }
     arms = [arm for arm, names in runs.items() if names]
     if len(arms) < 2:
         return None
     masks = {}
-    for name in itertools.chain.from_iterable(runs.values()):
+    for name in itertools.chain.from_iterable(names.values() for names in runs.values()):
         model, _ = load_model(folder / "runs" / name)
         masks[name] = {n: getattr(module, attribute) != 0 for n, module, attribute in prunable_weights(model)}
 
     def overlap(first: str, second: str) -> float:
-        pairs = [mask_iou(masks[a], masks[b]) for a, b in zip(runs[first], runs[second], strict=False)]
-        return sum(pairs) / len(pairs)
+        pairs = [mask_iou(masks[name], masks[runs[second][s]]) for s, name in runs[first].items() if s in runs[second]]
+        return sum(pairs) / len(pairs) if pairs else math.nan
 
     return arms, [[overlap(first, second) for second in arms] for first in arms]
 

@@ -1,0 +1,38 @@
+"""What a reproduction draws, and what its arms are."""
+
+from pathlib import Path
+
+import pytest
+
+from tenfold_bip.recipe import Recipe
+from tenfold_bip.reproduce import figures
+from tenfold_shared.claims import Measurement, load_claims, summarise
+from tenfold_shared.cli import load_recipe
+
+
+def test_every_network_has_its_own_curves(tmp_path: Path) -> None:
+    """Claims of two networks at the same sparsity, and a failed seed of one arm."""
+    accuracies = {"resnet20s": 80.0, "resnet18": 90.0}
+    claims = load_claims("tenfold_bip").select(["jpeg-resnet20s-keep-26", "jpeg-resnet18-keep-26"], None)
+    outcomes = []
+    for claim in claims:
+        extras = {"keep": 0.262, "passes": 10, "history": []}
+        good = Measurement(accuracies[claim.model], extras=extras)
+        results = {arm: [Measurement(None, error="NaN") if arm == "imp" else good, good] for arm in claim.arms}
+        outcomes.append(summarise(claim, results, [0, 1], environment={}))
+    drawn = figures(claims, outcomes, tmp_path)
+    curves = {f.caption.partition(" on ")[0]: f.figure.axes[0] for f in drawn if f.title == "Accuracy against sparsity"}
+    assert list(curves) == list(accuracies)
+    for network, axes in curves.items():
+        heights = {float(y) for line in axes.get_lines() for y in line.get_ydata()}
+        assert accuracies[network] in heights
+        assert not heights & (set(accuracies.values()) - {accuracies[network]})
+
+
+@pytest.mark.parametrize("claim", load_claims("tenfold_bip").claims, ids=lambda claim: claim.id)
+def test_arms_are_what_they_are_called(claim) -> None:
+    """An arm's method is the one it is named after, and Hydra is fine-tuned, as in the paper."""
+    for arm in claim.arms.values():
+        recipe = load_recipe("tenfold_bip", str(arm.recipe), Recipe, **arm.options)
+        assert recipe.method == {"no-implicit-term": "bip"}.get(arm.name, arm.name)
+        assert recipe.method != "hydra" or recipe.finetune.epochs >= recipe.hydra.epochs
