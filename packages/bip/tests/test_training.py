@@ -196,6 +196,26 @@ def test_hydra_trains_in_bf16_and_the_released_trainer_says_at_once_that_it_does
     assert not (tmp_path / "bip" / "y").exists()
 
 
+def test_statistics_are_gathered_under_the_final_mask(tmp_path: Path) -> None:
+    """The weights stay; a resumed run ends with the same statistics. Scores may decay otherwise than weights."""
+    recipe = short("bip", bilevel=Bilevel(epochs=2, score_decay=0.1), recalibrate=4)
+    for resume in (False, True):
+        with Run("bip", recipe, options(tmp_path, resume=resume)) as run:
+            model, result = run_recipe(run, recipe)
+        folder = tmp_path / "bip" / "x" / "checkpoints"
+        before, after = (load_weights(folder / f"{name}.safetensors")[0] for name in ("prune", "recalibrate"))
+        assert torch.equal(before["3.parametrizations.weight.original"], after["3.parametrizations.weight.original"])
+        assert not torch.equal(before["4.running_mean"], after["4.running_mean"])
+        assert torch.equal(model.state_dict()["4.running_mean"], after["4.running_mean"])
+        assert [entry["phase"] for entry in result.history] == ["dense", "prune", "recalibrate"]
+    plain = short("bip", bilevel=Bilevel(epochs=2))
+    with Run("bip", plain, dataclasses.replace(options(tmp_path), name="y")) as run:
+        run_recipe(run, plain)
+    scores = "3.parametrizations.weight.0.scores"
+    other = load_weights(tmp_path / "bip" / "y" / "checkpoints" / "prune.safetensors")[0]
+    assert before[scores].norm() < 0.99 * other[scores].norm()
+
+
 def test_random_scores_are_drawn_alike_after_a_resume(tmp_path: Path) -> None:
     """A run that was killed right after its dense training draws the scores of one that was not."""
     recipe = short("bip", bilevel=Bilevel(epochs=2, scores_init="random"))

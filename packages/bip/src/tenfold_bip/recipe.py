@@ -62,6 +62,8 @@ class Bilevel:
     """Momentum of both levels."""
     weight_decay: float = 1e-4
     """Weight decay of both levels."""
+    score_decay: float | None = None
+    """Weight decay of the scores, where it is to be another."""
 
 
 @dataclasses.dataclass
@@ -98,6 +100,8 @@ class Recipe:
     """Hydra's training of the scores."""
     bilevel: Bilevel = dataclasses.field(default_factory=Bilevel)
     """BiP."""
+    recalibrate: int = 0
+    """Batches on which the statistics of batch normalisation are gathered anew under the final mask of BiP or Hydra."""
     finetune: Phase = dataclasses.field(default_factory=lambda: Phase(epochs=0, lr=0.01))
     """Training under the final mask after BiP or Hydra; no epochs: none."""
 
@@ -141,6 +145,8 @@ class Recipe:
             "bilevel.alpha": self.bilevel.alpha,
             "bilevel.beta": self.bilevel.beta,
             "bilevel.lr2": self.bilevel.lr2,
+            "bilevel.score_decay": self.bilevel.score_decay or 0.0,
+            "recalibrate": self.recalibrate,
             **{f"{name}.lr": phase.lr for name, phase in phases.items()},
             **{f"{name}.weight_decay": loop.weight_decay for name, loop in loops.items()},
         }

@@ -1,7 +1,7 @@
 """Training: dense, BiP (section 2.3) and the methods it is compared with (section 8), one explicit loop each way.
 
 A run is a sequence of phases (`Run.steps`): ``dense``, then ``prune`` for BiP and Hydra, ``round-k`` for IMP, ``train``
-for one-shot masks, ``finetune`` where asked for. Every phase's outcome is kept, so a resumed run goes on in the middle
+for one-shot masks, ``recalibrate`` and ``finetune`` where asked for. Every phase's outcome is kept, so a resumed run goes on in the middle
 of any of them.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import update_bn
 
 from tenfold_bip.baselines import (
     SYNFLOW_ROUNDS,
@@ -40,7 +41,7 @@ from tenfold_bip.masking import (
     split_parameters,
 )
 from tenfold_bip.models import create_model
-from tenfold_bip.recipe import Phase, Recipe
+from tenfold_bip.recipe import Bilevel, Phase, Recipe
 from tenfold_bip.released import hydra_freeze, hydra_step, released_bilevel_step, released_optimizer
 from tenfold_bip.schedules import SCHEDULES
 from tenfold_shared.batches import Stream
@@ -215,7 +216,7 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
     weights, scores = split_parameters(model)
     momentum, decay = settings.momentum, settings.weight_decay
     lower: Any = torch.optim.SGD(weights, settings.alpha, momentum, weight_decay=decay)
-    upper: Any = torch.optim.SGD(scores, settings.beta, momentum, weight_decay=decay)
+    upper: Any = torch.optim.SGD(scores, settings.beta, momentum, weight_decay=score_decay(settings))
     model, lower, upper = run.prepare(model, lower, upper, channels_last=True)
     if settings.tie_scores:  # the way to a GPU parts the scores from the weights, which would lose their first step
         set_masks(model)
@@ -247,7 +248,7 @@ def released_bip(session: Session, model: nn.Module) -> nn.Module:
     run, data, settings = session.run, session.data, session.recipe.bilevel
     model = model.to(run.device)
     lower = released_optimizer(model, settings.alpha, settings.momentum, settings.weight_decay)
-    upper = released_optimizer(model, settings.beta, settings.momentum, settings.weight_decay)
+    upper = released_optimizer(model, settings.beta, settings.momentum, score_decay(settings))
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
     per_epoch = len(data.upper)
     for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
@@ -323,11 +324,21 @@ def scored(
     )
 
 
+def score_decay(settings: Bilevel) -> float:
+    """Weight decay of the scores."""
+    return settings.weight_decay if settings.score_decay is None else settings.score_decay
+
+
 def finish(session: Session, model: nn.Module, passes: int) -> nn.Module:
-    """Fix the masks that were found, and fine-tune under them where the recipe says so."""
+    """Fix the masks that were found; gather statistics and fine-tune under them where the recipe says so."""
     session.close(model, "prune", passes)
     model = freeze_masks(session.run.unwrap(model))
     check_cut(session, model)
+    if batches := session.recipe.recalibrate:  # those so far were gathered under masks that changed with every step
+        stream = Stream(session.data.scoring)
+        if not session.run.completed("recalibrate"):
+            update_bn((stream[i][0] for i in range(batches)), model)
+        session.close(model, "recalibrate", 0)
     phase = session.recipe.finetune
     return fit(session, model, "finetune", phase) if phase.epochs else model
 
