@@ -203,7 +203,10 @@ def test_a_network_of_other_classes_is_refused(classes: int, command: Command, t
         (["--bilevel.momentum", "1"], "--bilevel.momentum takes a value in"),
         (["--finetune.epochs", "-1"], "--finetune.epochs takes 0 or more"),
         (["--bilevel.trainer", "released", "--bilevel.lower_steps", "2"], "--bilevel.lower_steps: the released"),
-        (["--bilevel.trainer", "released", "--bilevel.ig", "none"], "--bilevel.ig none: the released .* --bilevel.lr2 0"),
+        (
+            ["--bilevel.trainer", "released", "--bilevel.ig", "none"],
+            "--bilevel.ig none: the released .* --bilevel.lr2 0",
+        ),
         (["--method", "dense", "--pretrained", "x"], "--pretrained: dense starts from the initialisation"),
         (["--method", "snip", "--pretrained", "x"], "--pretrained: snip starts from the initialisation"),
         (["--method", "imp", "--structure", "2:4"], "--structure 2:4: IMP cuts more in every round"),

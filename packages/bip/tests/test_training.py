@@ -189,9 +189,10 @@ def test_hydra_trains_in_bf16_and_the_released_trainer_says_at_once_that_it_does
     assert not torch.equal(pruned["3.parametrizations.weight.0.scores"], pruned[original])
     assert not torch.equal(tuned[original], pruned[original])
     released = short("bip", bilevel=Bilevel(trainer="released", ig="released"))
-    with pytest.raises(UserError, match="trainer released runs in one"), Run(
-        "bip", released, dataclasses.replace(how, name="y")
-    ) as run:
+    with (
+        pytest.raises(UserError, match="trainer released runs in one"),
+        Run("bip", released, dataclasses.replace(how, name="y")) as run,
+    ):
         run_recipe(run, released)
     assert not (tmp_path / "bip" / "y").exists()
 

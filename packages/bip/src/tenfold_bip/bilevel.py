@@ -50,16 +50,17 @@ def add_implicit_term_(model: nn.Module, gamma: float) -> None:
     Both gradients are averaged over processes by then, so data-parallel training applies the term to the gradient of
     the whole batch, as one process would.
     """
-    layers = masked_layers(model)
-    given = [layer.masking.scores is not None and layer.masking.scores.grad is not None for layer in layers]
-    if not any(given):
-        raise ValueError("The model lacks the gradients of its weights and scores; run a backward pass first.")
-    for layer in (layer for layer, has_gradient in zip(layers, given, strict=True) if has_gradient):
+    called = False
+    for layer in masked_layers(model):
         scores = layer.masking.scores
-        assert scores is not None, "only scores have gradients"
+        if scores is None or scores.grad is None:
+            continue
+        called = True
         if layer.theta.grad is None:
             raise ValueError(f"{layer.name} lacks the gradient of its weight, which the implicit term is made of.")
         scores.grad.addcmul_(scores.sign(), layer.theta.grad.square(), value=-1.0 / gamma)
+    if not called:
+        raise ValueError("The model lacks the gradients of its weights and scores; run a backward pass first.")
 
 
 def _pass(

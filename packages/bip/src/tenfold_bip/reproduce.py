@@ -26,6 +26,7 @@ from tenfold_shared.run import Run, RunOptions
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     """Measure claims of the paper; without arguments the miniature on digits."""
     reproduce_claims("bip", claims, request, options, measure, figures)
