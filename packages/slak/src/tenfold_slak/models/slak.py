@@ -223,7 +223,13 @@ class SLaK(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps after the chosen stages, and unless `intermediates_only` the last map too."""
+        """The maps after the chosen stages (`indices`: their numbers, or how many of the last ones; all by default), and
+        unless `intermediates_only` the last map too.
+
+        Raises:
+            ValueError: there is no such stage, or maps in another layout than NCHW are asked for.
+
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"SLaK's feature maps are NCHW; got output_fmt={output_fmt!r}")
         chosen = self._stage_indices(indices)
@@ -251,7 +257,9 @@ class SLaK(nn.Module):
         if indices is None:
             return list(range(count))
         if isinstance(indices, int):
-            return list(range(count - indices, count))
+            indices = range(-indices, 0)
+        if not all(-count <= i < count for i in indices):
+            raise ValueError(f"there are {count} stages, 0 to {count - 1}; got indices {list(indices)}")
         return [i % count for i in indices]
 
     def get_classifier(self) -> nn.Module:
