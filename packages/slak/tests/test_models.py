@@ -111,6 +111,11 @@ def test_counts_by_loops() -> None:
     assert count_macs(merged, 64).stored < expected
 
 
+def test_a_layer_that_is_used_twice_counts_twice() -> None:
+    layer = nn.Conv2d(3, 3, 1, bias=False)
+    assert count_macs(nn.Sequential(layer, layer), 8).stored == 2 * 9 * 64
+
+
 def test_widths_are_truncated() -> None:
     assert create("slak_base", depths=(1, 1, 1, 1)).widths == (166, 332, 665, 1331)
 
