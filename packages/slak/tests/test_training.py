@@ -19,6 +19,8 @@ from tenfold_slak.detect import (
     Coco,
     coco_precision,
     detector,
+    predictions,
+    run_lengths,
     train_detector,
 )
 from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
@@ -443,12 +445,28 @@ def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> 
     data = Coco(tmp_path, "val2017", training=False)
     masks = torch.zeros(1, 1, 72, 72)
     masks[..., 10:51, 10:41] = 1
-    objects = [(index, {**data[index][1], "scores": torch.ones(1), "masks": masks}) for index in range(2)]
+    objects = [(index, {**data[index][1], "scores": torch.ones(1), "masks": run_lengths(masks)}) for index in range(2)]
     scores = coco_precision(objects, data)
     assert scores["box_ap"] == scores["box_ap75"] == pytest.approx(100)
     assert scores["mask_ap50"] == pytest.approx(100)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
     assert coco_precision([(0, nothing), (1, nothing)], data)["box_ap"] == 0
+
+
+@pytest.mark.parametrize("heads", ["cascade", "mask", "box"])
+def test_boxes_are_placed_in_single_precision(heads: str, tmp_path: Path) -> None:
+    """Bfloat16 knows a place near 1000 pixels to 4 only. Masks are kept as run lengths, which take no room."""
+    _generate_coco(tmp_path)
+    recipe = ALL["coco-slak-tiny-12"]
+    settings = dataclasses.replace(recipe.detection, heads=heads, scales=[64], channels=8, samples=8, proposals=8)
+    model = detector(dataclasses.replace(recipe, pretrained=None, detection=settings, arguments=NARROW), 3)
+    model.roi_heads.score_thresh = 0.0
+    with Run("slak", recipe, options(tmp_path / "out", precision="bf16")) as run:
+        (_, found), _ = predictions(run.prepare(model), Coco(tmp_path, "val2017", training=False), run)
+    boxes = found["boxes"][(found["boxes"] > 1) & (found["boxes"] < 71)]
+    assert (boxes != boxes.bfloat16()).any()
+    assert all(set(mask) == {"size", "counts"} for mask in found.get("masks", []))
+    assert ("masks" in found) == (heads != "box")
 
 
 def test_voc_precision_by_hand() -> None:
