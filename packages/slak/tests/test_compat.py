@@ -274,3 +274,5 @@ def test_refused_receptive_fields() -> None:
         contribution_maps(small(), torch.randn(1, 3, 64, 64))
     with pytest.raises(ValueError, match="at least one image"):
         effective_receptive_field(small(), [])
+    with pytest.raises(ValueError, match="square images"):
+        effective_receptive_field(small(), [torch.randn(1, 3, 64, 96)])
