@@ -226,7 +226,7 @@ def test_timm_features_only() -> None:
 
 
 def test_stages_that_there_are_not_are_refused() -> None:
-    """timm's other networks have a stage more; its number taken for another stage's would go unnoticed."""
+    """Other networks of timm's have a stage more; its number taken for another stage's would go unnoticed."""
     arguments = {key: value for key, value in TINY.items() if key != "num_classes"}
     with pytest.raises(ValueError, match="4 stages"):
         timm.create_model("slak_tiny", features_only=True, out_indices=(1, 2, 3, 4), width_factor=1.0, **arguments)

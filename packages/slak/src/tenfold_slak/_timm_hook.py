@@ -29,7 +29,9 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)  # whoever only asks whether timm is there, as Accelerate does, imports nothing
+            sys.meta_path.insert(
+                0, self
+            )  # whoever only asks whether timm is there, as Accelerate does, imports nothing
         if spec is not None and spec.loader is not None:
             self.loader, spec.loader = spec.loader, self
         return spec

@@ -23,7 +23,7 @@ from tenfold_slak.downstream import SLaKBackbone, cascade_mask_rcnn, faster_rcnn
 from tenfold_slak.models.slak import create
 from tenfold_slak.optim import layer_id, parameter_groups
 from tenfold_slak.precision import voc_precision
-from tenfold_slak.segment import load_backbone
+from tenfold_slak.segment import load_backbone, refuse_settings
 
 if TYPE_CHECKING:
     from tenfold_slak.train import Recipe
@@ -74,6 +74,18 @@ class Detection:
     """Regions of an image that the heads judge in evaluation, at most."""
     workers: int = 8
     """Processes that decode images."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before anything is."""
+        refuse_settings(
+            "detection",
+            self,
+            ("epochs", "batch_size", "num_layers", "longest", "channels", "samples", "proposals"),
+            ("lr", "layer_decay"),
+            ("weight_decay", "warmup", "workers"),
+        )
+        if not self.scales or min(self.scales) < 1:
+            raise UserError(f"--detection.scales takes one side or more, each 1 or more, got {self.scales}")
 
 
 def run_detection(run: Run, recipe: "Recipe") -> str:
