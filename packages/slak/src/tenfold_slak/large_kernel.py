@@ -55,7 +55,8 @@ def large_kernel_dwconv(
     """
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        bias = None if bias is None else bias.to(x.dtype)
     if _recording(x):
         backend = "conv2d"  # exported graphs hold the plain operator, for any image size and any runtime
     _check(x, weight)

@@ -141,11 +141,11 @@ class Recipe:
         for name, count in (("optim.steps", optim.steps), ("sparse.update_frequency", sparse.update_frequency)):
             if count < 0:
                 raise UserError(f"--{name} takes 0 or more, got {count}")
-        for name, value in (("optim.lr", optim.lr), ("optim.layer_decay", optim.layer_decay)):
-            if not 0 < value < float("inf"):
-                raise UserError(f"--{name} takes a positive number, got {value}")
+        for name, number in (("optim.lr", optim.lr), ("optim.layer_decay", optim.layer_decay)):
+            if not 0 < number < float("inf"):
+                raise UserError(f"--{name} takes a positive number, got {number}")
         mix = self.mixing
-        for name, value in (
+        for name, number in (
             ("optim.min_lr", optim.min_lr),
             ("optim.weight_decay", optim.weight_decay),
             ("optim.warmup_epochs", optim.warmup_epochs),
@@ -153,8 +153,8 @@ class Recipe:
             ("mixing.mixup", mix.mixup),
             ("mixing.cutmix", mix.cutmix),
         ):
-            if not 0 <= value < float("inf"):
-                raise UserError(f"--{name} takes 0 or more, got {value}")
+            if not 0 <= number < float("inf"):
+                raise UserError(f"--{name} takes 0 or more, got {number}")
         for name, share in (
             ("mixing.prob", mix.prob),
             ("mixing.switch_prob", mix.switch_prob),
@@ -169,7 +169,7 @@ class Recipe:
     def _refuse_what_is_not_read(self) -> None:
         """Refuse options that this task would pass over, and arguments that come from elsewhere."""
         elsewhere = {"drop_path_rate": "--drop_path", "num_classes": "the data"}
-        unread = {"segmentation": Segmentation(), "detection": Detection()}
+        unread: dict[str, Any] = {"segmentation": Segmentation(), "detection": Detection()}
         if self.task == "classify":
             elsewhere["in_chans"] = "the data"
         else:
