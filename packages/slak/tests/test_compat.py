@@ -36,6 +36,7 @@ VARIETY = [
     {"decomposed": False, "kernel_sizes": (7, 7, 7, 7), "small_kernel": 100},
     {"bn": False},
     {"layer_scale_init": 0.0, "in_chans": 1},
+    {"stem_stride": 2},
 ]
 
 
@@ -169,6 +170,25 @@ def test_backbone_takes_classifiers_and_keeps_zeros() -> None:
         backbone.load({k: v for k, v in model.state_dict().items() if not k.startswith("stages.0")})
 
 
+def test_the_backbone_of_a_detector_or_segmenter_is_taken_out_of_it() -> None:
+    source = SLaKBackbone(SLaK(**{**SMALL, "num_classes": 0}))
+    heads = {"neck.a": torch.ones(1), "rpn_head.b": torch.ones(1), "decode_head.c": torch.ones(1)}
+    for prefix in ("backbone.", "module.backbone."):
+        file = {"state_dict": {**{prefix + name: value for name, value in source.state_dict().items()}, **heads}}
+        target = SLaKBackbone(SLaK(**{**SMALL, "num_classes": 0})).load(file)
+        for name, value in source.state_dict().items():
+            assert torch.equal(target.state_dict()[name], value), name
+        network = load_official_checkpoint(file)
+        assert torch.equal(network.stages[0][0].pwconv1.weight, source.stages[0][0].pwconv1.weight)
+
+
+def test_layers_without_released_names_are_not_written() -> None:
+    for network in (merge_large_kernels(SLaK(**SMALL), "two"), SLaK(**SMALL, layer="stack")):
+        for write in (to_official, to_convnext):
+            with pytest.raises(ValueError, match="no names for"):
+                write(network)
+
+
 def test_upernet_learns_and_slides() -> None:
     net = UPerNet(SLaKBackbone(SLaK(**SMALL)), 4, channels=16, auxiliary_channels=8)
     x, labels = torch.randn(2, 3, 64, 96), torch.randint(4, (2, 64, 96))
@@ -254,3 +274,5 @@ def test_refused_receptive_fields() -> None:
         contribution_maps(small(), torch.randn(1, 3, 64, 64))
     with pytest.raises(ValueError, match="at least one image"):
         effective_receptive_field(small(), [])
+    with pytest.raises(ValueError, match="square images"):
+        effective_receptive_field(small(), [torch.randn(1, 3, 64, 96)])

@@ -1,11 +1,16 @@
-"""Segmentation and detection: metrics, schedules and transforms by hand."""
+"""Segmentation and detection: metrics, schedules and transforms by hand; the figures of a report."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tenfold_shared.claims import ArmResult, Outcome, load_claims
 from tenfold_shared.cli import load_recipe
 from tenfold_slak.detect import augmented, cropped, flipped, resized
+from tenfold_slak.precision import voc_precision
+from tenfold_slak.reproduce import figures
 from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, training_transform
 from tenfold_slak.train import Recipe
 
@@ -51,3 +56,41 @@ def test_boxes_follow_their_objects() -> None:
     assert len(cropped(image, target, 25, 30, 10, 10)[1]["boxes"]) == 0
     for _ in range(6):
         assert len(augmented(image, target)[1]["boxes"]) == 1
+
+
+def test_voc_precision_by_hand() -> None:
+    """Two objects; right, a repetition, wrong, right: precisions 1 and 1/2 at recalls 1/2 and 1."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    truth = [{"boxes": boxes, "labels": torch.tensor([1, 1]), "difficult": torch.tensor([False, False])}]
+    found = [
+        {
+            "boxes": torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 60], [20, 20, 30, 31]]),
+            "labels": torch.ones(4, dtype=torch.long),
+            "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
+        }
+    ]
+    assert voc_precision(found, truth, 3) == pytest.approx(0.5 * 1 + 0.5 * 0.5)
+    assert voc_precision(found, truth, 3, eleven_points=True) == pytest.approx((6 * 1 + 5 * 0.5) / 11)
+    difficult = [{**truth[0], "difficult": torch.tensor([False, True])}]
+    assert voc_precision(found, difficult, 3) == pytest.approx(1.0)
+
+
+def test_arms_of_one_name_in_two_claims_are_drawn_apart(tmp_path: Path) -> None:
+    """SLaK-T's `slak` is not SLaK-B's; the miniature's claims share theirs."""
+    names = ("in1k-slak-t", "in1k-slak-b", "mini-decomposed", "mini-depth")
+    every = {claim.id: claim for claim in load_claims("tenfold_slak").claims}
+    outcomes = []
+    for value, name in enumerate(names):
+        empty = {"paper": None, "low": None, "high": None, "seconds": (1.0,), "peak_memory_bytes": (1,)}
+        arms = {
+            arm: ArmResult(
+                arm, values=(50.0 + value,), n=1, mean=50.0 + value, std=None, extras=({},), errors=(None,), **empty
+            )
+            for arm in every[name].arms
+        }
+        method = every[name].method
+        outcomes.append(Outcome("slak", name, "mini", method, (0,), arms, (), "inconclusive", "", "", None, ""))
+    drawn = figures([every[name] for name in names], outcomes, tmp_path)
+    heights = [[bar.get_height() for bar in figure.figure.axes[0].patches] for figure in drawn]
+    assert [len(bars) for bars in heights] == [4, 2, 2]
+    assert heights[1:] == [[50.0, 50.0], [51.0, 51.0]]

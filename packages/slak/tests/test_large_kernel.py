@@ -181,6 +181,26 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["direct", "toeplitz", "fft"])
+def test_gradients_do_not_depend_on_where_backward_is_called(backend: str) -> None:
+    """Under autocast too the weight gradient is summed in float32; float64 stays as it is, as in `conv2d`."""
+    x, weight = torch.randn(6, 3, 9, 9), torch.randn(3, 1, 7, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = large_kernel_dwconv(x, weight, backend)
+        (inside,) = torch.autograd.grad(y, weight, torch.ones_like(y), retain_graph=True)
+        assert large_kernel_dwconv(x.double(), weight.double(), backend).dtype == torch.float64
+    (outside,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize("backend", ["conv2d", "direct", "toeplitz", "fft"])
+def test_no_image_gives_no_gradient(backend: str) -> None:
+    weight = torch.randn(3, 1, 7, 5, requires_grad=True)
+    large_kernel_dwconv(torch.zeros(0, 3, 9, 9), weight, backend).sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
 def test_auto_follows_a_rule_then_the_tuner() -> None:
     x, weight = torch.randn(1, 2, 8, 8), torch.randn(2, 1, 7, 3)
     assert _rule(x, weight) == "direct"

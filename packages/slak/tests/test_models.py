@@ -111,6 +111,11 @@ def test_counts_by_loops() -> None:
     assert count_macs(merged, 64).stored < expected
 
 
+def test_a_layer_that_is_used_twice_counts_twice() -> None:
+    layer = nn.Conv2d(3, 3, 1, bias=False)
+    assert count_macs(nn.Sequential(layer, layer), 8).stored == 2 * 9 * 64
+
+
 def test_widths_are_truncated() -> None:
     assert create("slak_base", depths=(1, 1, 1, 1)).widths == (166, 332, 665, 1331)
 
@@ -220,6 +225,19 @@ def test_timm_features_only() -> None:
     assert sum(p.numel() for p in early.parameters()) < sum(p.numel() for p in model.parameters()) / 2
 
 
+def test_stages_that_there_are_not_are_refused() -> None:
+    """Other networks of timm's have a stage more; its number taken for another stage's would go unnoticed."""
+    arguments = {key: value for key, value in TINY.items() if key != "num_classes"}
+    with pytest.raises(ValueError, match="4 stages"):
+        timm.create_model("slak_tiny", features_only=True, out_indices=(1, 2, 3, 4), width_factor=1.0, **arguments)
+    model, x = tiny(), torch.zeros(1, 3, 64, 64)
+    assert [m.shape[-1] for m in model.forward_intermediates(x, 2, intermediates_only=True)] == [4, 2]
+    assert [m.shape[-1] for m in model.forward_intermediates(x, [-4, -1], intermediates_only=True)] == [16, 2]
+    for wrong in (5, [-5], [0, 7]):
+        with pytest.raises(ValueError, match="4 stages"):
+            model.forward_intermediates(x, wrong)
+
+
 def test_timm_classifier_conventions() -> None:
     model = tiny().eval()
     x = torch.randn(1, 3, 64, 64)
@@ -244,8 +262,9 @@ def test_grad_checkpointing_changes_nothing() -> None:
 
 def test_import_is_light_and_registers_later() -> None:
     code = """
-        import sys, tenfold_slak
+        import importlib.util, sys, tenfold_slak
         assert "torch" not in sys.modules and "timm" not in sys.modules
+        assert importlib.util.find_spec("timm") and "timm" not in sys.modules  # to ask is not to import
         import timm
         assert "slak_tiny" in timm.list_models()
         from tenfold_slak import SLaK, large_kernel_dwconv

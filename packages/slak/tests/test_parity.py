@@ -67,6 +67,7 @@ def check_gradients(fixture: Fixture, module: torch.nn.Module, x: torch.Tensor |
 def network(cfg: dict) -> SLaK:
     *kernels, small = cfg["kernel_size"]
     return SLaK(
+        in_chans=cfg.get("in_chans", 3),
         num_classes=cfg["num_classes"],
         depths=cfg["depths"],
         dims=cfg["dims"],

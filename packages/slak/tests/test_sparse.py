@@ -26,7 +26,7 @@ from tenfold_slak.masks import (
     without_dense,
 )  # fmt: skip
 from tenfold_slak.models.slak import SLaK
-from tenfold_slak.optim import cosine_schedule, parameter_groups, stage_id
+from tenfold_slak.optim import cosine_schedule, layer_id, parameter_groups, stage_id
 from tenfold_slak.sparse import CosinePruneRate, DynamicSparseTraining, grow_by_score, grow_random, prune
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -183,6 +183,19 @@ def test_adam_moments_of_inactive_weights_keep_evolving() -> None:
     sparse.step()
     weight, mask = model[4].weight, sparse.masks["4.weight"]
     assert sparse.optimizer.state[weight]["exp_avg"][~mask].any()
+
+
+def test_any_seed_draws() -> None:
+    """A date, or a derived seed of 63 bits, is a seed like any other."""
+    masks = []
+    for seed in (20_261_231_235_959, 2**62 + 1, -3):
+        model = nn.Linear(8, 8)
+        optimizer = torch.optim.AdamW(model.parameters())
+        masks_of = initial_masks(model, 0.5, "uniform")
+        sparse = DynamicSparseTraining(model, masks_of, optimizer, CosinePruneRate(0.5, 9), 1, seed=seed)
+        assert sparse.step()
+        masks.append(sparse.masks["weight"])
+    assert not torch.equal(masks[0], masks[1])
 
 
 def test_regrown_weights_start_at_zero() -> None:
@@ -352,6 +365,20 @@ def test_parameter_groups_hold_each_parameter_once() -> None:
     assert rate[model.stages[2][3].gamma] == 0.5 ** (13 - 4)
     assert all(p.ndim > 1 or group["weight_decay"] == 0 for group in groups for p in group["params"])
     assert len(parameter_groups(model, 1.0)) == 2
+
+
+def test_layer_decay_that_would_do_something_else_is_refused() -> None:
+    """Other names would all be the head's, and layers beyond the last would learn faster than it."""
+    deep = SLaK(depths=(1, 1, 27, 1), dims=(2, 2, 2, 2), kernel_sizes=(5, 5, 5, 5), num_classes=2)
+    with pytest.raises(ValueError, match="num_layers"):
+        parameter_groups(deep, 1.0, 0.0, 0.7, lambda name: layer_id(name, 6), 7)
+    assert max(group["lr_scale"] for group in parameter_groups(deep, 1.0, layer_decay=0.7)) == 1.0
+    with pytest.raises(ValueError, match="called as in SLaK"):
+        parameter_groups(nn.Sequential(nn.Linear(2, 2)), 1.0, layer_decay=0.7)
+    with pytest.raises(ValueError, match="above 0"):
+        parameter_groups(deep, 1.0, layer_decay=-0.5)
+    five = SLaK(depths=[1] * 5, dims=[2] * 5, kernel_sizes=[5] * 5, num_classes=2)
+    assert len({group["lr_scale"] for group in parameter_groups(five, 1.0, layer_decay=0.7)}) == 6
 
 
 def test_stage_ids() -> None:

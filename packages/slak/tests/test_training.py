@@ -17,14 +17,16 @@ from tenfold_shared.run import Run, RunOptions
 from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_data, transforms
 from tenfold_slak.detect import (
     Coco,
+    Detection,
     coco_precision,
     detector,
+    predictions,
+    run_lengths,
     train_detector,
 )
-from tenfold_slak.evaluate import EvalConfig, erf, evaluate, export, load_model, profile
+from tenfold_slak.evaluate import EvalConfig, EvalData, data_of, erf, evaluate, export, load_model, profile
 from tenfold_slak.models import create_network
-from tenfold_slak.precision import voc_precision
-from tenfold_slak.segment import segmenter, train_segmenter
+from tenfold_slak.segment import Segmentation, segmenter, train_segmenter
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
 
 ALL = {name: load_recipe("tenfold_slak", name, Recipe) for name in recipes("tenfold_slak")}
@@ -317,11 +319,20 @@ def test_a_checkpoint_is_drawn_exported_and_evaluated_merged(tmp_path: Path, cap
     capsys.readouterr()
     answers = []
     for merge in (False, True):
-        evaluate(EvalConfig(run, DataConfig(name="digits"), merge=merge), options(tmp_path))
+        evaluate(EvalConfig(run, merge=merge), options(tmp_path))  # on digits, as it was trained
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0]["top1"] == pytest.approx(answers[1]["top1"], abs=1)  # a near tie may fall to the other side
+    assert answers[0]["data"] == "digits"
     with pytest.raises(UserError, match="channels"):
-        evaluate(EvalConfig(run, DataConfig(name="pictures", size=64)), options(tmp_path))
+        evaluate(EvalConfig(run, EvalData(name="pictures", size=64)), options(tmp_path))
+    with pytest.raises(UserError, match="one set of weights"):
+        load_model(run / "checkpoints" / "last.safetensors", "ema")
+    trained = {"data": {"name": "cifar10", "root": None, "size": 32}}
+    assert data_of(trained, EvalData()) == DataConfig(name="cifar10", size=32)
+    assert data_of(trained, EvalData(name="cifar10", size=224)).size == 224
+    assert data_of(trained, EvalData(name="imagenet")) == DataConfig(name="imagenet")
+    with pytest.raises(UserError, match=r"--data\.name"):
+        data_of({}, EvalData())
 
 
 def test_batches_are_mixed_as_asked() -> None:
@@ -351,6 +362,18 @@ def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
         (lambda: short(arguments={"kernel_sizes": [51, 48, 47, 13]}), "odd"),
         (lambda: short(arguments={"kernel_sizes": [3, 3, 3, 3]}), "cannot be decomposed"),
         (lambda: short(arguments={"depth": 3}), "depth"),
+        (lambda: short(arguments={"width_factor": -1.0}), "widths"),
+        (lambda: short(arguments={"drop_path_rate": 0.2}), "--drop_path"),
+        (lambda: Recipe(optim=Optimisation(warmup_epochs=-1)), "warmup_epochs"),
+        (lambda: Recipe(optim=Optimisation(layer_decay=-0.5)), "layer_decay"),
+        (lambda: Recipe(mixing=Mixing(smoothing=1.5)), "smoothing"),
+        (lambda: Recipe(sparse=Sparsity(until=2.0)), "until"),
+        (lambda: Recipe(segmentation=Segmentation(lr=1.0)), "segmentation.lr is not read"),
+        (lambda: Recipe(task="segment", optim=Optimisation(lr=1.0)), "optim.lr is not read"),
+        (lambda: Recipe(task="detect", sparse=Sparsity(growth="gradient")), "sparse.growth is not read"),
+        (lambda: Recipe(task="segment", segmentation=Segmentation(stride=0)), "stride"),
+        (lambda: Recipe(task="detect", detection=Detection(scales=[])), "scales"),
+        (lambda: short(arch="vit_tiny_patch16_224", arguments={}), "vit_tiny_patch16_224"),
         (lambda: short(arch="slak_huge"), "slak_huge"),
         (lambda: short(arguments={"stem_stride": 16}), "at least 128 x 128"),
         (lambda: short(pretrained=Path("slak_tiny_300.pth")), "drive.google.com"),
@@ -443,7 +466,7 @@ def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> 
     data = Coco(tmp_path, "val2017", training=False)
     masks = torch.zeros(1, 1, 72, 72)
     masks[..., 10:51, 10:41] = 1
-    objects = [(index, {**data[index][1], "scores": torch.ones(1), "masks": masks}) for index in range(2)]
+    objects = [(index, {**data[index][1], "scores": torch.ones(1), "masks": run_lengths(masks)}) for index in range(2)]
     scores = coco_precision(objects, data)
     assert scores["box_ap"] == scores["box_ap75"] == pytest.approx(100)
     assert scores["mask_ap50"] == pytest.approx(100)
@@ -451,18 +474,17 @@ def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> 
     assert coco_precision([(0, nothing), (1, nothing)], data)["box_ap"] == 0
 
 
-def test_voc_precision_by_hand() -> None:
-    """Two objects; right, a repetition, wrong, right: precisions 1 and 1/2 at recalls 1/2 and 1."""
-    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
-    truth = [{"boxes": boxes, "labels": torch.tensor([1, 1]), "difficult": torch.tensor([False, False])}]
-    found = [
-        {
-            "boxes": torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 60], [20, 20, 30, 31]]),
-            "labels": torch.ones(4, dtype=torch.long),
-            "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
-        }
-    ]
-    assert voc_precision(found, truth, 3) == pytest.approx(0.5 * 1 + 0.5 * 0.5)
-    assert voc_precision(found, truth, 3, eleven_points=True) == pytest.approx((6 * 1 + 5 * 0.5) / 11)
-    difficult = [{**truth[0], "difficult": torch.tensor([False, True])}]
-    assert voc_precision(found, difficult, 3) == pytest.approx(1.0)
+@pytest.mark.parametrize("heads", ["cascade", "mask", "box"])
+def test_boxes_are_placed_in_single_precision(heads: str, tmp_path: Path) -> None:
+    """Bfloat16 knows a place near 1000 pixels to 4 only. Masks are kept as run lengths, which take no room."""
+    _generate_coco(tmp_path)
+    recipe = ALL["coco-slak-tiny-12"]
+    settings = dataclasses.replace(recipe.detection, heads=heads, scales=[64], channels=8, samples=8, proposals=8)
+    model = detector(dataclasses.replace(recipe, pretrained=None, detection=settings, arguments=NARROW), 3)
+    model.roi_heads.score_thresh = 0.0
+    with Run("slak", recipe, options(tmp_path / "out", precision="bf16")) as run:
+        (_, found), _ = predictions(run.prepare(model), Coco(tmp_path, "val2017", training=False), run)
+    boxes = found["boxes"][(found["boxes"] > 1) & (found["boxes"] < 71)]
+    assert (boxes != boxes.bfloat16()).any()
+    assert all(set(mask) == {"size", "counts"} for mask in found.get("masks", []))
+    assert ("masks" in found) == (heads != "box")

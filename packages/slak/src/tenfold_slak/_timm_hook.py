@@ -26,7 +26,12 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if fullname != "timm":
             return None
         sys.meta_path.remove(self)  # the search below must not meet this finder again
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(
+                0, self
+            )  # whoever only asks whether timm is there, as Accelerate does, imports nothing
         if spec is not None and spec.loader is not None:
             self.loader, spec.loader = spec.loader, self
         return spec
@@ -41,6 +46,8 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         importlib.import_module(_ENTRYPOINTS)
 
 

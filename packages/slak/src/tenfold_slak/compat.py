@@ -15,7 +15,7 @@ from torch import Tensor
 from tenfold_shared.checkpoint import load_pickled
 from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
-from tenfold_slak.layer import MergedOne, merge_large_kernels
+from tenfold_slak.layer import DilatedKernel, MergedOne, MergedTwo, SmallKernelStack, merge_large_kernels
 from tenfold_slak.models.slak import SLaK
 
 State = dict[str, Tensor]
@@ -91,7 +91,7 @@ def weights_file(name: Path | str) -> Path:
 
 
 def bare_state(content: Any, weights: str | None = None) -> State:
-    """The state dict inside what a checkpoint holds, without wrappers' prefixes.
+    """The state dict inside what a checkpoint holds, without wrappers' prefixes; of a detector or a segmenter, its backbone.
 
     Raises:
         CheckpointError: there is none, or not under `weights`.
@@ -108,10 +108,10 @@ def bare_state(content: Any, weights: str | None = None) -> State:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
-    state = {}
-    for name, value in content.items():
-        if isinstance(value, Tensor):
-            state[_without_prefixes(name)] = value
+    named = {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+    # A detector's or a segmenter's file holds heads beside its backbone.
+    backbone = {name: value for name, value in named.items() if name.startswith("backbone.")}
+    state = {_without_prefixes(name): value for name, value in (backbone or named).items()}
     if not state:
         raise CheckpointError("the checkpoint holds no tensors")
     return state
@@ -148,6 +148,7 @@ def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     small = [state[name].shape[2] for prefix in layers if (name := prefix + "small_conv.conv.weight") in state]
     return {
         "in_chans": state[needed[0]].shape[1],
+        "stem_stride": state[needed[0]].shape[2],
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "depths": tuple(depths),
         "dims": tuple(state[name].shape[0] for name in needed),
@@ -217,7 +218,13 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
 
 
 def to_official(model: SLaK) -> dict[str, State]:
-    """What the released script reads: `{"model": state_dict}` under the released names, on the CPU."""
+    """What the released script reads: `{"model": state_dict}` under the released names, on the CPU.
+
+    Raises:
+        ValueError: the network has layers that the release has no names for.
+
+    """
+    _refuse_layers(model, MergedTwo, DilatedKernel, SmallKernelStack)
     return {"model": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}}
 
 
@@ -225,7 +232,12 @@ def to_convnext(model: SLaK) -> State:
     """Weights of a plain ConvNeXt, whose depthwise convolution has a bias and no norm: `dwconv.{weight,bias}`.
 
     Each large-kernel layer is merged to one kernel; exact in eval mode. With 7 x 7 kernels this is the ConvNeXt layout.
+
+    Raises:
+        ValueError: the network has layers that are not merged to one kernel.
+
     """
+    _refuse_layers(model, MergedTwo, DilatedKernel, SmallKernelStack)
     merged: State = {}
     for name, value in model.state_dict().items():
         if ".large_kernel." not in name:
@@ -238,6 +250,15 @@ def to_convnext(model: SLaK) -> State:
             merged[prefix + "weight"] = kernel.weight.detach().clone()
             merged[prefix + "bias"] = kernel.bias.detach().clone()
     return merged
+
+
+def _refuse_layers(model: SLaK, *kinds: type) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which this layout has no names for: write the network before it is "
+                "merged, or merge it to one kernel"
+            )
 
 
 def from_convnext(state: Mapping[str, Tensor]) -> SLaK:

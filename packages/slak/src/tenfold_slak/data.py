@@ -96,7 +96,9 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
     seed = run.options.seed
     workers, device = config.workers, run.device
 
-    def stream(dataset: Any, purpose: str, size: int, *, rank: int = run.rank, world: int = run.world) -> Any:
+    def stream(
+        dataset: Any, purpose: str, size: int, *, rank: int = run.rank, world: int = run.world, workers: int = workers
+    ) -> Any:
         training = purpose != "evaluation"
         return StreamedBatches(
             dataset, size, seed=derived_seed(seed, purpose), shuffle=training, drop_last=training, rank=rank,
@@ -105,7 +107,8 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
 
     return Data(
         train=stream(train, "train", batch_size),
-        scoring=stream(train, "train", batch_size, rank=0, world=1),
+        # One batch is read of it: workers would go on to hold batches of gigabytes while the network is trained.
+        scoring=stream(train, "train", batch_size, rank=0, world=1, workers=0),
         evaluation=stream(test, "evaluation", EVALUATION_BATCH * run.world),
         classes=len(train.classes),
         shape=(3, config.size, config.size),

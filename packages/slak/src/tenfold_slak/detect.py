@@ -23,7 +23,7 @@ from tenfold_slak.downstream import SLaKBackbone, cascade_mask_rcnn, faster_rcnn
 from tenfold_slak.models.slak import create
 from tenfold_slak.optim import layer_id, parameter_groups
 from tenfold_slak.precision import voc_precision
-from tenfold_slak.segment import load_backbone
+from tenfold_slak.segment import load_backbone, refuse_settings
 
 if TYPE_CHECKING:
     from tenfold_slak.train import Recipe
@@ -74,6 +74,18 @@ class Detection:
     """Regions of an image that the heads judge in evaluation, at most."""
     workers: int = 8
     """Processes that decode images."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before anything is."""
+        refuse_settings(
+            "detection",
+            self,
+            ("epochs", "batch_size", "num_layers", "longest", "channels", "samples", "proposals"),
+            ("lr", "layer_decay"),
+            ("weight_decay", "warmup", "workers"),
+        )
+        if not self.scales or min(self.scales) < 1:
+            raise UserError(f"--detection.scales takes one side or more, each 1 or more, got {self.scales}")
 
 
 def run_detection(run: Run, recipe: "Recipe") -> str:
@@ -336,6 +348,8 @@ def train_detector(run: Run, recipe: "Recipe") -> dict[str, float]:
     settings = recipe.detection
     if settings.data == "voc2007" and settings.heads != "box":
         raise UserError("PASCAL VOC has no masks to train on: use --detection.heads box")
+    if settings.data == "coco":
+        _need_pycocotools()  # not only once everything is trained
     seed_everything(run.options.seed, "init")
     kind, train_split, test_split = DATA[settings.data]
     train_set, test_set = kind(settings.root, train_split, True), kind(settings.root, test_split, False)
@@ -372,15 +386,19 @@ def train_detector(run: Run, recipe: "Recipe") -> dict[str, float]:
 
 
 @torch.inference_mode()
-def predictions(model: nn.Module, data: Any, run: Run) -> list[tuple[int, dict[str, Tensor]]]:
-    """`(index of the image, what was found)` for all images, in their order, on the CPU; processes share the work."""
+def predictions(model: nn.Module, data: Any, run: Run) -> list[tuple[int, dict[str, Any]]]:
+    """`(index of the image, what was found)` for all images, in their order, on the CPU; processes share the work.
+
+    Masks are run lengths: a hundred of them as large as their image, of thousands of images, would fit no memory.
+    """
     model.eval()
     found = []
     for index in range(run.rank, len(data), run.world):
         image, _ = data[index]
         with run.accelerator.autocast():
             (answer,) = model([image.to(run.device)])
-        found.append((index, {name: value.float().cpu() for name, value in answer.items()}))
+        masks = {"masks": run_lengths(answer.pop("masks"))} if "masks" in answer else {}
+        found.append((index, {**{name: value.float().cpu() for name, value in answer.items()}, **masks}))
     if run.world > 1:
         gathered: list[Any] = [None] * run.world
         torch.distributed.all_gather_object(gathered, found)
@@ -401,14 +419,27 @@ def evaluate_detector(model: nn.Module, data: Any, run: Run) -> dict[str, float]
     }
 
 
-def coco_precision(found: Sequence[tuple[int, Mapping[str, Tensor]]], data: Coco) -> dict[str, float]:
-    """`box_ap`, `box_ap50`, `box_ap75` and, where masks were found, the same of `mask_`."""
+def _need_pycocotools() -> None:
     try:
-        from pycocotools import mask as rle  # noqa: PLC0415 - an extra
-        from pycocotools.coco import COCO  # noqa: PLC0415
-        from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
+        import pycocotools.mask  # noqa: F401, PLC0415 - an extra
     except ImportError as error:
         raise UserError("COCO's precision needs pycocotools: install tenfold-slak[coco]") from error
+
+
+def run_lengths(masks: Float[Tensor, "objects 1 height width"]) -> list[dict[str, Any]]:
+    """The masks where they are above a half, as COCO's run lengths."""
+    _need_pycocotools()
+    from pycocotools import mask as rle  # noqa: PLC0415 - an extra
+
+    return [rle.encode(mask.numpy().T.copy("C").T) for mask in (masks[:, 0] > 0.5).byte().cpu()]
+
+
+def coco_precision(found: Sequence[tuple[int, Mapping[str, Any]]], data: Coco) -> dict[str, float]:
+    """`box_ap`, `box_ap50`, `box_ap75` and, where masks were found (as `run_lengths`), the same of `mask_`."""
+    _need_pycocotools()
+    from pycocotools.coco import COCO  # noqa: PLC0415 - an extra
+    from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
+
     with contextlib.redirect_stdout(io.StringIO()):  # it narrates what it does
         truth = COCO(str(data.file))
     entries = []
@@ -421,7 +452,7 @@ def coco_precision(found: Sequence[tuple[int, Mapping[str, Tensor]]], data: Coco
                 "score": float(answer["scores"][i]),
             }
             if "masks" in answer:
-                entry["segmentation"] = rle.encode((answer["masks"][i, 0] > 0.5).byte().numpy().T.copy("C").T)
+                entry["segmentation"] = answer["masks"][i]
             entries.append(entry)
     kinds = {"box": "bbox", **({"mask": "segm"} if found and "masks" in found[0][1] else {})}
     scores: dict[str, float] = {}

@@ -217,6 +217,24 @@ def _fpn(backbone: SLaKBackbone, channels: int) -> nn.Module:
     return WithFPN()
 
 
+def _in_float32(_: nn.Module, __: Any, output: Any) -> Any:
+    """A forward hook: box codes and scores in float32, since torchvision casts boxes to the codes' dtype, and bfloat16
+    knows a place near 1000 pixels to 4 only.
+    """
+    if isinstance(output, Tensor):
+        return output.float()
+    return type(output)(_in_float32(_, __, part) for part in output)
+
+
+def _precise(model: Any) -> nn.Module:
+    """A detector that places boxes in float32 under autocast as well."""
+    model.rpn.head.register_forward_hook(_in_float32)
+    for predictor in (model.roi_heads.box_predictor, *getattr(model.roi_heads, "stages", ())):
+        if predictor is not None:
+            predictor.register_forward_hook(_in_float32)
+    return model
+
+
 def faster_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
     """Torchvision's Faster R-CNN on a five-level pyramid of the backbone (PASCAL VOC).
 
@@ -229,7 +247,7 @@ def faster_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, *
     """
     from torchvision.models.detection import FasterRCNN  # noqa: PLC0415
 
-    return FasterRCNN(_fpn(backbone, channels), num_classes, **options)
+    return _precise(FasterRCNN(_fpn(backbone, channels), num_classes, **options))
 
 
 def cascade_mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
@@ -244,7 +262,7 @@ def cascade_mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 
     """
     from tenfold_slak.cascade import cascade_mask_rcnn as build  # noqa: PLC0415 - needs torchvision
 
-    return build(_fpn(backbone, channels), num_classes, channels, **options)
+    return _precise(build(_fpn(backbone, channels), num_classes, channels, **options))
 
 
 def mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **options: Any) -> nn.Module:
@@ -259,4 +277,4 @@ def mask_rcnn(backbone: SLaKBackbone, num_classes: int, channels: int = 256, **o
     """
     from torchvision.models.detection import MaskRCNN  # noqa: PLC0415
 
-    return MaskRCNN(_fpn(backbone, channels), num_classes, **options)
+    return _precise(MaskRCNN(_fpn(backbone, channels), num_classes, **options))

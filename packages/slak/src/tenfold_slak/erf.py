@@ -91,7 +91,7 @@ def effective_receptive_field(
         thresholds: shares, in (0, 1).
 
     Raises:
-        ValueError: no image, or none with a finite map.
+        ValueError: no image, one that is not square, or none with a finite map.
 
     """
     training = isinstance(model, nn.Module) and model.training
@@ -100,6 +100,8 @@ def effective_receptive_field(
     features = getattr(model, "forward_features", model)
     total, count = None, 0
     for batch in images:
+        if batch.shape[2] != batch.shape[3]:
+            raise ValueError(f"the squares are of square images; got {batch.shape[2]} x {batch.shape[3]} pixels")
         maps = contribution_maps(features, batch)
         maps = maps[maps.isfinite().all(2).all(1)]
         total = maps.sum(0) if total is None else total + maps.sum(0)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +17,46 @@ from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_slak.compat import check_state, load_official_checkpoint, weights_file
-from tenfold_slak.data import DataConfig, load_data
+from tenfold_slak.data import DataConfig, DataName, load_data
 from tenfold_slak.layer import LargeKernel, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters
 from tenfold_slak.masks import maskable_parameters
 from tenfold_slak.models import create_network
+
+
+@dataclasses.dataclass
+class EvalData:
+    """The images to evaluate on; None: those of the training."""
+
+    name: DataName | None = None
+    """The set; default: what the checkpoint was trained on, where it says so."""
+    root: Path | None = None
+    """Folder of the data set, looked for here and in the data root."""
+    download: bool = False
+    """Fetch the data set when it is not there (CIFAR)."""
+    validation: float = 0.0
+    """Evaluate on the fraction of the training images that a training with this option and the same --seed held out."""
+    size: int | None = None
+    """Side of the images, pixels; default: the training's, 224 on another set."""
+    workers: int = 8
+    """Processes that decode images."""
+
+
+def data_of(about: Mapping[str, Any], asked: EvalData) -> DataConfig:
+    """The data of a checkpoint's training, changed in what is asked for; another set begins at its defaults.
+
+    Raises:
+        UserError: neither says which.
+
+    """
+    trained = about.get("data") or {}
+    changes = {name: value for name, value in vars(asked).items() if value is not None}
+    if asked.name is None and not trained:
+        raise UserError("the checkpoint does not say what it was trained on: name the images by --data.name")
+    if trained and asked.name in (None, trained["name"]):
+        root = None if trained["root"] is None else Path(trained["root"])
+        changes = {**trained, "root": root, **changes}
+    return DataConfig(**changes)
 
 
 @dataclasses.dataclass
@@ -30,8 +65,8 @@ class EvalConfig:
 
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a .pth file of the authors (looked for in the data root too)."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """The images."""
+    data: EvalData = dataclasses.field(default_factory=EvalData)
+    """The images; default: those of the training."""
     batch_size: int = 256
     """Images at a time."""
     weights: Literal["last", "ema"] = "last"
@@ -83,6 +118,10 @@ def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tu
         raise UserError(f"there is no checkpoint {path}: {what}")
     if path.suffix != ".safetensors" or _from_elsewhere(path):
         return load_official_checkpoint(path, weights="model_ema" if weights == "ema" else None), {"arch": "released"}
+    if weights == "ema" and path.stem != "ema":
+        raise UserError(
+            f"{path} holds one set of weights: for the moving average give the run's folder or its ema.safetensors"
+        )
     state, about = load_weights(path)
     if about.get("task", "classify") != "classify":
         raise UserError(f"{path} holds a network for {about['task']}; this takes a classifier")
@@ -108,15 +147,17 @@ def _from_elsewhere(path: Path) -> bool:
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print accuracy, loss and costs of a checkpoint as one JSON line."""
     model, about = load_model(config.checkpoint, config.weights)
+    images = data_of(about, config.data)
     with Run.evaluation("slak", options) as run:
-        data = load_data(config.data, config.batch_size, run)
-        check_fit(model, data.shape, data.classes, config.data.name)
-        counted = costs(model, data.shape)
+        data = load_data(images, config.batch_size, run)
+        check_fit(model, data.shape, data.classes, images.name)
+        with refusals(f"--checkpoint {config.checkpoint}"):
+            counted = costs(model, data.shape)
         model = run.prepare(merge_large_kernels(model) if config.merge else model)
         reached = accuracy(model, data.evaluation, run)
         if run.is_main:
             values = {name: value.item() for name, value in reached._asdict().items()}
-            print(json.dumps({"arch": about["arch"], **values, **counted}))
+            print(json.dumps({"arch": about["arch"], "data": images.name, **values, **counted}))
 
 
 def check_fit(model: nn.Module, shape: tuple[int, int, int], classes: int, name: str) -> None:
@@ -130,7 +171,7 @@ def check_fit(model: nn.Module, shape: tuple[int, int, int], classes: int, name:
     if first.in_channels != shape[0]:
         raise UserError(
             f"the network takes images of {first.in_channels} channels and {name} has {shape[0]}: "
-            "choose another --data.name or checkpoint"
+            "choose other data or another checkpoint"
         )
     minimum = getattr(model, "minimum_size", 1)
     if min(shape[1:]) < minimum:
@@ -206,7 +247,7 @@ def erf(
 ) -> None:
     """Draw the effective receptive field of a checkpoint and print the squares that hold given shares of it.
 
-    Pictures are resized to `size` (bicubic), as the paper does with validation images.
+    Pictures are resized to `size` (bicubic), as the paper does with validation images; there are eight of them.
     """
     from tenfold_slak.data import embedded_sets, pictures  # noqa: PLC0415 - slow to import
     from tenfold_slak.erf import effective_receptive_field, plot  # noqa: PLC0415
@@ -228,7 +269,8 @@ def erf(
         field = effective_receptive_field(model, batches)
     plot({checkpoint.name: field}, output)
     squares = {str(share): square._asdict() for share, square in field.rectangles.items()}
-    print(json.dumps({"size": batches[0].shape[-1], "squares": squares}))
+    count = sum(len(batch) for batch in batches)
+    print(json.dumps({"size": batches[0].shape[-1], "images": count, "squares": squares}))
     print(f"drawn to {output}")
 
 
@@ -241,7 +283,8 @@ def export(
     _at_least_one(size=size)
     _make_room(output, ".onnx", ".pt2")
     model, _ = load_model(checkpoint)
-    example = torch.zeros(2, _check_image(model, size), size, size)
+    # Not zeros: on them no kernel could be merged wrongly.
+    example = torch.randn(2, _check_image(model, size), size, size, generator=torch.Generator().manual_seed(0))
     if output.suffix == ".onnx":
         with refusals(f"--output {output}"):
             difference = export_onnx(model, example, output, form)

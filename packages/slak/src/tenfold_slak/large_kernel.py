@@ -55,8 +55,8 @@ def large_kernel_dwconv(
     """
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        bias = None if bias is None else bias.to(x.dtype)
     if _recording(x):
         backend = "conv2d"  # exported graphs hold the plain operator, for any image size and any runtime
     _check(x, weight)
@@ -114,6 +114,12 @@ class _LargeKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        # A backend that sums in float32 must not be cast back where the backward pass is called under autocast.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _LargeKernel._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         kernel = _crop(weight, _cropped(x, weight))
         wide = kernel.shape[3] > kernel.shape[2]

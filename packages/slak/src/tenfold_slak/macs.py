@@ -68,7 +68,7 @@ def _positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
         def record(module: nn.Module, _: tuple[Tensor, ...], output: Tensor, names: list[str] = names) -> None:
             axis = -1 if isinstance(module, nn.Linear) else 1
             for key in names:
-                positions[key] = output.numel() // output.shape[axis]
+                positions[key] = positions.get(key, 0) + output.numel() // output.shape[axis]
 
         hooks.append(module.register_forward_hook(record))
     with torch.no_grad():

@@ -50,10 +50,10 @@ def layer_id(name: str, num_layers: int = NUM_LAYERS) -> int:
     """
     name = bare_name(name).removeprefix("backbone.").removeprefix("body.")
     if match := re.match(r"downsample_layers\.(\d+)", name):
-        return {0: 0, 1: 2, 2: 3, 3: num_layers}[int(match[1])]
+        return {0: 0, 1: 2, 2: 3}.get(int(match[1]), num_layers)
     if match := re.match(r"stages\.(\d+)\.(\d+)", name):
         stage, block = int(match[1]), int(match[2])
-        return {0: 1, 1: 2, 2: 3 + block // 3, 3: num_layers}[stage]
+        return {0: 1, 1: 2, 2: 3 + block // 3}.get(stage, num_layers)
     return num_layers + 1
 
 
@@ -96,7 +96,25 @@ def parameter_groups(
         to_id: a parameter's layer, from 0 to `last_id`.
         last_id: the head's layer.
 
+    Raises:
+        ValueError: a layer decay that is not positive, one for a network whose names `to_id` does not know, or layers
+            beyond the last one, which would learn faster than the head.
+
     """
+    if not layer_decay > 0:
+        raise ValueError(f"the layer decay is a factor from a layer to the one below it, above 0; got {layer_decay}")
+    if layer_decay != 1.0:
+        layers = {name: to_id(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        beyond = next((name for name, layer in layers.items() if layer > last_id), None)
+        if beyond is not None:
+            raise ValueError(
+                f"{beyond} is in layer {layers[beyond]} and the last one is {last_id}: so deep a network needs a larger "
+                "num_layers (12 for SLaK-S and SLaK-B)"
+            )
+        if layers and all(layer == last_id for layer in layers.values()):
+            raise ValueError(
+                "no parameter is called as in SLaK, so that all would be in the last layer: take layer decay 1 for this network"
+            )
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -154,14 +154,24 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
 
     kinds = {claim.id: claim.metric.name for claim in claims}
     accurate = [outcome for outcome in outcomes if kinds[outcome.claim] in {"test accuracy", "top-1 accuracy"}]
-    arms = {name: arm for outcome in reversed(accurate) for name, arm in outcome.arms.items() if arm.n}
+    # The miniature's claims share arms and data; elsewhere arms of one name are of other networks and other data.
+    mini = {claim.id for claim in claims if claim.scale == "mini"}
+    small = [outcome for outcome in accurate if outcome.claim in mini]
+    groups = [small] if small else []
+    groups += [[outcome] for outcome in accurate if outcome.claim not in mini]
+    titles = {claim.id: f"{claim.data}, {claim.model}" for claim in claims}
     drawn: list[ReportFigure] = []
     with figure_style():
-        if arms:
+        for group in groups:
+            arms = {name: arm for outcome in reversed(group) for name, arm in outcome.arms.items() if arm.n}
+            if not arms:
+                continue
             figure, axes = plt.subplots(figsize=(6.8, 4.0), layout="constrained")
             _accuracy_bars(axes, arms)
-            caption = f"{claims[0].data}: mean over the seeds (dots: every seed), non-zero parameters under each arm"
-            if all(claim.scale == "mini" for claim in claims):
+            caption = (
+                f"{titles[group[0].claim]}: mean over the seeds (dots: every seed), non-zero parameters under each arm"
+            )
+            if group[0].claim in mini:
                 for (guess, chance), style in zip(GUESSES.items(), (":", "-.", "--"), strict=True):
                     axes.axhline(chance, linestyle=style, color="0.4", linewidth=1)
                     axes.annotate(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,29 @@ class Segmentation:
     """Of the head."""
     workers: int = 8
     """Processes that decode and augment images."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before anything is."""
+        refuse_settings(
+            "segmentation",
+            self,
+            ("classes", "iterations", "batch_size", "crop", "stride", "num_layers", "channels"),
+            ("lr", "stage_decay"),
+            ("weight_decay", "warmup", "workers"),
+        )
+
+
+def refuse_settings(
+    group: str, settings: Any, counts: Sequence[str], positive: Sequence[str], others: Sequence[str]
+) -> None:
+    """Raise UserError for counts below 1, for what is not above 0, and for others below 0, by name."""
+    for names, least, words in ((counts, 1, "1 or more"), (others, 0, "0 or more")):
+        for name in names:
+            if not getattr(settings, name) >= least:
+                raise UserError(f"--{group}.{name} takes {words}, got {getattr(settings, name)}")
+    for name in positive:
+        if not 0 < getattr(settings, name) < float("inf"):
+            raise UserError(f"--{group}.{name} takes a positive number, got {getattr(settings, name)}")
 
 
 class ADE(Dataset[Any]):

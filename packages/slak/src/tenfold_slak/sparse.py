@@ -185,7 +185,8 @@ class DynamicSparseTraining:
     def _draw(self, name: str, weight: Tensor) -> Tensor:
         layer = list(self._all).index(name)
         # A generator a draw: no generator state has to be saved, moved between devices or kept equal on all ranks.
-        generator = torch.Generator(weight.device).manual_seed((self.seed * 1_000_003 + self.steps) * 10_007 + layer)
+        seed = ((self.seed * 1_000_003 + self.steps) * 10_007 + layer) % 2**64  # what a generator takes
+        generator = torch.Generator(weight.device).manual_seed(seed)
         return torch.rand(weight.shape, generator=generator, device=weight.device)
 
     def _broadcast(self) -> None:

@@ -16,7 +16,8 @@ from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 from tenfold_slak.data import Data, DataConfig, load_data
 from tenfold_slak.detect import Detection, run_detection
 from tenfold_slak.ema import SparseEMA
-from tenfold_slak.evaluate import accuracy, check_fit, costs, load_model
+from tenfold_slak.evaluate import accuracy, check_fit, costs, load_model, refusals
+from tenfold_slak.macs import count_macs
 from tenfold_slak.masks import check_sparsity, initial_masks
 from tenfold_slak.models import create_network
 from tenfold_slak.optim import cosine_schedule, parameter_groups
@@ -73,7 +74,8 @@ class Sparsity:
     """Dynamic sparse training (section 2.4)."""
 
     sparsity: float = 0.4
-    """Share of weights that are zero; 0 trains densely."""
+    """Share of weights that are zero; 0 trains densely. Segmenters and detectors keep the zeros of ``pretrained`` where
+    it is above 0, and read nothing else of this."""
     init: Literal["snip", "snip_exact", "erk", "uniform", "resume"] = "snip"
     """First masks: the layers' densities by SNIP and random positions (the paper's), SNIP's own positions, ERK, the same
     density everywhere, or the zeros of the weights to fine-tune."""
@@ -139,8 +141,48 @@ class Recipe:
         for name, count in (("optim.steps", optim.steps), ("sparse.update_frequency", sparse.update_frequency)):
             if count < 0:
                 raise UserError(f"--{name} takes 0 or more, got {count}")
-        if optim.lr <= 0:
-            raise UserError(f"--optim.lr takes a positive number, got {optim.lr}")
+        for name, number in (("optim.lr", optim.lr), ("optim.layer_decay", optim.layer_decay)):
+            if not 0 < number < float("inf"):
+                raise UserError(f"--{name} takes a positive number, got {number}")
+        mix = self.mixing
+        for name, number in (
+            ("optim.min_lr", optim.min_lr),
+            ("optim.weight_decay", optim.weight_decay),
+            ("optim.warmup_epochs", optim.warmup_epochs),
+            ("optim.warmup_steps", optim.warmup_steps),
+            ("mixing.mixup", mix.mixup),
+            ("mixing.cutmix", mix.cutmix),
+        ):
+            if not 0 <= number < float("inf"):
+                raise UserError(f"--{name} takes 0 or more, got {number}")
+        for name, share in (
+            ("mixing.prob", mix.prob),
+            ("mixing.switch_prob", mix.switch_prob),
+            ("mixing.smoothing", mix.smoothing),
+            ("sparse.prune_rate", sparse.prune_rate),
+            ("sparse.until", sparse.until),
+        ):
+            if not 0 <= share <= 1:
+                raise UserError(f"--{name} is in [0, 1], got {share}")
+        self._refuse_what_is_not_read()
+
+    def _refuse_what_is_not_read(self) -> None:
+        """Refuse options that this task would pass over, and arguments that come from elsewhere."""
+        elsewhere = {"drop_path_rate": "--drop_path", "num_classes": "the data"}
+        unread: dict[str, Any] = {"segmentation": Segmentation(), "detection": Detection()}
+        if self.task == "classify":
+            elsewhere["in_chans"] = "the data"
+        else:
+            del unread["segmentation" if self.task == "segment" else "detection"]
+            unread |= {"data": DataConfig(), "optim": Optimisation(), "mixing": Mixing()}
+            unread |= {"sparse": Sparsity(sparsity=self.sparse.sparsity)}
+        for name, default in unread.items():
+            if (given := getattr(self, name)) != default:
+                key = next(f.name for f in dataclasses.fields(default) if vars(given)[f.name] != vars(default)[f.name])
+                raise UserError(f"--{name}.{key} is not read where --task is {self.task}: leave it out")
+        for name, source in elsewhere.items():
+            if name in self.arguments:
+                raise UserError(f"--arguments.{name} comes from {source}: leave it out")
 
 
 @dataclasses.dataclass
@@ -244,7 +286,9 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         if not optim.steps and (step + 1) % per_epoch == 0 and step + 1 < total:
             run.log(accuracy=accuracy(model, data.evaluation, run).top1)
 
-    about = {"arch": recipe.arch, "arguments": arguments}
+    root = None if recipe.data.root is None else str(recipe.data.root)
+    trained_on = {"name": recipe.data.name, "root": root, "size": recipe.data.size}
+    about = {"arch": recipe.arch, "arguments": arguments, "data": trained_on}
     outcome = finish(run, model, ema, data, about)
     plain = run.unwrap(model)
     run.save_weights("last", plain, **about, accuracy=outcome["accuracy"])
@@ -257,7 +301,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 def build(recipe: Recipe, data: Data) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a recipe, and the arguments that build it again."""
     arguments = {**recipe.arguments, "num_classes": data.classes, "in_chans": data.shape[0]}
-    model = create_network(recipe.arch, drop_path_rate=recipe.drop_path, **arguments)
+    with refusals(f"--arch {recipe.arch}"):
+        model = create_network(recipe.arch, drop_path_rate=recipe.drop_path, **arguments)
     if recipe.pretrained is not None:
         trained, _ = load_model(recipe.pretrained)
         state, own = trained.state_dict(), model.state_dict()
@@ -271,6 +316,8 @@ def build(recipe: Recipe, data: Data) -> tuple[nn.Module, dict[str, Any]]:
         except RuntimeError as error:
             raise UserError(f"--pretrained {recipe.pretrained} does not fit --arch {recipe.arch} ({error})") from error
     check_fit(model, data.shape, data.classes, recipe.data.name)
+    with refusals(f"--arch {recipe.arch} on {recipe.data.name}"):  # a network of one image size, say
+        count_macs(model, data.shape[1:], data.shape[0])
     return model, arguments
 
 

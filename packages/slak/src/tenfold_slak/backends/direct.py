@@ -40,6 +40,8 @@ def kernel_gradient(
     """
     batch, channels, height, width = x.shape
     dtype = x.dtype
+    if not batch:
+        return x.new_zeros(channels, 1, *kernel_size)
     if dtype in {torch.float16, torch.bfloat16}:
         x, grad = x.float(), grad.float()  # per-image results rounded to half precision would spoil their sum
     maps = x.reshape(1, batch * channels, height, width)

@@ -19,10 +19,7 @@ def create_network(arch: str, **arguments: Any) -> nn.Module:
 
     """
     if arch in VARIANTS:
-        try:
-            return create(arch, **arguments)
-        except TypeError as error:
-            raise ValueError(f"{arch} does not take these arguments ({error})") from error
+        return create(arch, **arguments)
     import timm  # noqa: PLC0415 - slow to import
 
     if not timm.is_model(arch):

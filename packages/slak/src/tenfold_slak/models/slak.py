@@ -124,6 +124,11 @@ class SLaK(nn.Module):
         if layer not in {"large", "dilated", "stack"}:
             raise ValueError(f"unknown layer {layer!r}: choose large, dilated or stack")
         widths = [int(dim * width_factor) for dim in dims]
+        if min(*widths, stem_stride, in_chans) < 1 or min(*depths, num_classes) < 0 or not 0 <= drop_path_rate < 1:
+            raise ValueError(
+                f"widths, stem_stride and in_chans are 1 or more, depths and num_classes 0 or more, drop_path_rate in "
+                f"[0, 1); got {widths}, {stem_stride}, {in_chans}, {list(depths)}, {num_classes}, {drop_path_rate}"
+            )
         self.depths, self.widths, self.kernel_sizes = tuple(depths), tuple(widths), tuple(kernel_sizes)
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, widths[-1], widths[-1]
         self.drop_rate, self.global_pool, self.grad_checkpointing = drop_rate, global_pool, False
@@ -223,7 +228,13 @@ class SLaK(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps after the chosen stages, and unless `intermediates_only` the last map too."""
+        """The maps after the chosen stages (`indices`: their numbers, or how many of the last ones; all by default), and
+        unless `intermediates_only` the last map too.
+
+        Raises:
+            ValueError: there is no such stage, or maps in another layout than NCHW are asked for.
+
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"SLaK's feature maps are NCHW; got output_fmt={output_fmt!r}")
         chosen = self._stage_indices(indices)
@@ -251,7 +262,9 @@ class SLaK(nn.Module):
         if indices is None:
             return list(range(count))
         if isinstance(indices, int):
-            return list(range(count - indices, count))
+            indices = range(-indices, 0)
+        if not all(-count <= i < count for i in indices):
+            raise ValueError(f"there are {count} stages, 0 to {count - 1}; got indices {list(indices)}")
         return [i % count for i in indices]
 
     def get_classifier(self) -> nn.Module:
@@ -327,9 +340,12 @@ def create(name: str, **overrides: Any) -> SLaK:
     """Build a network of `VARIANTS` without timm; keyword arguments replace those of the variant.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or an argument is.
 
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown SLaK variant {name!r}: choose one of {', '.join(VARIANTS)}")
-    return SLaK(**{**VARIANTS[name].arguments, **overrides})
+    try:
+        return SLaK(**{**VARIANTS[name].arguments, **overrides})
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these arguments ({error})") from error
