@@ -207,6 +207,14 @@ def test_cameras_move_before_directions_and_ndc_come() -> None:
         model(batch._replace(cameras=None), {"cam_r": angles, "cam_t": offsets})
 
 
+def test_cameras_move_in_full_precision_under_autocast() -> None:
+    given, angles = rays(4), torch.full((2, 3), 0.01)
+    exact = transform_rays(given.origins, given.directions, given.cameras, angles, angles)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = transform_rays(given.origins, given.directions, given.cameras, angles, angles)
+    assert all(torch.equal(one, other) for one, other in zip(exact, found, strict=True))
+
+
 def test_rotation_order() -> None:
     angles = torch.tensor([0.3, -0.4, 0.5], dtype=torch.float64)
     x, y, z = (euler_rotation(angles * torch.eye(3, dtype=torch.float64)[i]) for i in range(3))

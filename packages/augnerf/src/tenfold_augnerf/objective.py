@@ -313,8 +313,13 @@ def _reuse(
     perturb_weights: Callable[[Callable], None] | None,
 ) -> dict[str, Tensor]:
     """The clean backward pass differentiates by the places of the perturbations too: six F instead of eight."""
-    if renderer.variant.branch == "auxiliary" or renderer.variant.inert_colour or perturb_weights is not None:
-        raise UserError("cost reuse is for the shared branch with all of raw perturbed, without AWP: use cost plain")
+    variant = renderer.variant
+    other = variant.branch == "auxiliary" or variant.inert_colour or not variant.white_in_adversarial
+    if other or perturb_weights is not None:
+        raise UserError(
+            "cost reuse is for the shared branch with all of raw perturbed on the clean background, without AWP: "
+            "use cost plain"
+        )
     rendering = renderer(batch.rays, draws=batch.draws, taps=adversary.steps)
     loss = objective(rendering, batch.truth)
     backward(adversary.clean_weight * loss.sum() / batch.rays_of_all)
@@ -322,6 +327,9 @@ def _reuse(
     for key, step in adversary.steps.items():
         gradient = rendering.sites[key].grad
         assert gradient is not None
+        gradient = gradient.to(
+            torch.promote_types(gradient.dtype, batch.truth.dtype)
+        )  # of half precision under autocast
         delta[key] = ascend(torch.zeros_like(gradient), gradient, step)
     noted = _note(rendering, batch, loss)
     del rendering, loss

@@ -28,7 +28,7 @@ from tenfold_augnerf.perturbation import KEYS, broadcast, describe_budget
 from tenfold_augnerf.renderer import RELEASED, Draws, RaySampling, Renderer, Variant
 from tenfold_augnerf.schedules import RadiusControl, RadiusSchedule, learning_rate
 from tenfold_augnerf.views import RayBatch, RayBatches
-from tenfold_augnerf.weights import WeightPerturbation, sharpness_aware
+from tenfold_augnerf.weights import WeightPerturbation, moved, sharpness_aware
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 
@@ -405,6 +405,7 @@ class Trainer:
             )
             self._synchronise()
             self.optimiser.step()
+            moved()
         return losses
 
     def _synchronise(self) -> None:
