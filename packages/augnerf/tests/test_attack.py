@@ -209,6 +209,18 @@ def test_restarts_keep_the_worst_of_each_ray() -> None:
     torch.testing.assert_close(loss(found), each.max(0).values)
 
 
+def test_restarts_keep_the_worst_of_the_batch_for_cameras() -> None:
+    """Judged by the mean loss of each restart, whatever the other restarts did to single rays."""
+    losses = torch.tensor([[3.0, 0.0], [0.0, 4.0], [2.5, 2.5]])
+    steps = dict.fromkeys(("cam_r", "cam_t"), Step(9.0, 0.0, 0))
+
+    def starts(number: int) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(steps, torch.full((1, 3), float(number)))
+
+    found = attack(lambda delta: losses[int(delta["cam_r"][0, 0])], starts, steps, restarts=3)
+    assert float(found["cam_r"][0, 0]) == 2
+
+
 # -- which weights hear of it ---------------------------------------------------------------------------------------------
 
 ALL = ["pts_c", "pts_f", "feat_c", "feat_f", "raw_c", "raw_f"]
