@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold_augnerf import KEYS, MODELS, Draws, NeRF, Rays, RaySampling, Renderer, create_model
-from tenfold_augnerf.cameras import euler_rotation
+from tenfold_augnerf.cameras import euler_rotation, transform_rays
 from tenfold_augnerf.compositing import composite, intervals
 from tenfold_augnerf.encoding import encode, encode_gaussian
 from tenfold_augnerf.fields import Samples

@@ -10,12 +10,22 @@ import torch
 
 from tenfold_augnerf import export, sharpness
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import EvalConfig, OtherData, data_of, evaluate, load_renderer, scores_of
+from tenfold_augnerf.evaluate import (
+    EvalConfig,
+    OtherData,
+    data_of,
+    evaluate,
+    load_renderer,
+    placed,
+    render_view,
+    scores_of,
+)
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
 from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, budget_of, build, run_recipe
 from tenfold_augnerf.views import Views
+from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -271,6 +281,51 @@ def test_a_collapsed_run_is_noticed(tmp_path: Path) -> None:
     for field in (trainer.renderer.nerf, trainer.renderer.nerf_fine):
         torch.nn.init.constant_(field.mlp.alpha_linear.bias, -100.0)
     assert scores_of(trainer.renderer, data.test, exact=True)["collapsed"]
+
+
+def test_checkpoints_are_read_in_the_precision_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_data(DATA)
+    compiled: list[object] = []
+
+    def noted(function):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", noted)
+    for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        asked = options(tmp_path, precision=precision, compile=precision == "bf16")
+        with Run.evaluation("augnerf", asked) as run:
+            renderer = placed(build(recipe("nerf"), data), run)
+            assert renderer(data.test.rays(torch.arange(3))).fine.raw.dtype == expected
+    assert len(compiled) == 2
+
+
+def test_entropy_along_rays_does_not_depend_on_chunks(tmp_path: Path) -> None:
+    """Rays that meet nothing have none, and count in no chunk."""
+    torch.manual_seed(0)
+    data = load_data(DATA)
+    renderer = build(dataclasses.replace(recipe("nerf"), model=dataclasses.replace(TINY, density="relu")), data)
+    for name in ("nerf", "nerf_fine"):  # half of the rays meet something
+        highest = renderer(data.test.rays(torch.arange(1024))).fine.raw[..., 3].amax(-1).median().detach()
+        getattr(renderer, name).mlp.alpha_linear.bias.data -= highest
+        getattr(renderer, name).mlp.alpha_linear.weight.data *= 30
+        getattr(renderer, name).mlp.alpha_linear.bias.data *= 30
+    acc = render_view(renderer, data.test, 0).acc
+    assert 0.05 < float((acc > 1e-3).float().mean()) < 0.95
+    found = [render_view(renderer, data.test, 0, chunk).entropy for chunk in (1024, 90)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_partial_checkpoint_is_refused_by_its_keys(tmp_path: Path) -> None:
+    chosen, data = recipe("nerf"), load_data(DATA)
+    state = build(chosen, data).state_dict()
+    del state["nerf.mlp.rgb_linear.bias"]
+    about = {"sizes": dataclasses.asdict(TINY), "samples": [6, 5]}
+    save_weights(tmp_path / "x.safetensors", state, about)
+    with pytest.raises(UserError, match=r"missing nerf\.mlp\.rgb_linear\.bias"):
+        load_renderer(tmp_path / "x.safetensors", data)
 
 
 def test_more_processes_than_views(tmp_path: Path) -> None:

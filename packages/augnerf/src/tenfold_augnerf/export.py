@@ -9,7 +9,7 @@ import torch
 
 from tenfold_augnerf.compat import to_official
 from tenfold_augnerf.data import BLOCKS, TEST_OFFSET, VALIDATION_OFFSET, Data, DataConfig, load_data, write_prepared
-from tenfold_augnerf.evaluate import OtherData, Rendered, data_of, load_renderer, render_view, views_of
+from tenfold_augnerf.evaluate import OtherData, Rendered, data_of, load_renderer, placed, render_view, views_of
 from tenfold_augnerf.geometry import chamfer, density_grid, extract_mesh, grid_axes, sample_triangles, write_obj
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import atomic_write, write_text
@@ -42,7 +42,7 @@ def render(config: RenderConfig, options: RunOptions) -> None:
     renderer, _ = load_renderer(config.checkpoint, data)
     folder = options.output / "augnerf" / (options.name or f"render-{config.split}")
     with Run.evaluation("augnerf", options) as run:
-        renderer, views = renderer.to(run.device).eval(), views.to(run.device)
+        renderer, views = placed(renderer, run).eval(), views.to(run.device)
         for view in range(len(views)):
             write_picture(folder, view, render_view(renderer, views, view), views.near, views.far)
     print(f"{len(views)} views written to {folder}")
@@ -101,7 +101,9 @@ def export(config: ExportConfig, options: RunOptions) -> None:
     folder = options.output / "augnerf" / (options.name or "export")
     voxel = config.extents[0] / config.points
     with Run.evaluation("augnerf", options) as run:
-        density = density_grid(renderer.nerf_fine.to(run.device), config.extents, voxel).cpu().numpy()
+        field = placed(renderer, run).nerf_fine
+        with run.accelerator.autocast():
+            density = density_grid(field, config.extents, voxel).float().cpu().numpy()
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "density.npy", density)
     vertices, faces = extract_mesh(density, grid_axes(config.extents, voxel), config.threshold)

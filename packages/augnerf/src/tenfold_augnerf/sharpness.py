@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold_augnerf.attack import Step, attack
 from tenfold_augnerf.data import Data, load_data
-from tenfold_augnerf.evaluate import OtherData, data_of, load_renderer, rays_at_once, views_of
+from tenfold_augnerf.evaluate import OtherData, data_of, load_renderer, placed, rays_at_once, views_of
 from tenfold_augnerf.objective import Objective, Starts, random_starts
 from tenfold_augnerf.perturbation import KEYS, radius
 from tenfold_augnerf.renderer import Renderer
@@ -133,7 +133,7 @@ def sharpness(config: SharpnessConfig, options: RunOptions) -> None:
     renderer, _ = load_renderer(config.checkpoint, data)
     with Run.evaluation("augnerf", options) as run:
         rows = curves(
-            renderer.to(run.device),
+            placed(renderer, run),
             views.to(run.device),
             rays=config.rays,
             iterations=config.iterations,

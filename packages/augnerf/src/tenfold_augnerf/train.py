@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold_augnerf.attack import steps_of
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import COLLAPSED, memorised, rays_at_once, scores_of
+from tenfold_augnerf.evaluate import COLLAPSED, compile_networks, memorised, rays_at_once, scores_of
 from tenfold_augnerf.models import ModelConfig, create_model
 from tenfold_augnerf.objective import (
     Adversary,
@@ -303,8 +303,7 @@ class Trainer:
         )
         self.chunk = optim.chunk or rays_at_once(self.renderer, run.device, training=True)
         if run.options.compile:
-            for field in {self.renderer.nerf, self.renderer.nerf_fine}:
-                field.encode = torch.compile(field.encode)
+            compile_networks(self.renderer)
 
     @property
     def keys(self) -> list[str]:
