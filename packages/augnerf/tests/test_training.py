@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +119,7 @@ VARIANTS = {
     "trimmed": recipe(loss="trimmed"),
     "additive": recipe(mix="additive", every=2),
     "mip-nerf": dataclasses.replace(recipe(), model=ModelConfig("mip-nerf", 3, 16, 4, 1)),
+    "one interval": dataclasses.replace(recipe(), model=ModelConfig("mip-nerf", 3, 16, 4, 1), fine=1),
     "one pass": dataclasses.replace(recipe(keys=["pts_f", "raw_f"]), fine=0),
 }
 
@@ -195,13 +198,19 @@ def test_auxiliary_training_of_the_evaluated_networks_is_plain_training(tmp_path
         ({"cost": "heads"}, "moves samples"),
         ({"levels": ["features"], "keys": ["pts_c"]}, "leaves no key"),
         ({"warmup": 0.9, "ramp": 0.9}, "fractions"),
-        ({"cost": "reuse", "weight": 1.0}, "lambda 1 gives no weight"),
+        ({"cost": "reuse", "start": "zero", "weight": 1.0}, "lambda 1 gives no weight"),
         ({"replays": 2, "method": "random"}, "attack of its own"),
         ({"replays": 2, "method": "awp"}, "attack of its own"),
         ({"replays": 2, "restarts": 2}, "attack of its own"),
         ({"replays": 2, "cost": "reuse"}, "attack of its own"),
         ({"replays": 2, "iterations": [2]}, "attack of its own"),
         ({"cost": "heads", "method": "auxiliary"}, "no features to share"),
+        ({"cost": "reuse"}, "start zero"),
+        ({"target_ratio": -1.0}, "target_ratio"),
+        ({"awp_lr": -1.0}, "awp_lr"),
+        ({"weight": float("nan")}, "weight nan"),
+        ({"alpha": [float("inf")]}, "0 or more"),
+        ({"warmup": float("nan")}, "fractions"),
     ],
 )
 def test_bad_attacks_are_refused(changes: dict, words: str, tmp_path: Path) -> None:
@@ -212,6 +221,40 @@ def test_bad_attacks_are_refused(changes: dict, words: str, tmp_path: Path) -> N
 
     with pytest.raises(UserError, match=words):
         attempt()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        (Optimisation, {"lr_every": 0}, "lr_every"),
+        (Optimisation, {"lr_factor": -0.1}, "lr_factor"),
+        (Optimisation, {"lr": float("nan")}, "positive numbers"),
+        (Optimisation, {"noise_std": -1.0}, "noise_std"),
+        (Optimisation, {"validate_every": -1}, "validate_every"),
+        (Optimisation, {"precrop_steps": 5}, "batching view"),
+        (ModelConfig, {"octaves": -1}, "take 0 to"),
+        (ModelConfig, {"view_octaves": 200}, "take 0 to"),
+        (ModelConfig, {"kind": "mip-nerf", "octaves": 0}, "take 1 to"),
+        (ModelConfig, {"kind": "mip-nerf", "viewdirs": False}, "are for --model.kind nerf"),
+    ],
+)
+def test_values_that_no_training_takes_are_refused(kind: type, changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        kind(**changes)
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "words"),
+    [
+        (sharpness.sharpness, sharpness.SharpnessConfig(Path("x"), rays=0), "--rays 0"),
+        (sharpness.sharpness, sharpness.SharpnessConfig(Path("x"), iterations=0), "--iterations 0"),
+        (export.render, RenderConfig(Path("x"), frames=3), "is for --split path"),
+        (export.export, ExportConfig(Path("x"), extents=[2.0, 0.01, 2.0]), "less than two points"),
+    ],
+)
+def test_verbs_refuse_what_gives_nothing(verb: Callable, config: object, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        verb(config, options(tmp_path))
 
 
 def test_half_precision_without_range_is_refused(tmp_path: Path) -> None:
@@ -252,9 +295,10 @@ def test_aug_nerf_learns(tmp_path: Path) -> None:
     run_folder, out = tmp_path / "augnerf" / "x", tmp_path / "out"
     export.render(RenderConfig(run_folder, split="path", frames=2), RunOptions(output=out, device="cpu"))
     assert len(list((out / "augnerf" / "render-path").glob("depth_*.npy"))) == 2
-    config = ExportConfig(run_folder, points=24, threshold=1.0, step=150)
+    config = ExportConfig(run_folder, points=59, extents=[3.0, 2.0, 1.0], threshold=1.0, step=150)
     export.export(config, RunOptions(output=out, device="cpu"))
     assert {p.name for p in (out / "augnerf" / "export").iterdir()} == {"density.npy", "mesh.obj", "00000150.ckpt"}
+    assert np.load(out / "augnerf" / "export" / "density.npy").shape == (39, 59, 19)
     probe = sharpness.SharpnessConfig(out / "augnerf" / "export" / "00000150.ckpt", SAME, rays=32)
     sharpness.sharpness(probe, RunOptions(output=out, device="cpu"))
     assert (out / "augnerf" / "sharpness" / "sharpness.png").is_file()

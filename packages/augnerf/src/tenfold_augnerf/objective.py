@@ -6,6 +6,7 @@ backward pass reads is still in the cache.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -51,7 +52,7 @@ class Adversary:
 
     def __post_init__(self) -> None:
         """Refuse modes of cost that the attack does not allow."""
-        if self.weight < 0 or (self.mix == "convex" and self.weight > 1) or self.restarts < 1:
+        if not 0 <= self.weight <= (1 if self.mix == "convex" else math.inf) or self.restarts < 1:
             raise UserError(
                 f"lambda {self.weight} and {self.restarts} restarts: take 0 <= lambda (<= 1) and 1 or more restarts"
             )

@@ -17,6 +17,7 @@ from tenfold_augnerf.perturbation import KEYS, radius
 from tenfold_augnerf.renderer import Renderer
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import write_json
+from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, figure_style
 from tenfold_shared.run import Run, RunOptions, derived_seed
 
@@ -128,6 +129,8 @@ class SharpnessConfig:
 
 def sharpness(config: SharpnessConfig, options: RunOptions) -> None:
     """Write the curves of a checkpoint as `sharpness.json` and `sharpness.png`, and print them."""
+    if config.rays < 1 or config.iterations < 1:
+        raise UserError(f"--rays {config.rays} and --iterations {config.iterations}: take 1 or more")
     data: Data = load_data(data_of(config.checkpoint, config.data))
     views = views_of(data, config.split)
     renderer, _ = load_renderer(config.checkpoint, data)
