@@ -314,6 +314,14 @@ def test_a_level_that_is_not_exposed_is_refused() -> None:
     model.check(["pts_c", "raw_f"])
 
 
+def test_a_rendering_refuses_what_it_would_not_apply() -> None:
+    rays, _ = batch()
+    for keys, words in ((["ptsf"], "no perturbation"), (["cam_r"], "needs cam_t"), (["raw_c"], "coarse pass")):
+        model = create_model("tiny", RaySampling(2.0, 6.0, 4, 0))
+        with pytest.raises(UserError, match=words):
+            model(rays, dict.fromkeys(keys, torch.zeros(1)))
+
+
 def test_coarse_keys_need_a_coarse_pass() -> None:
     model = create_model("tiny", RaySampling(2.0, 6.0, 6, 0))
     with pytest.raises(UserError, match="raw_f"):
