@@ -152,6 +152,8 @@ def test_prepared_rays_take_the_options_of_the_pictures(tmp_path: Path) -> None:
         for split in ("train", "clean", "validation", "test"):
             views, others = getattr(found, split), getattr(expected, split)
             assert (views.near, views.far) == (others.near, others.far)
+    with pytest.raises(UserError, match="write them with `prepare`"):
+        load_data(DataConfig(name="prepared", root=tmp_path / "elsewhere"))
     for changes, words in (
         ({"ndc": True}, "data with cameras"),
         ({"pose_degrees": 1.0}, "data with cameras"),

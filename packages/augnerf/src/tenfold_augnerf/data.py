@@ -261,6 +261,10 @@ def dataset_folder(config: DataConfig, default: str, layout: str) -> Path:
     if config.root is not None and not root.exists():
         root = data_root() / config.root
     folder = root / config.scene
+    if not folder.is_dir() and config.name == "prepared":
+        raise UserError(
+            f"no prepared rays at {folder}/{layout}: write them with `prepare`, or name them by --data.root"
+        )
     if not folder.is_dir():
         raise missing(f"scene {config.scene or '(--data.scene)'} of {config.name}", SOURCE, f"{folder}/{layout}")
     return folder
