@@ -209,6 +209,18 @@ def test_restarts_keep_the_worst_of_each_ray() -> None:
     torch.testing.assert_close(loss(found), each.max(0).values)
 
 
+def test_restarts_keep_the_worst_of_the_batch_for_cameras() -> None:
+    """Judged by the mean loss of each restart, whatever the other restarts did to single rays."""
+    losses = torch.tensor([[3.0, 0.0], [0.0, 4.0], [2.5, 2.5]])
+    steps = dict.fromkeys(("cam_r", "cam_t"), Step(9.0, 0.0, 0))
+
+    def starts(number: int) -> dict[str, torch.Tensor]:
+        return dict.fromkeys(steps, torch.full((1, 3), float(number)))
+
+    found = attack(lambda delta: losses[int(delta["cam_r"][0, 0])], starts, steps, restarts=3)
+    assert float(found["cam_r"][0, 0]) == 2
+
+
 # -- which weights hear of it ---------------------------------------------------------------------------------------------
 
 ALL = ["pts_c", "pts_f", "feat_c", "feat_f", "raw_c", "raw_f"]
@@ -300,6 +312,14 @@ def test_a_level_that_is_not_exposed_is_refused() -> None:
     with pytest.raises(UserError, match=r"feat_c perturbs the level of features, which nerf \(SamplesOnly\) does not"):
         model.check(["pts_c", "feat_c"])
     model.check(["pts_c", "raw_f"])
+
+
+def test_a_rendering_refuses_what_it_would_not_apply() -> None:
+    rays, _ = batch()
+    for keys, words in ((["ptsf"], "no perturbation"), (["cam_r"], "needs cam_t"), (["raw_c"], "coarse pass")):
+        model = create_model("tiny", RaySampling(2.0, 6.0, 4, 0))
+        with pytest.raises(UserError, match=words):
+            model(rays, dict.fromkeys(keys, torch.zeros(1)))
 
 
 def test_coarse_keys_need_a_coarse_pass() -> None:

@@ -24,6 +24,7 @@ SMALL = {
     "plain": ModelConfig(depth=6, width=16, octaves=5, view_octaves=2),
     "no views": ModelConfig(depth=8, width=16, octaves=4, viewdirs=False),
     "identity": ModelConfig(depth=3, width=16, use_embed=False),
+    "points alone": ModelConfig(depth=3, width=16, octaves=0, view_octaves=2),
     "conv": ModelConfig(depth=2, width=16, octaves=3, view_octaves=1, conv_embed=True),
     "mip": ModelConfig(kind="mip-nerf", depth=6, width=16, octaves=4, view_octaves=2),
 }
@@ -38,6 +39,7 @@ def test_sizes_are_recognised_and_files_round_trip(name: str, tmp_path: Path) ->
     path = tmp_path / "00000012.ckpt"
     torch.save(checkpoint, path)
     loaded = load_official_checkpoint(path, SAMPLING)
+    torch.optim.Adam(loaded.parameters()).load_state_dict(torch.load(path, weights_only=True)["optimizer"])
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)

@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold_augnerf import Adversary, Batch, Objective, Rays, RaySampling, Renderer, Step, accumulate, create_model
+from tenfold_augnerf import (
+    Adversary,
+    Batch,
+    Objective,
+    Rays,
+    RaySampling,
+    Renderer,
+    Step,
+    Variant,
+    accumulate,
+    create_model,
+)
 from tenfold_augnerf.attack import ascend
 from tenfold_augnerf.objective import detached, free_replay, frozen, random_starts
 from tenfold_augnerf.schedules import RadiusControl, RadiusSchedule, learning_rate
@@ -348,3 +359,49 @@ def test_control_finds_the_ratio() -> None:
     other = RadiusControl(1.5)
     other.load_state_dict(control.state_dict())
     assert other.scale == control.scale
+
+
+def test_weights_that_move_are_seen_under_autocast() -> None:
+    """Half precision keeps copies of the weights for the length of a step, in which SAM and AWP move them."""
+    model, batch = setting(n=16)
+    model = model.float()
+    batch = Batch(Rays(batch.rays.origins.float(), batch.rays.directions.float()), batch.truth.float())
+    direction = {name: 0.3 * p.detach() for name, p in model.named_parameters() if p.ndim > 1}
+    awp = WeightPerturbation(model, gamma=1.0)
+    for perturbed in (lambda: sharpness_aware(model, rho=0.5), lambda: awp.applied(model, direction)):
+        found = []
+        for fresh in (True, False):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                before = accumulate(model, batch).clean
+                with perturbed():
+                    if fresh:
+                        stack.close()
+                        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                    found.append(accumulate(model, batch).clean)
+                torch.testing.assert_close(accumulate(model, batch).clean, before, rtol=1e-3, atol=0)
+            model.zero_grad()
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
+
+
+def test_reuse_under_autocast_keeps_the_precision_of_radii() -> None:
+    """Gradients of raw values are of half precision there; perturbations are not, as those of the plain attack."""
+    model, batch = setting(n=16)
+    model = model.float()
+    batch = Batch(Rays(batch.rays.origins.float(), batch.rays.directions.float()), batch.truth.float())
+    seen: list[torch.dtype] = []
+    steps = steps_of_keys(["pts_f", "feat_f", "raw_c", "raw_f"])
+    model.register_forward_pre_hook(lambda _, given: seen.extend(d.dtype for x in given[1:2] if x for d in x.values()))
+    with torch.autocast("cpu", torch.bfloat16):
+        accumulate(model, batch, Adversary(steps, cost="reuse"), lambda number, rows: {})
+    assert seen == 4 * [torch.float32]
+
+
+def test_reuse_needs_the_clean_background() -> None:
+    """Where perturbed renderings are on black, the clean pass's gradient is another one's."""
+    fields = (create_model("tiny", RaySampling(2.0, 6.0, 6, 5)).nerf for _ in range(2))
+    model = Renderer(*fields, sampling=RaySampling(2.0, 6.0, 6, 5), variant=Variant(white_in_adversarial=False))
+    _, batch = setting()
+    adversary = Adversary(steps_of_keys(["raw_f"]), cost="reuse")
+    with pytest.raises(UserError, match="clean background"):
+        accumulate(model, batch, adversary, lambda number, rows: {})

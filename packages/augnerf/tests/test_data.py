@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tenfold_augnerf.corruptions import CORRUPTIONS, corrupt_view, denoise, pose_noise, salt_and_pepper, view_generator
 from tenfold_augnerf.data import BLOCKS, DataConfig, load_data, write_prepared
-from tenfold_augnerf.export import path_views
+from tenfold_augnerf.export import PrepareConfig, path_views, prepare
 from tenfold_augnerf.views import RayBatches, Views
 from tenfold_shared.errors import UserError
 from tenfold_shared.scenes import (
@@ -97,8 +97,10 @@ def test_prepared_rays_round_trip(tmp_path: Path) -> None:
     write_prepared(tmp_path / "cache", data)
     again = load_data(DataConfig(name="prepared", root=tmp_path / "cache"))
     pixels = torch.tensor([0, 5, 40, 1500])
-    for found, expected in zip(again.train.rays(pixels)[:2], data.train.rays(pixels)[:2], strict=True):
-        torch.testing.assert_close(found, expected)
+    for place in (0, 1, 3):  # origins, directions and the radii of cones
+        torch.testing.assert_close(
+            again.train.rays(pixels)[place], data.train.rays(pixels)[place], rtol=1e-4, atol=1e-6
+        )
     assert torch.equal(again.test.colours, data.test.colours)
     noisy = load_data(DataConfig(name="prepared", root=tmp_path / "cache", corruption="saltpepper"))
     assert not torch.equal(noisy.train.colours, noisy.clean.colours)
@@ -109,6 +111,30 @@ def test_prepared_rays_round_trip(tmp_path: Path) -> None:
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"near": 7.0}))
     with pytest.raises(UserError, match="near < far"):
         load_data(DataConfig(name="prepared", root=tmp_path / "cache"))
+    for content, words in (("[1]", "no dictionary"), ('{"near": "a", "far": 1}', "something else where a number")):
+        meta.write_text(content)
+        with pytest.raises(UserError, match=words):
+            load_data(DataConfig(name="prepared", root=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("layout", ["blender", "llff"])
+def test_exported_blocks_are_corrupted_as_asked(layout: str, tmp_path: Path) -> None:
+    """The training views of an exported folder are those that the same options give when the clean one is read."""
+    own = {"corruption": "saltpepper", "corruption_seed": 3, "pose_degrees": 2.0}
+    for name, changes in (("clean", {}), ("noisy", own)):
+        prepare(PrepareConfig(DataConfig(name="blocks-tiny", **changes), layout, tmp_path / name))
+    read = {"name": layout, "root": tmp_path, "factor": 1, "test_skip": 4}
+    if layout == "llff":  # every eighth view is clean, and its cameras are normalised together
+        own.pop("pose_degrees")
+        prepare(PrepareConfig(DataConfig(name="blocks-tiny", **own), layout, tmp_path / "noisy"))
+        read["test_skip"] = 8
+    found, expected = load_data(DataConfig(scene="noisy", **read)), load_data(DataConfig(scene="clean", **read, **own))
+    for one, other in ((found.train, expected.train), (found.test, expected.test)):
+        assert int((one.colours.int() - other.colours.int()).abs().max()) <= 2  # of transparency in 8 bit
+    assert not torch.equal(found.train.colours, expected.clean.colours)
+    torch.testing.assert_close(found.train.turns, expected.train.turns)
+    with pytest.raises(UserError, match="own bounds"):
+        prepare(PrepareConfig(DataConfig(name="blocks-tiny", near=2.5, far=5.0), layout, tmp_path / "x"))
 
 
 def test_prepared_rays_take_the_options_of_the_pictures(tmp_path: Path) -> None:
@@ -126,6 +152,8 @@ def test_prepared_rays_take_the_options_of_the_pictures(tmp_path: Path) -> None:
         for split in ("train", "clean", "validation", "test"):
             views, others = getattr(found, split), getattr(expected, split)
             assert (views.near, views.far) == (others.near, others.far)
+    with pytest.raises(UserError, match="write them with `prepare`"):
+        load_data(DataConfig(name="prepared", root=tmp_path / "elsewhere"))
     for changes, words in (
         ({"ndc": True}, "data with cameras"),
         ({"pose_degrees": 1.0}, "data with cameras"),
@@ -217,6 +245,8 @@ def test_broken_layouts_are_named(folders: Path, tmp_path: Path) -> None:
         ({"near": 6.0}, "come together"),
         ({"pose_offset": -1.0}, "0 or more"),
         ({"factor": 0}, "1 or more"),
+        ({"near": 1.0, "far": float("inf")}, "both finite"),
+        ({"corruption_seed": -1}, "0 or more"),
     ],
 )
 def test_bad_configurations_are_refused(options: dict, words: str) -> None:
@@ -229,6 +259,14 @@ def test_configurations_that_do_not_fit_the_data() -> None:
         load_data(DataConfig(name="blocks-tiny", views=11))
     with pytest.raises(UserError, match="forward-facing"):
         load_data(DataConfig(name="blocks-tiny", ndc=True))
+    for changes, words in (
+        ({"name": "llff", "ndc": True, "spherify": True}, "not for spherified"),
+        ({"name": "llff", "ndc": True, "near": 1.0, "far": 2.0}, "go from 0 to 1"),
+        ({"spherify": True}, "LLFF captures, not for blocks-tiny"),
+        ({"half_res": True}, "Blender scenes, not for blocks-tiny"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_data(DataConfig(**changes))
     with pytest.raises(UserError, match="saltpepper takes 0 to 1"):
         load_data(DataConfig(name="blocks-tiny", corruption="saltpepper", amount=3.0))
 
@@ -306,6 +344,11 @@ def test_processes_share_a_batch(views: Views) -> None:
     parts = [RayBatches(views, 101, seed=3, rank=rank, world=3)[2] for rank in range(3)]
     torch.testing.assert_close(torch.cat([part.truth for part in parts]), whole.truth)
     assert [part.rows.stop for part in parts] == [33, 67, 101]
+    several = [RayBatches(views, 1023, seed=3, rank=rank, world=3) for rank in range(3)]  # two rays are left over
+    assert min(len(batches[step].truth) for batches in several for step in range(5)) > 0
+    assert len(RayBatches(views, 1023, seed=3)[2].truth) == 2
+    with pytest.raises(UserError, match="a ray each"):
+        RayBatches(views, 2, seed=3, world=3)
 
 
 def test_one_view_a_step_and_the_central_crop(views: Views) -> None:

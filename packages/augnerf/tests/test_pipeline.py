@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold_augnerf import KEYS, MODELS, Draws, NeRF, Rays, RaySampling, Renderer, create_model
-from tenfold_augnerf.cameras import euler_rotation
+from tenfold_augnerf.cameras import euler_rotation, transform_rays
 from tenfold_augnerf.compositing import composite, intervals
 from tenfold_augnerf.encoding import encode, encode_gaussian
 from tenfold_augnerf.fields import Samples
@@ -205,6 +205,14 @@ def test_cameras_move_before_directions_and_ndc_come() -> None:
     torch.testing.assert_close(found.rgb, expected.rgb)
     with pytest.raises(UserError, match="camera of every ray"):
         model(batch._replace(cameras=None), {"cam_r": angles, "cam_t": offsets})
+
+
+def test_cameras_move_in_full_precision_under_autocast() -> None:
+    given, angles = rays(4), torch.full((2, 3), 0.01)
+    exact = transform_rays(given.origins, given.directions, given.cameras, angles, angles)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = transform_rays(given.origins, given.directions, given.cameras, angles, angles)
+    assert all(torch.equal(one, other) for one, other in zip(exact, found, strict=True))
 
 
 def test_rotation_order() -> None:

@@ -2,20 +2,32 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
 from tenfold_augnerf import export, sharpness
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import EvalConfig, OtherData, data_of, evaluate, load_renderer, scores_of
+from tenfold_augnerf.evaluate import (
+    EvalConfig,
+    OtherData,
+    data_of,
+    evaluate,
+    load_renderer,
+    placed,
+    render_view,
+    scores_of,
+)
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
 from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, budget_of, build, run_recipe
 from tenfold_augnerf.views import Views
+from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -107,6 +119,7 @@ VARIANTS = {
     "trimmed": recipe(loss="trimmed"),
     "additive": recipe(mix="additive", every=2),
     "mip-nerf": dataclasses.replace(recipe(), model=ModelConfig("mip-nerf", 3, 16, 4, 1)),
+    "one interval": dataclasses.replace(recipe(), model=ModelConfig("mip-nerf", 3, 16, 4, 1), fine=1),
     "one pass": dataclasses.replace(recipe(keys=["pts_f", "raw_f"]), fine=0),
 }
 
@@ -185,13 +198,19 @@ def test_auxiliary_training_of_the_evaluated_networks_is_plain_training(tmp_path
         ({"cost": "heads"}, "moves samples"),
         ({"levels": ["features"], "keys": ["pts_c"]}, "leaves no key"),
         ({"warmup": 0.9, "ramp": 0.9}, "fractions"),
-        ({"cost": "reuse", "weight": 1.0}, "lambda 1 gives no weight"),
+        ({"cost": "reuse", "start": "zero", "weight": 1.0}, "lambda 1 gives no weight"),
         ({"replays": 2, "method": "random"}, "attack of its own"),
         ({"replays": 2, "method": "awp"}, "attack of its own"),
         ({"replays": 2, "restarts": 2}, "attack of its own"),
         ({"replays": 2, "cost": "reuse"}, "attack of its own"),
         ({"replays": 2, "iterations": [2]}, "attack of its own"),
         ({"cost": "heads", "method": "auxiliary"}, "no features to share"),
+        ({"cost": "reuse"}, "start zero"),
+        ({"target_ratio": -1.0}, "target_ratio"),
+        ({"awp_lr": -1.0}, "awp_lr"),
+        ({"weight": float("nan")}, "weight nan"),
+        ({"alpha": [float("inf")]}, "0 or more"),
+        ({"warmup": float("nan")}, "fractions"),
     ],
 )
 def test_bad_attacks_are_refused(changes: dict, words: str, tmp_path: Path) -> None:
@@ -202,6 +221,40 @@ def test_bad_attacks_are_refused(changes: dict, words: str, tmp_path: Path) -> N
 
     with pytest.raises(UserError, match=words):
         attempt()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        (Optimisation, {"lr_every": 0}, "lr_every"),
+        (Optimisation, {"lr_factor": -0.1}, "lr_factor"),
+        (Optimisation, {"lr": float("nan")}, "positive numbers"),
+        (Optimisation, {"noise_std": -1.0}, "noise_std"),
+        (Optimisation, {"validate_every": -1}, "validate_every"),
+        (Optimisation, {"precrop_steps": 5}, "batching view"),
+        (ModelConfig, {"octaves": -1}, "take 0 to"),
+        (ModelConfig, {"view_octaves": 200}, "take 0 to"),
+        (ModelConfig, {"kind": "mip-nerf", "octaves": 0}, "take 1 to"),
+        (ModelConfig, {"kind": "mip-nerf", "viewdirs": False}, "are for --model.kind nerf"),
+    ],
+)
+def test_values_that_no_training_takes_are_refused(kind: type, changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        kind(**changes)
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "words"),
+    [
+        (sharpness.sharpness, sharpness.SharpnessConfig(Path("x"), rays=0), "--rays 0"),
+        (sharpness.sharpness, sharpness.SharpnessConfig(Path("x"), iterations=0), "--iterations 0"),
+        (export.render, RenderConfig(Path("x"), frames=3), "is for --split path"),
+        (export.export, ExportConfig(Path("x"), extents=[2.0, 0.01, 2.0]), "less than two points"),
+    ],
+)
+def test_verbs_refuse_what_gives_nothing(verb: Callable, config: object, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        verb(config, options(tmp_path))
 
 
 def test_half_precision_without_range_is_refused(tmp_path: Path) -> None:
@@ -242,9 +295,10 @@ def test_aug_nerf_learns(tmp_path: Path) -> None:
     run_folder, out = tmp_path / "augnerf" / "x", tmp_path / "out"
     export.render(RenderConfig(run_folder, split="path", frames=2), RunOptions(output=out, device="cpu"))
     assert len(list((out / "augnerf" / "render-path").glob("depth_*.npy"))) == 2
-    config = ExportConfig(run_folder, points=24, threshold=1.0, step=150)
+    config = ExportConfig(run_folder, points=59, extents=[3.0, 2.0, 1.0], threshold=1.0, step=150)
     export.export(config, RunOptions(output=out, device="cpu"))
     assert {p.name for p in (out / "augnerf" / "export").iterdir()} == {"density.npy", "mesh.obj", "00000150.ckpt"}
+    assert np.load(out / "augnerf" / "export" / "density.npy").shape == (39, 59, 19)
     probe = sharpness.SharpnessConfig(out / "augnerf" / "export" / "00000150.ckpt", SAME, rays=32)
     sharpness.sharpness(probe, RunOptions(output=out, device="cpu"))
     assert (out / "augnerf" / "sharpness" / "sharpness.png").is_file()
@@ -271,6 +325,51 @@ def test_a_collapsed_run_is_noticed(tmp_path: Path) -> None:
     for field in (trainer.renderer.nerf, trainer.renderer.nerf_fine):
         torch.nn.init.constant_(field.mlp.alpha_linear.bias, -100.0)
     assert scores_of(trainer.renderer, data.test, exact=True)["collapsed"]
+
+
+def test_checkpoints_are_read_in_the_precision_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load_data(DATA)
+    compiled: list[object] = []
+
+    def noted(function):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", noted)
+    for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        asked = options(tmp_path, precision=precision, compile=precision == "bf16")
+        with Run.evaluation("augnerf", asked) as run:
+            renderer = placed(build(recipe("nerf"), data), run)
+            assert renderer(data.test.rays(torch.arange(3))).fine.raw.dtype == expected
+    assert len(compiled) == 2
+
+
+def test_entropy_along_rays_does_not_depend_on_chunks(tmp_path: Path) -> None:
+    """Rays that meet nothing have none, and count in no chunk."""
+    torch.manual_seed(0)
+    data = load_data(DATA)
+    renderer = build(dataclasses.replace(recipe("nerf"), model=dataclasses.replace(TINY, density="relu")), data)
+    for name in ("nerf", "nerf_fine"):  # half of the rays meet something
+        highest = renderer(data.test.rays(torch.arange(1024))).fine.raw[..., 3].amax(-1).median().detach()
+        getattr(renderer, name).mlp.alpha_linear.bias.data -= highest
+        getattr(renderer, name).mlp.alpha_linear.weight.data *= 30
+        getattr(renderer, name).mlp.alpha_linear.bias.data *= 30
+    acc = render_view(renderer, data.test, 0).acc
+    assert 0.05 < float((acc > 1e-3).float().mean()) < 0.95
+    found = [render_view(renderer, data.test, 0, chunk).entropy for chunk in (1024, 90)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_partial_checkpoint_is_refused_by_its_keys(tmp_path: Path) -> None:
+    chosen, data = recipe("nerf"), load_data(DATA)
+    state = build(chosen, data).state_dict()
+    del state["nerf.mlp.rgb_linear.bias"]
+    about = {"sizes": dataclasses.asdict(TINY), "samples": [6, 5]}
+    save_weights(tmp_path / "x.safetensors", state, about)
+    with pytest.raises(UserError, match=r"missing nerf\.mlp\.rgb_linear\.bias"):
+        load_renderer(tmp_path / "x.safetensors", data)
 
 
 def test_more_processes_than_views(tmp_path: Path) -> None:

@@ -165,14 +165,15 @@ def attack(
     sign = -1.0 if helpful else 1.0
     with torch.no_grad():
         worst = sign * objective(best)
+    highest = worst.mean()
     for number in range(1, restarts):
         found = maximise(objective, starts(number), steps, helpful=helpful)
         with torch.no_grad():
             losses = sign * objective(found)
         better = losses > worst
-        whole = losses.mean() > worst.mean()
+        whole = losses.mean() > highest
         for key, value in found.items():
             choose = better.view(-1, *[1] * (value.ndim - 1)) if KEYS[key].leading == "rays" else whole
             best[key] = torch.where(choose, value, best[key])
-        worst = torch.where(better, losses, worst)
+        worst, highest = torch.where(better, losses, worst), torch.maximum(highest, losses.mean())
     return best

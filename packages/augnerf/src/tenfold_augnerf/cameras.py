@@ -112,7 +112,8 @@ def transform_rays(
     offsets: Float[Tensor, "cameras 3"],
 ) -> tuple[Float[Tensor, "rays 3"], Float[Tensor, "rays 3"]]:
     """Every ray turned and shifted with its camera: d <- R_x R_y R_z d, o <- o + t."""
-    turned = euler_rotation(angles)[cameras] @ directions[..., None]
+    with torch.autocast(directions.device.type, enabled=False):  # in half precision rays would miss by many pixels
+        turned = euler_rotation(angles)[cameras] @ directions[..., None]
     return origins + offsets[cameras], turned[..., 0]
 
 

@@ -84,7 +84,7 @@ def recognise(state: Mapping[str, Tensor], density: Density = "relu") -> ModelCo
     depth = max(layers) + 1
     if points % 6 == 0:
         return ModelConfig("mip-nerf", depth, width, points // 6, (directions // 3 - 1) // 2)
-    conv, embedded = "nerf.conv_embed.weight" in state, points > 3
+    conv, embedded = "nerf.conv_embed.weight" in state, points > 3 or directions > 3
     octaves = (points // 3 - 1) // 2 if embedded else ModelConfig.octaves
     view_octaves = (directions // 3 - 1) // 2 if embedded and directions else ModelConfig.view_octaves
     return ModelConfig(
@@ -166,11 +166,14 @@ def load_official_checkpoint(
 def to_official(model: nn.Module, *, step: int = 0, optimizer: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A checkpoint in the released layout, to be written with torch.save as `checkpoints/{step:08d}.ckpt`.
 
+    Without an `optimizer` the file has the state of a fresh Adam, with which the released code can go on or evaluate.
     A renderer whose fine field is its coarse one has both sets of keys, as the release does. A density other than the
     released ReLU is named under `density`: `load_official_checkpoint` reads it; other programs would render another scene.
     """
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    checkpoint = {"global_step": step, "model": state, "optimizer": dict(optimizer or {})}
+    if optimizer is None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-4).state_dict()
+    checkpoint = {"global_step": step, "model": state, "optimizer": dict(optimizer)}
     density = getattr(getattr(model, "nerf", None), "density", "relu")
     return checkpoint if density == "relu" else {**checkpoint, "density": density}
 

@@ -19,7 +19,7 @@ from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.download import data_root, missing
 from tenfold_shared.errors import UserError
 from tenfold_shared.scenes import LLFFPoses, Scene, blocks_views, read_blender, read_deepvoxels, read_llff
-from tenfold_shared.scenes.blender import read_json
+from tenfold_shared.scenes.blender import numbers_of, read_json
 
 DataName = Literal[
     "blocks-mini",
@@ -98,10 +98,12 @@ class DataConfig:
             raise UserError("--data.factor and test_skip take 1 or more, --data.views 0 or more")
         if (self.near is None) != (self.far is None):
             raise UserError("--data.near and --data.far come together: give both or neither")
-        if self.near is not None and self.far is not None and not self.near < self.far:
-            raise UserError(f"--data.near {self.near:g} and far {self.far:g}: near < far is needed")
-        if self.pose_offset < 0 or self.pose_degrees < 0:
+        if self.near is not None and self.far is not None and not -math.inf < self.near < self.far < math.inf:
+            raise UserError(f"--data.near {self.near:g} and far {self.far:g}: near < far is needed, both finite")
+        if not (0 <= self.pose_offset < math.inf and 0 <= self.pose_degrees < math.inf):
             raise UserError("--data.pose_offset and pose_degrees take 0 or more")
+        if self.corruption_seed < 0:
+            raise UserError(f"--data.corruption_seed {self.corruption_seed}: take 0 or more")
 
 
 class Data(NamedTuple):
@@ -158,6 +160,7 @@ def load_data(config: DataConfig) -> Data:
     """
     if config.name == "prepared":
         return _prepared(config)
+    _check_options(config)
     splits = READERS[config.name.partition("-")[0]](config)
     near, far = (splits.near, splits.far) if config.near is None or config.far is None else (config.near, config.far)
     train = splits.train
@@ -165,8 +168,6 @@ def load_data(config: DataConfig) -> Data:
         train = train.subset(spread(config.views, len(train), train.name))
     ndc = None
     if config.ndc:
-        if config.name != "llff":
-            raise UserError(f"--data.ndc is for forward-facing LLFF captures, not for {config.name}")
         cameras = train.cameras
         ndc, near, far = (cameras.height, cameras.width, float(cameras.intrinsics[0, 0, 0])), 0.0, 1.0
 
@@ -178,6 +179,24 @@ def load_data(config: DataConfig) -> Data:
     parts = corrupted(clean, train, config), clean, views(splits.validation), views(splits.test)
     path = functools.partial(video_views, clean, capture=splits.capture, spherified=config.spherify)
     return Data(*parts, config.white, ndc, exact, path)
+
+
+def _check_options(config: DataConfig) -> None:
+    """Refuse options of another layout than the one that is read.
+
+    Raises:
+        UserError: naming the option and what it is for.
+
+    """
+    if config.ndc and (config.name != "llff" or config.spherify):
+        what = "spherified ones" if config.spherify else config.name
+        raise UserError(f"--data.ndc is for forward-facing LLFF captures, not for {what}")
+    if config.ndc and config.near is not None:
+        raise UserError("--data.near and --data.far are for world space: rays in NDC go from 0 to 1, leave them out")
+    if config.spherify and config.name != "llff":
+        raise UserError(f"--data.spherify is for LLFF captures, not for {config.name}")
+    if config.half_res and config.name != "blender":
+        raise UserError(f"--data.half_res is for Blender scenes, not for {config.name}: leave it out")
 
 
 def spread(count: int, available: int, name: str) -> np.ndarray:
@@ -203,13 +222,29 @@ def corrupted(clean: Views, scene: Scene | None, config: DataConfig) -> Views:
             image = denoise(image)
         views.colours[index] = torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
     if scene is not None and (config.pose_offset or config.pose_degrees):
-        generator = view_generator(config.corruption_seed, len(views))
-        shift, angles = pose_noise(len(views), config.pose_offset, config.pose_degrees, generator)
-        poses = torch.from_numpy(scene.cameras.camera_to_world[:, :3])
-        moved = corrupt_poses(poses, torch.from_numpy(angles), torch.from_numpy(shift))
+        moved = moved_poses(scene, config)
         inverse = torch.linalg.inv(torch.from_numpy(scene.cameras.intrinsics))
         views.turns, views.centres = (moved[:, :, :3] @ inverse).float(), moved[:, :, 3].float()
     return views
+
+
+def moved_poses(scene: Scene, config: DataConfig) -> torch.Tensor:
+    """Camera-to-world matrices [N, 3, 4], off by up to what is configured."""
+    generator = view_generator(config.corruption_seed, len(scene))
+    shift, angles = pose_noise(len(scene), config.pose_offset, config.pose_degrees, generator)
+    poses = torch.from_numpy(scene.cameras.camera_to_world[:, :3])
+    return corrupt_poses(poses, torch.from_numpy(angles), torch.from_numpy(shift))
+
+
+def corrupted_scene(scene: Scene, config: DataConfig) -> Scene:
+    """The scene with the pictures, composited, and the cameras that `corrupted` makes of it, to be written."""
+    bounds = scene.cameras.bounds
+    assert bounds is not None, "exact scenes have bounds"
+    pictures = corrupted(Views.from_scene(scene, *bounds, white=config.white), None, config).colours.numpy()
+    poses = scene.cameras.camera_to_world.copy()
+    poses[:, :3] = moved_poses(scene, config).numpy()
+    cameras = dataclasses.replace(scene.cameras, camera_to_world=poses)
+    return dataclasses.replace(scene, images=list(pictures), cameras=cameras)
 
 
 # -- the layouts ----------------------------------------------------------------------------------------------------------
@@ -226,6 +261,10 @@ def dataset_folder(config: DataConfig, default: str, layout: str) -> Path:
     if config.root is not None and not root.exists():
         root = data_root() / config.root
     folder = root / config.scene
+    if not folder.is_dir() and config.name == "prepared":
+        raise UserError(
+            f"no prepared rays at {folder}/{layout}: write them with `prepare`, or name them by --data.root"
+        )
     if not folder.is_dir():
         raise missing(f"scene {config.scene or '(--data.scene)'} of {config.name}", SOURCE, f"{folder}/{layout}")
     return folder
@@ -262,7 +301,8 @@ def _linemod(config: DataConfig) -> Splits:
         meta = read_json(folder / f"transforms_{split}.json")
         if "near" not in meta or "far" not in meta:
             raise UserError(f"{folder}/transforms_{split}.json has no near and far, which LINEMOD-style scenes give")
-        ends.append((float(meta["near"]), float(meta["far"])))
+        with numbers_of(folder / f"transforms_{split}.json"):
+            ends.append((float(meta["near"]), float(meta["far"])))
     near, far = math.floor(min(end[0] for end in ends)), math.ceil(max(end[1] for end in ends))
     return Splits(scenes["train"], scenes["val"], scenes["test"], near, far)
 
@@ -270,6 +310,10 @@ def _linemod(config: DataConfig) -> Splits:
 def _llff(config: DataConfig) -> Splits:
     folder = dataset_folder(config, "nerf_llff_data", "{poses_bounds.npy,images_8/*.png,images/*.JPG}")
     scene = read_llff(folder, config.factor, spherify=config.spherify)
+    if config.test_skip == 1 or len(scene) == 1:
+        raise UserError(
+            f"--data.test_skip {config.test_skip} leaves none of the {len(scene)} views of {folder} for training: take more"
+        )
     train, test = scene.split(config.test_skip)
     bounds = scene.cameras.bounds
     assert bounds is not None, "the layout has bounds"
@@ -349,18 +393,22 @@ def _write_parts(path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray]
 
 
 def _prepared(config: DataConfig) -> Data:
-    if config.ndc or config.pose_offset or config.pose_degrees:
+    if config.ndc or config.spherify or config.half_res or config.pose_offset or config.pose_degrees:
         raise UserError(
-            "--data.ndc, pose_offset and pose_degrees are for data with cameras: prepared rays stay as they are"
+            "--data.ndc, spherify, half_res, pose_offset and pose_degrees are for data with cameras: prepared rays stay "
+            "as they are"
         )
     folder = dataset_folder(config, "prepared", "{meta.json,rays_train.npy,rgbs_train.npy,...}")
     meta = read_json(folder / "meta.json")
+    if not isinstance(meta, dict):
+        raise UserError(f"{folder}/meta.json holds no dictionary; prepare the rays again")
     try:
-        near, far = (
-            (float(meta["near"]), float(meta["far"]))
-            if config.near is None or config.far is None
-            else (config.near, config.far)
-        )
+        with numbers_of(folder / "meta.json"):
+            near, far = (
+                (float(meta["near"]), float(meta["far"]))
+                if config.near is None or config.far is None
+                else (config.near, config.far)
+            )
     except KeyError as error:
         raise UserError(f"{folder}/meta.json has no {error}: near and far are needed") from None
     if not near < far:
@@ -373,7 +421,7 @@ def _prepared(config: DataConfig) -> Data:
             raise UserError(f"{folder / name} does not exist, though meta.json does") from None
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"{folder / name} is damaged ({error})") from error
-        if found.ndim != 3 + len(shape) or found.shape[3:] != shape:
+        if found.ndim != 3 + len(shape) or found.shape[3:] != shape or not found.size:
             raise UserError(
                 f"{folder / name} has the shape {found.shape}, expected [n, H, W, {', '.join(map(str, shape))}]"
             )
@@ -387,6 +435,8 @@ def _prepared(config: DataConfig) -> Data:
         rays, colours = array(f"rays_{name}.npy", (2, 3)), array(f"rgbs_{name}.npy", (3,))
         if rays.shape[:3] != colours.shape[:3]:
             raise UserError(f"{folder}: rays_{name}.npy and rgbs_{name}.npy are of different views")
+        if not (rays.isfinite().all() and colours.isfinite().all()):
+            raise UserError(f"{folder}: rays_{name}.npy or rgbs_{name}.npy has numbers that are not finite")
         return stored((colours * 255 + 0.5).clamp(0, 255).to(torch.uint8), rays)
 
     def exhibit(frames: int) -> Views:

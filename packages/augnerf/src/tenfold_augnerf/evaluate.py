@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tenfold_augnerf.compat import convert, load_official_checkpoint
+from tenfold_augnerf.compat import convert, load_official_checkpoint, load_state
 from tenfold_augnerf.data import Data, DataConfig, DataName, load_data
 from tenfold_augnerf.geometry import (
     depth_scores,
     median_depth,
     normal_error,
     normals_from_depth,
-    ray_entropy,
+    ray_entropies,
     total_variation,
 )
 from tenfold_augnerf.metrics import lpips, mse, psnr, psnr_mean, psnr_of_mean_mse, ssim, ssim_standard
@@ -46,6 +45,20 @@ def rays_at_once(renderer: Renderer, device: torch.device, *, training: bool = F
     return max(16, CPU_WORKING_SET // a_layer)
 
 
+def compile_networks(renderer: Renderer) -> None:
+    """Have torch.compile make encodings and trunks, at their first call."""
+    for field in {renderer.nerf, renderer.nerf_fine}:
+        field.encode = torch.compile(field.encode)
+
+
+def placed(renderer: Renderer, run: Run) -> Renderer:
+    """The renderer of a verb that only reads a checkpoint: on the run's device, in its precision, compiled if asked."""
+    if run.options.compile:
+        compile_networks(renderer)
+    renderer.forward = run.accelerator.autocast()(renderer.forward)  # type: ignore[method-assign]
+    return renderer.to(run.device)
+
+
 class Rendered(NamedTuple):
     """A whole view: colours [H, W, 3] as they are (not clipped), Σ w z, opacity, median depth, and entropy along rays."""
 
@@ -63,18 +76,16 @@ def render_view(renderer: Renderer, views: Views, view: int, chunk: int = 0) -> 
     pixels = views.pixels_of(view)
     size = chunk or rays_at_once(renderer, pixels.device)
     parts: list[tuple[Tensor, ...]] = []
-    entropies: list[tuple[float, int]] = []
+    entropies: list[Tensor] = []
     for part in pixels.split(size):
         rendering = renderer(views.rays(part))
         shown, z = rendering.fine.shown, rendering.fine.z
         places = z if z.shape == shown.weights.shape else (z[:, 1:] + z[:, :-1]) / 2
         parts.append((shown.rgb, shown.depth[:, 0], shown.acc[:, 0], median_depth(shown.weights, places)))
-        entropy = ray_entropy(shown.weights)
-        if math.isfinite(entropy):
-            entropies.append((entropy, len(part)))
+        entropies.append(ray_entropies(shown.weights))
     rgb, depth, acc, median = (torch.cat(column) for column in zip(*parts, strict=True))
-    total = sum(count for _, count in entropies)
-    mean = sum(value * count for value, count in entropies) / total if total else 0.0
+    entropy = torch.cat(entropies)
+    mean = float(entropy.mean()) if len(entropy) else 0.0
     shape = height, width
     return Rendered(rgb.view(*shape, 3), depth.view(shape), acc.view(shape), median.view(shape), mean)
 
@@ -257,7 +268,7 @@ def load_renderer(checkpoint: Path, data: Data, samples: list[int] | None = None
     coarse, fine = samples or about["samples"]
     sampling = RaySampling(near, far, coarse, fine, about.get("inverse", False), data.ndc)
     model = create_model(ModelConfig(**about["sizes"]), sampling, white=data.white, variant=Variant())
-    model.load_state_dict({name: value for name, value in state.items() if not name.startswith("nerf_adv.")})
+    load_state(model, {name: value for name, value in state.items() if not name.startswith("nerf_adv.")})
     return model, about
 
 
@@ -293,8 +304,9 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     views = views_of(data, config.split)
     renderer, about = load_renderer(config.checkpoint, data, config.samples or None)
     with Run.evaluation("augnerf", options) as run:
-        renderer = renderer.to(run.device)
-        scores = scores_of(renderer, views.to(run.device), exact=bool(data.scene), perceptual=perceptual, run=run)
+        scores = scores_of(
+            placed(renderer, run), views.to(run.device), exact=bool(data.scene), perceptual=perceptual, run=run
+        )
         if run.is_main:
             seen = {"data": f"{chosen.name} {chosen.scene}".strip(), "split": config.split}
             print(json.dumps({**about, **seen, **{name: value for name, value in scores.items() if name != "mse"}}))

@@ -1,6 +1,7 @@
 """Pictures, depth, density grids, meshes and data sets as files (sections 9 and 11)."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -8,14 +9,24 @@ import numpy as np
 import torch
 
 from tenfold_augnerf.compat import to_official
-from tenfold_augnerf.data import BLOCKS, TEST_OFFSET, VALIDATION_OFFSET, Data, DataConfig, load_data, write_prepared
-from tenfold_augnerf.evaluate import OtherData, Rendered, data_of, load_renderer, render_view, views_of
+from tenfold_augnerf.data import (
+    BLOCKS,
+    TEST_OFFSET,
+    VALIDATION_OFFSET,
+    Data,
+    DataConfig,
+    corrupted_scene,
+    load_data,
+    spread,
+    write_prepared,
+)
+from tenfold_augnerf.evaluate import OtherData, Rendered, data_of, load_renderer, placed, render_view, views_of
 from tenfold_augnerf.geometry import chamfer, density_grid, extract_mesh, grid_axes, sample_triangles, write_obj
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import atomic_write, write_text
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_shared.scenes import blocks, blocks_views, write_blender, write_image, write_llff
+from tenfold_shared.scenes import Scene, blocks, blocks_views, write_blender, write_image, write_llff
 
 SURFACE_POINTS = 20000
 
@@ -37,12 +48,14 @@ class RenderConfig:
 
 def render(config: RenderConfig, options: RunOptions) -> None:
     """Write `<i>.png` (clipped to [0, 1], 8 bit), `depth_<i>.png` (16 bit, near to far) and `depth_<i>.npy`."""
+    if config.frames and config.split != "path":
+        raise UserError(f"--frames {config.frames} is for --split path: the split {config.split} has its own views")
     data = load_data(data_of(config.checkpoint, config.data))
     views = path_views(data, config.frames) if config.split == "path" else views_of(data, config.split)
     renderer, _ = load_renderer(config.checkpoint, data)
     folder = options.output / "augnerf" / (options.name or f"render-{config.split}")
     with Run.evaluation("augnerf", options) as run:
-        renderer, views = renderer.to(run.device).eval(), views.to(run.device)
+        renderer, views = placed(renderer, run).eval(), views.to(run.device)
         for view in range(len(views)):
             write_picture(folder, view, render_view(renderer, views, view), views.near, views.far)
     print(f"{len(views)} views written to {folder}")
@@ -92,16 +105,22 @@ class ExportConfig:
 
 def export(config: ExportConfig, options: RunOptions) -> None:
     """Write `density.npy`, `mesh.obj` and `<step>.ckpt` in the released layout; blocks also get the Chamfer distance."""
-    if len(config.extents) != 3 or min(config.extents) <= 0 or config.points < 2:
+    if len(config.extents) != 3 or not all(0 < e < math.inf for e in config.extents) or config.points < 2:
         raise UserError(
             f"--extents takes three positive sizes and --points 2 or more, got {config.extents}, {config.points}"
+        )
+    voxel = config.extents[0] / config.points * (1 - 1e-9)  # a quotient rounded down would lose a point
+    if min(int(extent / voxel) for extent in config.extents) < 2:
+        raise UserError(
+            f"--extents {config.extents} and --points {config.points}: the shortest side has less than two points, take more"
         )
     data = load_data(data_of(config.checkpoint, config.data))
     renderer, _ = load_renderer(config.checkpoint, data)
     folder = options.output / "augnerf" / (options.name or "export")
-    voxel = config.extents[0] / config.points
     with Run.evaluation("augnerf", options) as run:
-        density = density_grid(renderer.nerf_fine.to(run.device), config.extents, voxel).cpu().numpy()
+        field = placed(renderer, run).nerf_fine
+        with run.accelerator.autocast():
+            density = density_grid(field, config.extents, voxel).float().cpu().numpy()
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "density.npy", density)
     vertices, faces = extract_mesh(density, grid_axes(config.extents, voxel), config.threshold)
@@ -115,12 +134,25 @@ def export(config: ExportConfig, options: RunOptions) -> None:
     print(f"{line}; written to {folder}")
 
 
+def corrupted_capture(scene: Scene, config: DataConfig) -> Scene:
+    """A capture whose training views, all but every `test_skip`-th, are corrupted."""
+    trained = np.arange(len(scene)) % config.test_skip != 0
+    images = [scene.rgb(view, float(config.white)) for view in range(len(scene))]
+    poses = scene.cameras.camera_to_world.copy()
+    if trained.any():
+        found = corrupted_scene(scene.subset(np.flatnonzero(trained)), config)
+        poses[trained] = found.cameras.camera_to_world
+        for view, image in zip(np.flatnonzero(trained), found.images, strict=True):
+            images[view] = image
+    return dataclasses.replace(scene, images=images, cameras=dataclasses.replace(scene.cameras, camera_to_world=poses))
+
+
 @dataclasses.dataclass
 class PrepareConfig:
     """What to write."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """The data set."""
+    """The data set; corruptions, the median and views count, for the training views."""
     layout: Literal["rays", "blender", "llff"] = "rays"
     """The released cache of rays, or the exact blocks in a published layout."""
     folder: Path = Path("prepared")
@@ -137,11 +169,21 @@ def prepare(config: PrepareConfig) -> None:
             f"--layout {config.layout} writes the exact blocks scene; --data.name is one of {', '.join(BLOCKS)}"
         )
     else:
+        if data.near is not None or (config.layout == "llff" and data.views):
+            raise UserError(
+                f"--layout {config.layout} holds the scene's own bounds, and llff one capture without splits: leave "
+                "--data.near, far and (for llff) views out"
+            )
+        changed = data.corruption != "none" or data.denoise or data.pose_offset or data.pose_degrees
         size, *counts = BLOCKS[data.name]
         if config.layout == "llff":
-            write_llff(folder, blocks_views(counts[0], size, forward=True))
+            scene = blocks_views(counts[0], size, forward=True)
+            write_llff(folder, corrupted_capture(scene, data) if changed else scene)
         else:
             offsets = (0.0, VALIDATION_OFFSET, TEST_OFFSET)
             for split, count, offset in zip(("train", "val", "test"), counts, offsets, strict=True):
-                write_blender(folder, blocks_views(count, size, offset), split)
+                scene = blocks_views(count, size, offset)
+                if split == "train" and data.views:
+                    scene = scene.subset(spread(data.views, len(scene), scene.name))
+                write_blender(folder, corrupted_scene(scene, data) if split == "train" and changed else scene, split)
     print(f"{data.name} written to {folder}")

@@ -153,9 +153,14 @@ def grid_variation(density: Float[Tensor, "x y z"]) -> float:
     return float(sum(opacity.diff(dim=axis).abs().mean() for axis in range(3)))
 
 
-def ray_entropy(weights: Float[Tensor, "rays samples"]) -> float:
-    """Mean entropy (nats) of the weights along rays, normalised, over rays that are not empty."""
+def ray_entropies(weights: Float[Tensor, "rays samples"]) -> Float[Tensor, " seen"]:
+    """Entropy (nats) of the weights along each ray that is not empty, normalised."""
     acc = weights.sum(-1, keepdim=True)
     share = (weights / acc.clamp(min=1e-10)).clamp(min=1e-12)
     entropy = -(share * share.log()).sum(-1)
-    return float(entropy[acc[:, 0] > 1e-3].mean())
+    return entropy[acc[:, 0] > 1e-3]
+
+
+def ray_entropy(weights: Float[Tensor, "rays samples"]) -> float:
+    """Mean of `ray_entropies`; nan where every ray is empty."""
+    return float(ray_entropies(weights).mean())

@@ -30,19 +30,19 @@ def psnr_mean(errors: Sequence[float] | Tensor) -> float:
     return float(psnr(torch.as_tensor(errors, dtype=torch.float64)).mean())
 
 
-def ssim(image: Picture, truth: Picture) -> Float[Tensor, ""]:
+def ssim(image: Picture, truth: Picture, *, window: int = 11, sigma: float = 1.5) -> Float[Tensor, ""]:
     """The released SSIM: 11 x 11 Gaussian of σ 1.5 (built in single precision), zero padding, mean over all pixels.
 
     `ssim_standard` is the usual one; values differ at the border.
     """
-    offset = torch.arange(11, dtype=torch.float32) - 5
-    line = torch.exp(-offset.square() / (2 * 1.5**2))
+    offset = torch.arange(window, dtype=torch.float32) - window // 2
+    line = torch.exp(-offset.square() / (2 * sigma**2))
     line = line / line.sum()
     channels = image.shape[-1]
-    window = torch.outer(line, line).to(image).expand(channels, 1, 11, 11)
+    kernel = torch.outer(line, line).to(image).expand(channels, 1, window, window)
 
     def blur(x: Tensor) -> Tensor:
-        return F.conv2d(x.movedim(-1, 0)[None], window, padding=5, groups=channels)
+        return F.conv2d(x.movedim(-1, 0)[None], kernel, padding=window // 2, groups=channels)
 
     mean, mean2 = blur(image), blur(truth)
     variance, variance2 = blur(image.square()) - mean.square(), blur(truth.square()) - mean2.square()

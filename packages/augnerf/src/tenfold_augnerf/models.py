@@ -10,6 +10,8 @@ from tenfold_augnerf.mip import MipNeRF, MipRenderer
 from tenfold_augnerf.renderer import RaySampling, Renderer, Variant
 from tenfold_shared.errors import UserError
 
+MOST_OCTAVES = 60  # of single precision's range
+
 
 @dataclasses.dataclass
 class ModelConfig:
@@ -38,6 +40,13 @@ class ModelConfig:
         """Refuse sizes that make no network."""
         if self.depth < 1 or self.depth == 5 or self.width < 2:
             raise UserError(f"--model.depth {self.depth} and width {self.width}: take 2 or more, and any depth but 5")
+        least = 1 if self.kind == "mip-nerf" else 0
+        if not (least <= self.octaves <= MOST_OCTAVES and 0 <= self.view_octaves <= MOST_OCTAVES):
+            raise UserError(
+                f"--model.octaves {self.octaves} and view_octaves {self.view_octaves}: take {least} to {MOST_OCTAVES}"
+            )
+        if self.kind == "mip-nerf" and (not self.viewdirs or not self.use_embed or self.conv_embed):
+            raise UserError("--model.viewdirs, use_embed and conv_embed are for --model.kind nerf: leave them out")
 
 
 MODELS = {

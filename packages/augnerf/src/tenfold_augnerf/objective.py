@@ -6,6 +6,7 @@ backward pass reads is still in the cache.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -51,7 +52,7 @@ class Adversary:
 
     def __post_init__(self) -> None:
         """Refuse modes of cost that the attack does not allow."""
-        if self.weight < 0 or (self.mix == "convex" and self.weight > 1) or self.restarts < 1:
+        if not 0 <= self.weight <= (1 if self.mix == "convex" else math.inf) or self.restarts < 1:
             raise UserError(
                 f"lambda {self.weight} and {self.restarts} restarts: take 0 <= lambda (<= 1) and 1 or more restarts"
             )
@@ -313,8 +314,13 @@ def _reuse(
     perturb_weights: Callable[[Callable], None] | None,
 ) -> dict[str, Tensor]:
     """The clean backward pass differentiates by the places of the perturbations too: six F instead of eight."""
-    if renderer.variant.branch == "auxiliary" or renderer.variant.inert_colour or perturb_weights is not None:
-        raise UserError("cost reuse is for the shared branch with all of raw perturbed, without AWP: use cost plain")
+    variant = renderer.variant
+    other = variant.branch == "auxiliary" or variant.inert_colour or not variant.white_in_adversarial
+    if other or perturb_weights is not None:
+        raise UserError(
+            "cost reuse is for the shared branch with all of raw perturbed on the clean background, without AWP: "
+            "use cost plain"
+        )
     rendering = renderer(batch.rays, draws=batch.draws, taps=adversary.steps)
     loss = objective(rendering, batch.truth)
     backward(adversary.clean_weight * loss.sum() / batch.rays_of_all)
@@ -322,6 +328,9 @@ def _reuse(
     for key, step in adversary.steps.items():
         gradient = rendering.sites[key].grad
         assert gradient is not None
+        gradient = gradient.to(
+            torch.promote_types(gradient.dtype, batch.truth.dtype)
+        )  # of half precision under autocast
         delta[key] = ascend(torch.zeros_like(gradient), gradient, step)
     noted = _note(rendering, batch, loss)
     del rendering, loss

@@ -74,7 +74,7 @@ class Geometry:
 
     def half_bin(self, key: str) -> float:
         """(far - near) / (S - 1) / 2: half a mean interval of the key's pass."""
-        return (self.far - self.near) / (self.samples(key) - 1) / 2
+        return (self.far - self.near) / max(1, self.samples(key) - 1) / 2
 
     @property
     def pixel(self) -> float:

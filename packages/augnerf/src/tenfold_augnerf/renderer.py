@@ -227,7 +227,7 @@ class Renderer(nn.Module):
 
         Args:
             rays: of any number of cameras.
-            delta: perturbations by key, shaped as `Geometry.shape` says.
+            delta: perturbations by key, shaped as `Geometry.shape` says; any that this renderer cannot have is refused.
             draws: random numbers; none render deterministically.
             taps: places whose tensors are kept in `Rendering.sites` with their gradient after a backward pass, which
                 equals the gradient by a perturbation of zero there.
@@ -235,8 +235,13 @@ class Renderer(nn.Module):
             fixed: a rendering of the same rays with its features: samples and features are taken from it, so that only
                 heads and compositing are computed; perturbations below the features are not possible then.
 
+        Raises:
+            UserError: see `check`; cameras that move, without `Rays.cameras`.
+
         """
         delta = delta or {}
+        if delta or taps:
+            self.check({**dict.fromkeys(taps), **delta})
         sites = _Sites(delta, taps)
         adversarial = bool(delta)
         white = self.white and (self.variant.white_in_adversarial or not adversarial)

@@ -29,7 +29,7 @@ class RadiusSchedule:
     def __post_init__(self) -> None:
         """Refuse fractions that do not fit into the training."""
         parts = self.warmup, self.ramp, self.anneal
-        if min(parts) < 0 or sum(parts) > 1:
+        if not (min(parts) >= 0 and sum(parts) <= 1):
             raise UserError(f"warmup, ramp and anneal are fractions of the training, together at most 1; got {parts}")
 
     def share(self, step: int, total: int) -> float:

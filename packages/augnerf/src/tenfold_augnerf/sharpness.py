@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tenfold_augnerf.attack import Step, attack
 from tenfold_augnerf.data import Data, load_data
-from tenfold_augnerf.evaluate import OtherData, data_of, load_renderer, rays_at_once, views_of
+from tenfold_augnerf.evaluate import OtherData, data_of, load_renderer, placed, rays_at_once, views_of
 from tenfold_augnerf.objective import Objective, Starts, random_starts
 from tenfold_augnerf.perturbation import KEYS, radius
 from tenfold_augnerf.renderer import Renderer
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import write_json
+from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, figure_style
 from tenfold_shared.run import Run, RunOptions, derived_seed
 
@@ -128,12 +129,14 @@ class SharpnessConfig:
 
 def sharpness(config: SharpnessConfig, options: RunOptions) -> None:
     """Write the curves of a checkpoint as `sharpness.json` and `sharpness.png`, and print them."""
+    if config.rays < 1 or config.iterations < 1:
+        raise UserError(f"--rays {config.rays} and --iterations {config.iterations}: take 1 or more")
     data: Data = load_data(data_of(config.checkpoint, config.data))
     views = views_of(data, config.split)
     renderer, _ = load_renderer(config.checkpoint, data)
     with Run.evaluation("augnerf", options) as run:
         rows = curves(
-            renderer.to(run.device),
+            placed(renderer, run),
             views.to(run.device),
             rays=config.rays,
             iterations=config.iterations,

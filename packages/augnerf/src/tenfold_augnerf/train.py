@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tenfold_augnerf.attack import steps_of
 from tenfold_augnerf.data import Data, DataConfig, load_data
-from tenfold_augnerf.evaluate import COLLAPSED, memorised, rays_at_once, scores_of
+from tenfold_augnerf.evaluate import COLLAPSED, compile_networks, memorised, rays_at_once, scores_of
 from tenfold_augnerf.models import ModelConfig, create_model
 from tenfold_augnerf.objective import (
     Adversary,
@@ -28,7 +29,7 @@ from tenfold_augnerf.perturbation import KEYS, broadcast, describe_budget
 from tenfold_augnerf.renderer import RELEASED, Draws, RaySampling, Renderer, Variant
 from tenfold_augnerf.schedules import RadiusControl, RadiusSchedule, learning_rate
 from tenfold_augnerf.views import RayBatch, RayBatches
-from tenfold_augnerf.weights import WeightPerturbation, sharpness_aware
+from tenfold_augnerf.weights import WeightPerturbation, moved, sharpness_aware
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 
@@ -98,8 +99,11 @@ class Attack:
                 raise UserError(f"--attack.levels {level}: the levels are coordinates, features, samples")
         if self.every < 1 or self.replays < 1:
             raise UserError("--attack.every and --attack.replays take 1 or more")
-        if any(not value >= 0 for value in (*self.eps, *self.alpha, self.awp_gamma, self.sam_rho)):
+        if any(not 0 <= value < math.inf for value in (*self.eps, *self.alpha)):
             raise UserError(f"--attack.eps {self.eps} and alpha {self.alpha}: radii and step sizes are 0 or more")
+        for name in ("weight", "target_ratio", "awp_gamma", "awp_lr", "sam_rho"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--attack.{name} {getattr(self, name)}: take a number of 0 or more")
 
 
 @dataclasses.dataclass
@@ -128,6 +132,19 @@ class Optimisation:
     """The photometric loss: squared, or a robust rival."""
     chunk: int = 0
     """Rays whose graph is alive at once; 0: as many as cache or memory hold."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no optimiser takes."""
+        counts = min(self.steps, self.batch_rays, self.lr_every) >= 1 and self.chunk >= 0
+        if not (counts and 0 < self.lr < math.inf and 0 < self.lr_factor < math.inf):
+            raise UserError(
+                "--optim.steps, lr, lr_factor, lr_every and batch_rays take positive numbers, --optim.chunk 0 or more"
+            )
+        if not 0 <= self.noise_std < math.inf or min(self.precrop_steps, self.validate_every) < 0:
+            raise UserError("--optim.noise_std, precrop_steps and validate_every take 0 or more")
+        if self.precrop_steps and self.batching == "pool":
+            raise UserError("--optim.precrop_steps is for --optim.batching view: with pool, set it to 0")
+
     validate_every: int = 0
     """Steps between looks at the validation views; 0: none."""
 
@@ -156,8 +173,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before anything is."""
-        if self.optim.steps < 1 or self.optim.lr <= 0 or self.optim.batch_rays < 1 or self.optim.chunk < 0:
-            raise UserError("--optim.steps, lr and batch_rays take positive numbers, --optim.chunk 0 or more")
         if self.coarse < 2 or self.fine < 0:
             raise UserError(f"--coarse {self.coarse} and --fine {self.fine}: take 2 or more and 0 or more")
         attack = self.attack
@@ -174,6 +189,10 @@ class Recipe:
             raise UserError(
                 "--attack.replays is an attack of its own, one ascent step a replay: it goes with the methods aug and unadv, "
                 "--attack.cost plain, one iteration and one restart"
+            )
+        if self.method == "aug" and attack.cost == "reuse" and attack.start == "random":
+            raise UserError(
+                "--attack.cost reuse takes its step from zero: add --attack.start zero, or use --attack.cost plain"
             )
         RadiusSchedule(self.attack.warmup, self.attack.ramp, self.attack.anneal)
 
@@ -303,8 +322,7 @@ class Trainer:
         )
         self.chunk = optim.chunk or rays_at_once(self.renderer, run.device, training=True)
         if run.options.compile:
-            for field in {self.renderer.nerf, self.renderer.nerf_fine}:
-                field.encode = torch.compile(field.encode)
+            compile_networks(self.renderer)
 
     @property
     def keys(self) -> list[str]:
@@ -405,6 +423,7 @@ class Trainer:
             )
             self._synchronise()
             self.optimiser.step()
+            moved()
         return losses
 
     def _synchronise(self) -> None:

@@ -87,7 +87,9 @@ class Views:
         view, row, column = pixels // (height * width), pixels // width % height, pixels % width
         if self.stored is not None:
             origins, directions = self.stored[view, row, column].unbind(1)
-            radii = torch.full_like(directions[:, :1], PIXEL_RADIUS / width)
+            beside = torch.where(column + 1 < width, column + 1, (column - 1).clamp(min=0))
+            across = directions - self.stored[view, row, beside, 1]
+            radii = across.norm(dim=-1, keepdim=True) * PIXEL_RADIUS
             return Rays(origins, directions, view, radii)
         place = torch.stack([column, row, torch.ones_like(row)], -1).to(self.turns)
         turns = self.turns[view]
@@ -120,8 +122,8 @@ class RayBatches:
         views: of the training.
         size: rays a batch, over all processes.
         seed: of the order.
-        mode: "pool": all rays, shuffled anew each epoch, without replacement, the last batch possibly smaller; "view":
-            distinct pixels of one random view a step.
+        mode: "pool": all rays, shuffled anew each epoch, without replacement, the last batch possibly smaller (and left
+            out if it has not a ray for each process); "view": distinct pixels of one random view a step.
         precrop_steps: in mode view, steps that draw from the central half (per axis) alone.
         rank: of this process.
         world: how many there are.
@@ -145,7 +147,10 @@ class RayBatches:
         height, width = views.size
         if size < 1:
             raise UserError(f"--batch_rays takes 1 or more, got {size}")
-        least = height * width // (4 if precrop_steps else 1)
+        if size < world:
+            raise UserError(f"--batch_rays {size}: {world} processes share a batch and need a ray each")
+        tall, wide = (round(side * PRECROP) if precrop_steps else side for side in (height, width))
+        least = tall * wide
         if mode == "view" and size > least:
             raise UserError(
                 f"--batch_rays {size}: a view (or its central crop) of {width}x{height} has {least} pixels only"
@@ -153,7 +158,8 @@ class RayBatches:
         self.views, self.size, self.seed, self.mode = views, size, seed, mode
         self.precrop_steps, self.rank, self.world = precrop_steps, rank, world
         self.count = len(views) * height * width
-        self.steps = -(-self.count // size)
+        whole, rest = divmod(self.count, size)
+        self.steps = whole + (rest >= world or not whole)  # fewer rays than processes would leave one without
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
     def pixels(self, step: int) -> Int[Tensor, " rays"]:

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 TINY = 1e-20
 
 
+def moved() -> None:
+    """To be called wherever weights move: autocast would go on with the copies that it made of them before."""
+    torch.clear_autocast_cache()
+
+
 class WeightPerturbation:
     """AWP: a copy of the model takes one Adam step up the loss; the direction, scaled to each weight's norm, is added.
 
@@ -35,11 +40,11 @@ class WeightPerturbation:
         self.optimiser.zero_grad()
         (-loss(self.proxy)).backward()
         self.optimiser.step()
-        moved = dict(self.proxy.named_parameters())
+        after = dict(self.proxy.named_parameters())
         found = {}
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "weight" in name:
-                difference = (moved[name] - weight).detach()
+                difference = (after[name] - weight).detach()
                 found[name] = weight.detach().norm() / (difference.norm() + TINY) * difference
         return found
 
@@ -50,12 +55,14 @@ class WeightPerturbation:
         with torch.no_grad():
             for name, value in direction.items():
                 weights[name].add_(value, alpha=self.gamma)
+        moved()
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, value in direction.items():
                     weights[name].sub_(value, alpha=self.gamma)
+            moved()
 
     def state_dict(self) -> dict[str, Any]:
         """The proxy's Adam state: all that lasts from step to step."""
@@ -77,9 +84,11 @@ def sharpness_aware(model: nn.Module, rho: float = 0.05) -> Iterator[None]:
         for parameter, gradient in zip(held, gradients, strict=True):
             parameter.add_(gradient * (rho / (norm + 1e-12)))
             parameter.grad = None
+    moved()
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, value in zip(held, before, strict=True):
                 parameter.copy_(value)
+        moved()
