@@ -222,6 +222,15 @@ def test_checkpoints_evaluate_to_what_training_said(tmp_path, generated, capsys)
         evaluate(EvalConfig(tmp_path / "official.pt", data="digits"), options)
 
 
+def test_hypergcn_is_evaluated_on_the_operator_it_was_trained_on(tmp_path, generated, capsys):
+    recipe = dataclasses.replace(SMALL, method="supervised", model="hypergcn", epochs=40)
+    _, result = run(recipe, tmp_path, seed=1)
+    evaluate(EvalConfig(tmp_path / "hypergcl" / "r1"), RunOptions(device="cpu", quiet=True))
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"]["accuracy"] == pytest.approx(result.test["accuracy"])
+    assert found["valid"]["accuracy"] == pytest.approx(result.valid)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -103,6 +103,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         seed_everything(seed, "data")
         data = load_data(recipe.data).to(run.device)
         if model is None:
+            seed_everything(seed, "init")  # HyperGCN's operator is drawn after the weights, as in training.
             model = create(recipe, data)
             load_state(model, about["state"])
         elif (reads := next(p for p in model.parameters() if p.dim() == 2).shape[1]) != data.x.shape[1]:
