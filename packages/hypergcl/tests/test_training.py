@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,11 +280,24 @@ def test_poisoned_structure_from_a_pair_list(tmp_path, generated):
         ({"model": "hgnn", "method": "A2"}, "--model hgnn"),
         ({"batch_size": 64, "method": "A6"}, "--batch_size 64"),
         ({"task": "memberships", "method": "A6"}, "--task memberships"),
+        ({"task": "memberships", "carry_heads": Path("there")}, "--carry_heads there"),
+        ({"task": "memberships", "select": "nll"}, "--select nll"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"pretrain_lr": -1.0, "pretrain_epochs": 1}, "--pretrain_lr"),
+        ({"batch_size": -5}, "--batch_size"),
     ],
 )
 def test_recipes_that_cannot_be_run_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("lr", -1.0), ("contrast_weight", float("nan")), ("drop_weight", -0.1)]
+)
+def test_generators_that_are_none_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--generator.{name}"):
+        Generator(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("layers", 0), ("hidden", 0), ("dropout", 1.0), ("dropout", -0.1)])
@@ -295,6 +309,8 @@ def test_encoders_that_are_none_are_refused(name, value):
 def test_data_that_does_not_fit_is_refused(tmp_path, generated):
     with pytest.raises(UserError, match=r"--data\.label_rate"):
         DataConfig(label_rate=0.0)
+    with pytest.raises(UserError, match=r"--data\.feature_noise"):
+        DataConfig(feature_noise=-1.0)
     with pytest.raises(UserError, match="raise it"):
         run(dataclasses.replace(SMALL, data=DataConfig("clusters", label_rate=0.001)), tmp_path)
     with pytest.warns(UserWarning, match="no training node of class"):

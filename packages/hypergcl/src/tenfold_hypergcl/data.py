@@ -8,6 +8,7 @@ Under the data root they lie as published: ``cocitation/cora/{features,hypergrap
 import contextlib
 import csv
 import dataclasses
+import math
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -373,6 +374,8 @@ class DataConfig:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise UserError(f"--data.{name} is a share between 0 and 1, got {value}")
+        if not 0 <= self.feature_noise < math.inf:
+            raise UserError(f"--data.feature_noise takes 0 or more, got {self.feature_noise}")
         if self.split is not None and self.split < 0:
             raise UserError(f"--data.split counts from 0, got {self.split}")
 
