@@ -240,6 +240,14 @@ def test_splits_warn_of_absent_classes_and_refuse_empty_training():
     assert bool((labels[torch.cat([split.train, split.valid, split.test])] >= 0).all())
     with pytest.raises(ValueError, match="leaves none"):
         protocol.random_splits(labels, 0.001, 1)
+    with pytest.raises(ValueError, match="at most half"):  # The rest is validated and tested on.
+        protocol.stratified_split(labels, 0.6, torch.Generator())
+
+
+def test_a_numbered_split_is_that_of_the_list():
+    labels = torch.tensor([0, 1, 2, -1] * 30)
+    listed, numbered = protocol.random_splits(labels, 0.3, 4)[3], protocol.numbered_split(labels, 0.3, 3)
+    assert all(torch.equal(getattr(listed, part), getattr(numbered, part)) for part in ("train", "valid", "test"))
 
 
 def test_undefined_fairness_gaps_are_nan_with_a_warning():

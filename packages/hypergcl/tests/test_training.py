@@ -313,6 +313,15 @@ def test_data_that_does_not_fit_is_refused(tmp_path, generated):
         DataConfig(feature_noise=-1.0)
     with pytest.raises(UserError, match="raise it"):
         run(dataclasses.replace(SMALL, data=DataConfig("clusters", label_rate=0.001)), tmp_path)
+    with pytest.raises(UserError, match=r"label_rate 0\.95 leaves no test node among the 150"):
+        run(dataclasses.replace(SMALL, data=DataConfig("clusters", label_rate=0.95)), tmp_path)
+    with pytest.raises(UserError, match="leaves no valid node"):
+        loaders.split_of(DataConfig(label_rate=0.2), clustered(nodes=5), 0)
+    fair = clustered(classes=2, sensitive=0)
+    with pytest.raises(UserError, match="leaves no train node"):
+        loaders.split_of(DataConfig(label_rate=0.001), fair, 0)
+    with pytest.raises(UserError, match="at most half"):
+        loaders.split_of(DataConfig(label_rate=0.6), fair, 0)
     with pytest.warns(UserWarning, match="no training node of class"):
         loaders.split_of(DataConfig("clusters", label_rate=0.01), clustered(), 0)
     with pytest.raises(UserError, match="heads"):

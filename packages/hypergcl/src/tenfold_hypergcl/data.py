@@ -26,7 +26,7 @@ from tenfold_hypergcl.attacks import from_poisoned_pairs, remove_by_degree, remo
 from tenfold_hypergcl.fairness import nearest_others, rescale
 from tenfold_hypergcl.hypergraph import Hypergraph, HypergraphError, check_features, check_labels
 from tenfold_hypergcl.propagate import Features, SparseFeatures
-from tenfold_hypergcl.protocol import Split, random_splits, stratified_split
+from tenfold_hypergcl.protocol import Split, numbered_split, stratified_split
 from tenfold_shared.download import SCIPY_GLOBALS, data_root, missing, restricted_pickle_load
 from tenfold_shared.errors import UserError
 
@@ -418,15 +418,21 @@ def split_of(config: DataConfig, data: Dataset, seed: int) -> Split:
         raise UserError(
             f"--seed is the number of the split too and counts from 0, got {seed}: name one with --data.split"
         )
-    if data.sensitive_column is not None:
-        generator = torch.Generator().manual_seed(config.split_seed + number)
-        return stratified_split(data.labels.cpu(), config.label_rate, generator)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # About all splits of the list; what is said below is about this one.
-            split = random_splits(data.labels, config.label_rate, number + 1, config.split_seed)[number]
+        if data.sensitive_column is not None:
+            generator = torch.Generator().manual_seed(config.split_seed + number)
+            split = stratified_split(data.labels.cpu(), config.label_rate, generator)
+        else:
+            split = numbered_split(data.labels, config.label_rate, number, config.split_seed)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"--data.label_rate: {error}") from error
+    for part in ("train", "valid", "test"):
+        if getattr(split, part).numel() == 0:
+            labelled = int((data.labels >= 0).sum())
+            raise UserError(
+                f"--data.label_rate {config.label_rate} leaves no {part} node among the {labelled} labelled ones of "
+                f"{data.name}: choose another rate"
+            )
     absent = sorted(set(data.labels[data.labels >= 0].tolist()) - set(data.labels.cpu()[split.train].tolist()))
     if absent:
         listed = ", ".join(map(str, absent))

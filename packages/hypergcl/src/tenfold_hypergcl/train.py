@@ -108,8 +108,9 @@ def train(recipe: Recipe, options: RunOptions) -> None:
         _, result = run_recipe(run, recipe)
         if run.is_main:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in result.test.items())
+            split = options.seed if recipe.data.split is None else recipe.data.split
             print(
-                f"{recipe.method} {recipe.model} on {recipe.data.name}, split {options.seed}: test {shown} at epoch "
+                f"{recipe.method} {recipe.model} on {recipe.data.name}, split {split}: test {shown} at epoch "
                 f"{result.best_epoch} (validation {result.valid:.2f}); {run.directory}"
             )
 
