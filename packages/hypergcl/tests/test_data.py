@@ -2,6 +2,7 @@
 
 import pickle
 
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.sparse
@@ -41,6 +42,17 @@ def test_missing_singletons_only():
 def test_bad_hyperedges_are_named(hyperedges, message):
     with pytest.raises(HypergraphError, match=message):
         Hypergraph.from_hyperedges(hyperedges, num_nodes=7)
+
+
+@pytest.mark.parametrize("members", [[[0, 0], [1, 0], [2, 1]], [[0.0, 1.0], [0.0, 0.0]], [0, 1]])
+def test_lists_that_are_no_memberships_are_refused(members):
+    with pytest.raises((HypergraphError, jaxtyping.TypeCheckError), match="incidence|two rows"):
+        Hypergraph.from_incidence(torch.tensor(members))
+
+
+def test_ids_of_32_bits_do_not_overflow():
+    ids = torch.tensor([[0, 60000], [1, 60000]], dtype=torch.int32)
+    assert Hypergraph.from_incidence(ids).incidence.tolist() == ids.tolist()
 
 
 def test_duplicate_members_are_merged():
@@ -146,6 +158,12 @@ def test_content_and_edges(tmp_path):
         ({"label": np.array([print, 1, 0, 1])}, r"own\.npz is damaged"),
         ({"features": np.zeros(4)}, r"shape \(4,\)"),
         ({"features": np.array([["a"]] * 4)}, "are numbers"),
+        ({"node": np.arange(4) + 0.5}, "whole numbers"),
+        ({"label": np.array(1)}, r"'label' has shape \(\)"),
+        ({"sensitive_column": 2}, "sensitive column is 2, and the features have 2"),
+        ({"sensitive_column": 1, "features": np.full((4, 2), 3.0)}, "has the value 3"),
+        ({"sensitive_column": 1, "label": np.arange(4)}, "there are 4 classes"),
+        ({name: np.zeros(0, int) for name in ("node", "hyperedge", "label")} | {"features": np.ones((0, 2))}, "no node"),
     ],
 )
 def test_faults_of_own_data_are_named(tmp_path, changes, words):

@@ -324,5 +324,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path, generated):
         loaders.split_of(DataConfig(label_rate=0.6), fair, 0)
     with pytest.warns(UserWarning, match="no training node of class"):
         loaders.split_of(DataConfig("clusters", label_rate=0.01), clustered(), 0)
+    with pytest.raises(UserError, match="--select auc is for two classes"):
+        run(dataclasses.replace(SMALL, select="auc"), tmp_path / "select")
     with pytest.raises(UserError, match="heads"):
         run(dataclasses.replace(SMALL, encoder=EncoderConfig(hidden=16, heads=3, attention=True)), tmp_path / "heads")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold_hypergcl.attacks import from_poisoned_pairs, remove_by_degree, remove_random
@@ -106,7 +106,8 @@ def make_dataset(
     """A data set of any hypergraph (without singletons), float features ``[nodes, features]`` and integer labels, all checked.
 
     Raises:
-        HypergraphError: for features or labels of another length or with values that are not finite, and for no label at all.
+        HypergraphError: for features or labels of another length or with values that are not finite, for no label at all, and for a
+            sensitive column that is none.
     """
     table, classes_of = np.asarray(features), np.asarray(labels)
     if table.ndim != 2 or classes_of.ndim != 1:
@@ -122,9 +123,22 @@ def make_dataset(
     x, y = torch.as_tensor(table, dtype=torch.float32), torch.as_tensor(classes_of).long()
     check_features(x, hypergraph.num_nodes)
     classes = check_labels(y, hypergraph.num_nodes)
+    if sensitive_column is not None:
+        check_sensitive(x, sensitive_column, classes)
     sparse = x.numel() > 0 and float((x != 0).float().mean()) < SPARSE_DENSITY
     kept: Features = SparseFeatures.from_dense(x) if sparse else x
     return Dataset(name, hypergraph.with_singletons(singletons), kept, y, classes, sensitive_column)
+
+
+def check_sensitive(features: Float[Tensor, "nodes features"], column: int, classes: int) -> None:
+    """Refuse a sensitive column that is not there or not 0 and 1, and more or fewer than two classes: fairness is of binary predictions."""
+    if not 0 <= column < features.shape[1]:
+        raise HypergraphError(f"The sensitive column is {column}, and the features have {features.shape[1]} columns.")
+    other = [value for value in torch.unique(features[:, column]).tolist() if value not in (0, 1)]
+    if other:
+        raise HypergraphError(f"The sensitive column {column} has the value {other[0]:g}: its groups are 0 and 1.")
+    if classes != 2:
+        raise HypergraphError(f"With a sensitive column labels are 0 and 1, but there are {classes} classes.")
 
 
 def digits(neighbors: int = 5) -> Dataset:
@@ -308,10 +322,15 @@ def load_npz(path: Path) -> Dataset:
         else:
             features = array("features")
         labels = array("label")
+        if labels.ndim != 1:
+            raise HypergraphError(f"{path}: 'label' has shape {labels.shape}, not [nodes].")
         sensitive = int(arrays["sensitive_column"]) if "sensitive_column" in arrays else None
         if "node" not in arrays and sensitive is not None:
             return make_fair(path.stem, features.astype(np.float64), labels, sensitive)
-        incidence = torch.from_numpy(np.stack([array("node"), array("hyperedge")]).astype(np.int64))
+        pairs = np.stack([array("node"), array("hyperedge")])
+        if pairs.dtype.kind not in "iu":
+            raise HypergraphError(f"{path}: 'node' and 'hyperedge' are whole numbers, not {pairs.dtype}.")
+        incidence = torch.from_numpy(pairs.astype(np.int64))
     h = Hypergraph.from_incidence(incidence, len(labels))
     return make_dataset(path.stem, h, features, labels, sensitive_column=sensitive)
 

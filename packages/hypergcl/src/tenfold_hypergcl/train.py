@@ -145,6 +145,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 
 def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple[nn.Module, Result]:
     seed, device = run.options.seed, run.device
+    if recipe.select != "accuracy" and data.num_classes != 2:
+        raise UserError(f"--select {recipe.select} is for two classes and {data.name} has {data.num_classes}")
     seed_everything(seed, "init")
     model = create(recipe, data)
     parts = fields(recipe, data, split)
