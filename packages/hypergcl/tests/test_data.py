@@ -326,6 +326,8 @@ def test_attacks_remove_what_they_say(h):
     assert attacks.remove_by_gradient(model, full, x, torch.arange(7), y, 0.2).num_real == 8
     assert model.training
     assert attacks.remove_random(full, 1.0).num_real == 0
+    with pytest.raises(ValueError, match="share"):
+        attacks.remove_random(full, -0.5)
 
 
 def test_memberships_are_split_and_predicted(h):
@@ -346,6 +348,11 @@ def test_memberships_are_split_and_predicted(h):
         optimiser.step()
     assert untrained < 0.7
     assert auc() > 0.8
+
+
+def test_too_few_memberships_to_test_on_are_refused(h):
+    with pytest.raises(HypergraphError, match="tenth of 7 memberships"):
+        linkpred.split_memberships(h.keep(torch.arange(10) < 7).with_singletons())
 
 
 def test_states_go_to_the_released_layout_and_back():

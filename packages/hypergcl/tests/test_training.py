@@ -154,6 +154,9 @@ def test_batches_of_sampled_neighbourhoods_learn(tmp_path, generated):
     logged = [json.loads(line) for line in (tmp_path / "hypergcl/r0/metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["supervised"] < logged[0]["supervised"]
     assert logged[-1]["contrastive"] < logged[0]["contrastive"]
+    for method, loss in (("A3", "info_nce"), ("A3", "jsd"), ("A2", "triplet"), ("A5", "triplet")):  # one node is left
+        small = dataclasses.replace(recipe, batch_size=149, epochs=4, method=method, loss=loss)
+        assert all(torch.isfinite(p).all() for p in run(small, tmp_path / f"{method}-{loss}")[0].parameters())
     other, _ = run(dataclasses.replace(recipe, loss="jsd"), tmp_path / "jsd")
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(RunFailure, match="became"):
