@@ -235,6 +235,11 @@ def test_checkpoints_evaluate_to_what_training_said(tmp_path, generated, capsys)
     assert json.loads(capsys.readouterr().out)["test"] == own["test"]
     with pytest.raises(UserError, match="8 features"):
         evaluate(EvalConfig(tmp_path / "official.pt", data="digits"), options)
+    torch.save(export_state(SetGNN(8, 5, SMALL.encoder)), tmp_path / "five.pt")
+    with pytest.raises(UserError, match="5 classes and clusters has 3"):
+        evaluate(EvalConfig(tmp_path / "five.pt", data="clusters"), options)
+    evaluate(EvalConfig(tmp_path / "hypergcl" / "r2"), dataclasses.replace(options, seed=7))
+    assert "split of the training, 2, not on --seed 7" in capsys.readouterr().err
 
 
 def test_hypergcn_is_evaluated_on_the_operator_it_was_trained_on(tmp_path, generated, capsys):
@@ -253,6 +258,9 @@ def test_hypergcn_is_evaluated_on_the_operator_it_was_trained_on(tmp_path, gener
         EncoderConfig(hidden=8, mlp_layers=1, norm="none"),
         EncoderConfig(hidden=8, norm="bn", mlp_layers=3),
         EncoderConfig(hidden=8, attention=True, heads=4),
+        EncoderConfig(hidden=8, attention=True, norm="bn"),
+        EncoderConfig(hidden=8, attention=True, norm="none"),
+        EncoderConfig(hidden=8, mlp_layers=1, input_norm=False),
         EncoderConfig(hidden=8, gpr=True, input_norm=False),
     ],
 )
