@@ -251,6 +251,14 @@ def test_hypergcn_is_evaluated_on_the_operator_it_was_trained_on(tmp_path, gener
     assert found["valid"]["accuracy"] == pytest.approx(result.valid)
 
 
+def test_predicted_memberships_are_evaluated_to_what_training_said(tmp_path, generated, capsys):
+    _, result = run(dataclasses.replace(SMALL, task="memberships", epochs=3), tmp_path)
+    evaluate(EvalConfig(tmp_path / "hypergcl" / "r0"), RunOptions(device="cpu", quiet=True))
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"]["auc"] == pytest.approx(result.test["auc"])
+    assert found["valid"]["auc"] == pytest.approx(result.valid)
+
+
 @pytest.mark.parametrize(
     "config",
     [

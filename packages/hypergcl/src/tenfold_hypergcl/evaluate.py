@@ -98,7 +98,7 @@ def weights_file(checkpoint: Path) -> Path:
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
-    """Print the metrics of a checkpoint on the training, validation and test nodes of its split as one JSON line."""
+    """Print the metrics of a checkpoint on the training, validation and test nodes (or memberships) of its split as one JSON line."""
     released, recipe, about = _load(config)
     seed = about.get("seed", options.seed)
     with Run.evaluation("hypergcl", options) as run:
@@ -151,7 +151,9 @@ def _load(config: EvalConfig) -> tuple[SetGNN | None, Recipe, dict[str, Any]]:
 def _metrics(model: nn.Module, recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
     if recipe.task == "memberships":
         split = link_split(data.hypergraph, seed)
-        return {"test": evaluate_links(model, data.x, split.hypergraph, split.test, split.test_negatives)}
+        pairs = {"valid": (split.valid, split.valid_negatives), "test": (split.test, split.test_negatives)}
+        aucs = {name: evaluate_links(model, data.x, split.hypergraph, *both)["auc"] for name, both in pairs.items()}
+        return {name: {"auc": 100 * auc} for name, auc in aucs.items()}
     nodes = split_of(recipe.data, data, seed).to(data.labels.device)
     what = "all" if data.sensitive_column is not None else "accuracy"
     return {
