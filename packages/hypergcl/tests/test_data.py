@@ -46,7 +46,7 @@ def test_bad_hyperedges_are_named(hyperedges, message):
 
 @pytest.mark.parametrize("members", [[[0, 0], [1, 0], [2, 1]], [[0.0, 1.0], [0.0, 0.0]], [0, 1]])
 def test_lists_that_are_no_memberships_are_refused(members):
-    with pytest.raises((HypergraphError, jaxtyping.TypeCheckError), match="incidence|two rows"):
+    with pytest.raises((HypergraphError, jaxtyping.TypeCheckError), match=r"incidence|two rows"):
         Hypergraph.from_incidence(torch.tensor(members))
 
 
@@ -163,7 +163,10 @@ def test_content_and_edges(tmp_path):
         ({"sensitive_column": 2}, "sensitive column is 2, and the features have 2"),
         ({"sensitive_column": 1, "features": np.full((4, 2), 3.0)}, "has the value 3"),
         ({"sensitive_column": 1, "label": np.arange(4)}, "there are 4 classes"),
-        ({name: np.zeros(0, int) for name in ("node", "hyperedge", "label")} | {"features": np.ones((0, 2))}, "no node"),
+        (
+            {name: np.zeros(0, int) for name in ("node", "hyperedge", "label")} | {"features": np.ones((0, 2))},
+            "no node",
+        ),
     ],
 )
 def test_faults_of_own_data_are_named(tmp_path, changes, words):

@@ -325,7 +325,9 @@ def test_views_of_no_hyperedge_are_singletons(name):
 
 
 def test_views_without_a_node_share_none(h, x):
-    nothing = augment.View(augment.induce(h, torch.tensor([], dtype=torch.long)), x[:0], torch.tensor([], dtype=torch.long))
+    nothing = augment.View(
+        augment.induce(h, torch.tensor([], dtype=torch.long)), x[:0], torch.tensor([], dtype=torch.long)
+    )
     rows, _, common = augment.shared_rows(nothing, augment.View(h, x), torch.tensor([3]))
     assert rows.numel() == common[0].numel() == 0
 

@@ -103,7 +103,9 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     seed = about.get("seed", options.seed)
     with Run.evaluation("hypergcl", options) as run:
         if run.is_main and options.seed not in (RunOptions.seed, seed):
-            print(f"note: evaluated on the split of the training, {seed}, not on --seed {options.seed}", file=sys.stderr)
+            print(
+                f"note: evaluated on the split of the training, {seed}, not on --seed {options.seed}", file=sys.stderr
+            )
         seed_everything(seed, "data")
         data = load_data(recipe.data).to(run.device)
         if released is None:

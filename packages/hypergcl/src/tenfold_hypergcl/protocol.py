@@ -88,7 +88,9 @@ def stratified_split(labels: Int[Tensor, "nodes"], label_rate: float, generator:
         ValueError: for a rate at which training nodes would be validated on.
     """
     if not 0 < label_rate <= 0.5:
-        raise ValueError(f"A stratified split trains on at most half of each class (the rest is held out), not on {label_rate}.")
+        raise ValueError(
+            f"A stratified split trains on at most half of each class (the rest is held out), not on {label_rate}."
+        )
     parts: list[list[Tensor]] = [[], [], []]
     for label in torch.unique(labels[labels >= 0]):
         nodes = torch.nonzero(labels == label).squeeze(1).cpu()

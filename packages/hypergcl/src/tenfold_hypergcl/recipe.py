@@ -127,7 +127,9 @@ class Recipe:
         if self.task == "memberships" and self.select == "nll":
             raise UserError("--select nll is for nodes: --task memberships chooses the epoch by the AUC")
         if self.task == "memberships" and self.carry_heads is not None:
-            raise UserError(f"--carry_heads {self.carry_heads} is for nodes: --task memberships starts from fresh heads")
+            raise UserError(
+                f"--carry_heads {self.carry_heads} is for nodes: --task memberships starts from fresh heads"
+            )
 
 
 def recipe_of(content: dict[str, Any]) -> Recipe:
