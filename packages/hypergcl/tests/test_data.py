@@ -2,6 +2,7 @@
 
 import pickle
 
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.sparse
@@ -41,6 +42,17 @@ def test_missing_singletons_only():
 def test_bad_hyperedges_are_named(hyperedges, message):
     with pytest.raises(HypergraphError, match=message):
         Hypergraph.from_hyperedges(hyperedges, num_nodes=7)
+
+
+@pytest.mark.parametrize("members", [[[0, 0], [1, 0], [2, 1]], [[0.0, 1.0], [0.0, 0.0]], [0, 1]])
+def test_lists_that_are_no_memberships_are_refused(members):
+    with pytest.raises((HypergraphError, jaxtyping.TypeCheckError), match=r"incidence|two rows"):
+        Hypergraph.from_incidence(torch.tensor(members))
+
+
+def test_ids_of_32_bits_do_not_overflow():
+    ids = torch.tensor([[0, 60000], [1, 60000]], dtype=torch.int32)
+    assert Hypergraph.from_incidence(ids).incidence.tolist() == ids.tolist()
 
 
 def test_duplicate_members_are_merged():
@@ -146,6 +158,15 @@ def test_content_and_edges(tmp_path):
         ({"label": np.array([print, 1, 0, 1])}, r"own\.npz is damaged"),
         ({"features": np.zeros(4)}, r"shape \(4,\)"),
         ({"features": np.array([["a"]] * 4)}, "are numbers"),
+        ({"node": np.arange(4) + 0.5}, "whole numbers"),
+        ({"label": np.array(1)}, r"'label' has shape \(\)"),
+        ({"sensitive_column": 2}, "sensitive column is 2, and the features have 2"),
+        ({"sensitive_column": 1, "features": np.full((4, 2), 3.0)}, "has the value 3"),
+        ({"sensitive_column": 1, "label": np.arange(4)}, "there are 4 classes"),
+        (
+            {name: np.zeros(0, int) for name in ("node", "hyperedge", "label")} | {"features": np.ones((0, 2))},
+            "no node",
+        ),
     ],
 )
 def test_faults_of_own_data_are_named(tmp_path, changes, words):
@@ -240,6 +261,14 @@ def test_splits_warn_of_absent_classes_and_refuse_empty_training():
     assert bool((labels[torch.cat([split.train, split.valid, split.test])] >= 0).all())
     with pytest.raises(ValueError, match="leaves none"):
         protocol.random_splits(labels, 0.001, 1)
+    with pytest.raises(ValueError, match="at most half"):  # The rest is validated and tested on.
+        protocol.stratified_split(labels, 0.6, torch.Generator())
+
+
+def test_a_numbered_split_is_that_of_the_list():
+    labels = torch.tensor([0, 1, 2, -1] * 30)
+    listed, numbered = protocol.random_splits(labels, 0.3, 4)[3], protocol.numbered_split(labels, 0.3, 3)
+    assert all(torch.equal(getattr(listed, part), getattr(numbered, part)) for part in ("train", "valid", "test"))
 
 
 def test_undefined_fairness_gaps_are_nan_with_a_warning():
@@ -300,6 +329,8 @@ def test_attacks_remove_what_they_say(h):
     assert attacks.remove_by_gradient(model, full, x, torch.arange(7), y, 0.2).num_real == 8
     assert model.training
     assert attacks.remove_random(full, 1.0).num_real == 0
+    with pytest.raises(ValueError, match="share"):
+        attacks.remove_random(full, -0.5)
 
 
 def test_memberships_are_split_and_predicted(h):
@@ -320,6 +351,11 @@ def test_memberships_are_split_and_predicted(h):
         optimiser.step()
     assert untrained < 0.7
     assert auc() > 0.8
+
+
+def test_too_few_memberships_to_test_on_are_refused(h):
+    with pytest.raises(HypergraphError, match="tenth of 7 memberships"):
+        linkpred.split_memberships(h.keep(torch.arange(10) < 7).with_singletons())
 
 
 def test_states_go_to_the_released_layout_and_back():

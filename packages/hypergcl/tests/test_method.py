@@ -316,6 +316,22 @@ def test_views_keep_every_singleton_and_change_no_input(name, h, x):
         assert torch.equal(ends[:, side.position], rebuilt)
 
 
+@pytest.mark.parametrize("name", ["A1", "A2", "A2_add", "A3", "A5", "adapt"])
+def test_views_of_no_hyperedge_are_singletons(name):
+    h = Hypergraph.from_hyperedges([], 5).with_singletons()
+    assert augment.fabricate(name, h, torch.randn(5, 3), 0.3).hypergraph.num_real == 0
+    with pytest.raises(ValueError, match="ratio"):
+        augment.fabricate(name, h, torch.randn(5, 3), 1.5)
+
+
+def test_views_without_a_node_share_none(h, x):
+    nothing = augment.View(
+        augment.induce(h, torch.tensor([], dtype=torch.long)), x[:0], torch.tensor([], dtype=torch.long)
+    )
+    rows, _, common = augment.shared_rows(nothing, augment.View(h, x), torch.tensor([3]))
+    assert rows.numel() == common[0].numel() == 0
+
+
 def test_the_same_views_of_sparse_and_dense_features(h):
     x = torch.randn(13, 30) * (torch.rand(13, 30) < 0.2)
     for name in ("mask_col", "mask_zero", "A3", "A4"):

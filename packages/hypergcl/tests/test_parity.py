@@ -246,10 +246,11 @@ def train_generative(f):
         near(keep, f[f"out/keep_model_{e}"], 1e-8)
         first = augment.View(kept(h, f[f"in/view1_keep_{e}"]), x)
         supervised = steps.supervised_loss(model, field, y[train])
-        second = steps.generated_view(h, x, keep) if hard else augment.View(h, x)
-        contrastive = steps.contrastive_loss(
-            model, first, second, cfg["t"], weights=(None, None) if hard else (None, keep)
-        )
+        # As in training: with the mean of all members a weight of zero is no deletion.
+        smaller = hard and (model.config.aggregate == "sum" or model.config.attention)
+        second = steps.generated_view(h, x, keep) if smaller else augment.View(h, x)
+        weights = (None, None if smaller else keep)
+        contrastive = steps.contrastive_loss(model, first, second, cfg["t"], weights=weights)
         loss = supervised + cfg["a_l"] * contrastive
         near(supervised, f[f"out/loss_sup_{e}"], 1e-8)
         near(contrastive, f[f"out/loss_cl_{e}"], 1e-8)

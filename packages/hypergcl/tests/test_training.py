@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from tenfold_hypergcl import data as loaders
 from tenfold_hypergcl.attacks import remove_random
+from tenfold_hypergcl.baselines import CliqueNet
 from tenfold_hypergcl.compat import CheckpointError, export_state, load_official_checkpoint
 from tenfold_hypergcl.data import DataConfig, Dataset
 from tenfold_hypergcl.evaluate import EvalConfig, evaluate
@@ -138,10 +140,11 @@ def test_the_objective_of_the_drop_ratio_reaches_it(tmp_path, generated):
     assert abs(ends["drop"] - 0.3) < 0.1 < abs(ends["vhgae"] - 0.3)
 
 
-def test_large_hypergraphs_are_contrasted_in_part(tmp_path, generated):
-    recipe = dataclasses.replace(SMALL, method="A6", sub_size=40)
+@pytest.mark.parametrize(("method", "task"), [("A6", "nodes"), ("clique", "nodes"), ("A2", "memberships")])
+def test_large_hypergraphs_are_contrasted_in_part(method, task, tmp_path, generated):
+    recipe = dataclasses.replace(SMALL, method=method, task=task, sub_size=40)
     model, result = run(recipe, tmp_path)
-    assert result.test["accuracy"] > 50  # chance is 33
+    assert max(result.test.values()) > 50  # chance is 33, and 50 of the AUC
     whole, _ = run(dataclasses.replace(recipe, sub_size=150), tmp_path / "whole")  # as many as there are
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
@@ -153,6 +156,9 @@ def test_batches_of_sampled_neighbourhoods_learn(tmp_path, generated):
     logged = [json.loads(line) for line in (tmp_path / "hypergcl/r0/metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["supervised"] < logged[0]["supervised"]
     assert logged[-1]["contrastive"] < logged[0]["contrastive"]
+    for method, loss in (("A3", "info_nce"), ("A3", "jsd"), ("A2", "triplet"), ("A5", "triplet")):  # one node is left
+        small = dataclasses.replace(recipe, batch_size=149, epochs=4, method=method, loss=loss)
+        assert all(torch.isfinite(p).all() for p in run(small, tmp_path / f"{method}-{loss}")[0].parameters())
     other, _ = run(dataclasses.replace(recipe, loss="jsd"), tmp_path / "jsd")
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(RunFailure, match="became"):
@@ -180,6 +186,15 @@ def test_heads_of_an_earlier_run_are_carried_over(tmp_path, generated):
     assert "V2EConvs.0.f_enc.lins.0.weight" not in same
     with pytest.raises(UserError, match="heads do not fit"):
         run(dataclasses.replace(recipe, projection=8), tmp_path / "third")
+
+
+def test_the_clique_encoder_has_the_recipes_dropout_and_norm(tmp_path, generated, monkeypatch):
+    made = []
+    monkeypatch.setattr("tenfold_hypergcl.train.CliqueNet", lambda *a, **k: made.append(CliqueNet(*a, **k)) or made[-1])
+    encoder = EncoderConfig(hidden=16, dropout=0.5, norm="none")
+    run(dataclasses.replace(SMALL, method="clique", encoder=encoder, epochs=1), tmp_path)
+    assert made[0].p == 0.5
+    assert not list(made[0].normalizations.parameters())
 
 
 def test_the_split_is_the_seeds_or_the_one_that_is_named():
@@ -220,6 +235,28 @@ def test_checkpoints_evaluate_to_what_training_said(tmp_path, generated, capsys)
     assert json.loads(capsys.readouterr().out)["test"] == own["test"]
     with pytest.raises(UserError, match="8 features"):
         evaluate(EvalConfig(tmp_path / "official.pt", data="digits"), options)
+    torch.save(export_state(SetGNN(8, 5, SMALL.encoder)), tmp_path / "five.pt")
+    with pytest.raises(UserError, match="5 classes and clusters has 3"):
+        evaluate(EvalConfig(tmp_path / "five.pt", data="clusters"), options)
+    evaluate(EvalConfig(tmp_path / "hypergcl" / "r2"), dataclasses.replace(options, seed=7))
+    assert "split of the training, 2, not on --seed 7" in capsys.readouterr().err
+
+
+def test_hypergcn_is_evaluated_on_the_operator_it_was_trained_on(tmp_path, generated, capsys):
+    recipe = dataclasses.replace(SMALL, method="supervised", model="hypergcn", epochs=40)
+    _, result = run(recipe, tmp_path, seed=1)
+    evaluate(EvalConfig(tmp_path / "hypergcl" / "r1"), RunOptions(device="cpu", quiet=True))
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"]["accuracy"] == pytest.approx(result.test["accuracy"])
+    assert found["valid"]["accuracy"] == pytest.approx(result.valid)
+
+
+def test_predicted_memberships_are_evaluated_to_what_training_said(tmp_path, generated, capsys):
+    _, result = run(dataclasses.replace(SMALL, task="memberships", epochs=3), tmp_path)
+    evaluate(EvalConfig(tmp_path / "hypergcl" / "r0"), RunOptions(device="cpu", quiet=True))
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"]["auc"] == pytest.approx(result.test["auc"])
+    assert found["valid"]["auc"] == pytest.approx(result.valid)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +266,9 @@ def test_checkpoints_evaluate_to_what_training_said(tmp_path, generated, capsys)
         EncoderConfig(hidden=8, mlp_layers=1, norm="none"),
         EncoderConfig(hidden=8, norm="bn", mlp_layers=3),
         EncoderConfig(hidden=8, attention=True, heads=4),
+        EncoderConfig(hidden=8, attention=True, norm="bn"),
+        EncoderConfig(hidden=8, attention=True, norm="none"),
+        EncoderConfig(hidden=8, mlp_layers=1, input_norm=False),
         EncoderConfig(hidden=8, gpr=True, input_norm=False),
     ],
 )
@@ -270,11 +310,24 @@ def test_poisoned_structure_from_a_pair_list(tmp_path, generated):
         ({"model": "hgnn", "method": "A2"}, "--model hgnn"),
         ({"batch_size": 64, "method": "A6"}, "--batch_size 64"),
         ({"task": "memberships", "method": "A6"}, "--task memberships"),
+        ({"task": "memberships", "carry_heads": Path("there")}, "--carry_heads there"),
+        ({"task": "memberships", "select": "nll"}, "--select nll"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"pretrain_lr": -1.0, "pretrain_epochs": 1}, "--pretrain_lr"),
+        ({"batch_size": -5}, "--batch_size"),
     ],
 )
 def test_recipes_that_cannot_be_run_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("lr", -1.0), ("contrast_weight", float("nan")), ("drop_weight", -0.1)]
+)
+def test_generators_that_are_none_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--generator.{name}"):
+        Generator(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("layers", 0), ("hidden", 0), ("dropout", 1.0), ("dropout", -0.1)])
@@ -286,9 +339,22 @@ def test_encoders_that_are_none_are_refused(name, value):
 def test_data_that_does_not_fit_is_refused(tmp_path, generated):
     with pytest.raises(UserError, match=r"--data\.label_rate"):
         DataConfig(label_rate=0.0)
+    with pytest.raises(UserError, match=r"--data\.feature_noise"):
+        DataConfig(feature_noise=-1.0)
     with pytest.raises(UserError, match="raise it"):
         run(dataclasses.replace(SMALL, data=DataConfig("clusters", label_rate=0.001)), tmp_path)
+    with pytest.raises(UserError, match=r"label_rate 0\.95 leaves no test node among the 150"):
+        run(dataclasses.replace(SMALL, data=DataConfig("clusters", label_rate=0.95)), tmp_path)
+    with pytest.raises(UserError, match="leaves no valid node"):
+        loaders.split_of(DataConfig(label_rate=0.2), clustered(nodes=5), 0)
+    fair = clustered(classes=2, sensitive=0)
+    with pytest.raises(UserError, match="leaves no train node"):
+        loaders.split_of(DataConfig(label_rate=0.001), fair, 0)
+    with pytest.raises(UserError, match="at most half"):
+        loaders.split_of(DataConfig(label_rate=0.6), fair, 0)
     with pytest.warns(UserWarning, match="no training node of class"):
         loaders.split_of(DataConfig("clusters", label_rate=0.01), clustered(), 0)
+    with pytest.raises(UserError, match="--select auc is for two classes"):
+        run(dataclasses.replace(SMALL, select="auc"), tmp_path / "select")
     with pytest.raises(UserError, match="heads"):
         run(dataclasses.replace(SMALL, encoder=EncoderConfig(hidden=16, heads=3, attention=True)), tmp_path / "heads")

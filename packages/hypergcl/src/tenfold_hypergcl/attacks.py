@@ -3,8 +3,6 @@
 A model is trained *and* tested on the poisoned hypergraph.
 """
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -67,6 +65,7 @@ def remove_random(h: Hypergraph, ratio: float = 0.1) -> Hypergraph:
     """The ``remove`` attack: ``ratio`` of the directed star-expansion entries (two a membership) deleted before the node-to-hyperedge
     half is kept, so each membership goes with about that probability.
     """
+    _check_share(ratio)
     total = 2 * h.num_real
     removed = torch.randperm(total, device=h.incidence.device)[: int(total * ratio)]
     mask = torch.ones(h.num_memberships, dtype=torch.bool, device=h.incidence.device)
@@ -99,9 +98,13 @@ def remove_by_gradient(
     return _remove(h, -gradient[: h.num_real], ratio)
 
 
-def _remove(h: Hypergraph, score: Float[Tensor, "real"], ratio: float) -> Hypergraph:
-    if not 0 <= ratio <= 1 or math.isnan(ratio):
+def _check_share(ratio: float) -> None:
+    if not 0 <= ratio <= 1:
         raise ValueError(f"The share of memberships to remove lies in [0, 1], not {ratio}.")
+
+
+def _remove(h: Hypergraph, score: Float[Tensor, "real"], ratio: float) -> Hypergraph:
+    _check_share(ratio)
     mask = torch.ones(h.num_memberships, dtype=torch.bool, device=h.incidence.device)
     mask[torch.topk(score, int(h.num_real * ratio)).indices] = False
     return h.keep(mask)

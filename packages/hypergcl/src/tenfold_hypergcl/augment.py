@@ -76,6 +76,8 @@ def keep_memberships(h: Hypergraph, kept: Int[Tensor, "kept"]) -> Hypergraph:
 
 def add_memberships(h: Hypergraph, count: int) -> Hypergraph:
     """A2's optional second half: ``count`` random memberships, ids drawn with replacement, duplicates not merged."""
+    if not count:
+        return h
     device = h.incidence.device
     nodes = torch.randint(h.num_nodes, (count,), device=device)
     edges = torch.randint(h.num_real_hyperedges, (count,), device=device)
@@ -163,6 +165,8 @@ def zero_rows(x: Features, rows: Int[Tensor, "rows"]) -> Features:
 def hyperedge_drop_weights(h: Hypergraph) -> Float[Tensor, "real_hyperedges"]:
     """``adapt_edge``: how much more than others each real hyperedge is dropped; large hyperedges more (section 2.5)."""
     sizes = torch.bincount(h.incidence[1, : h.num_real], minlength=h.num_real_hyperedges)
+    if not sizes.numel():
+        return sizes.to(torch.float32)
     s = sizes.to(torch.float32).clamp_min(1).log()
     u = (s - s.min() + 1e-9) / (s.mean() - s.min() + 1e-9)
     return (u + 1e-9) / (u.mean() + 1e-9)
@@ -196,6 +200,7 @@ def fabricate(name: str, h: Hypergraph, x: Features, ratio: float, starts: Tenso
 
     ``starts`` are A5's start nodes, which both views share.
     """
+    _check_ratio(ratio)
     device = h.incidence.device
     if name == "A0":
         return View(h, x)
@@ -259,7 +264,7 @@ def shared_rows(
     rows, there = [], []
     for view in (first, second):
         own = nodes if view.nodes is None else view.nodes
-        row = nodes.new_full((int(max(own.max(), nodes.max())) + 1,), -1)
+        row = nodes.new_full((int(torch.cat([own, nodes]).max()) + 1,), -1)
         row[own] = own if view.nodes is None else torch.arange(own.numel(), device=own.device)
         rows.append(row[nodes])
         there.append(rows[-1] >= 0)

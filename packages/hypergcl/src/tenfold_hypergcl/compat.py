@@ -82,7 +82,8 @@ def recognise(state: Mapping[str, Tensor]) -> SetGNN:
     classes, hidden = state["linear.weight"].shape
     heads_of = state.get("V2EConvs.0.prop.att_r")
     mlp = "V2EConvs.0." + ("f_enc." if heads_of is None else "prop.rFF.")
-    norms = [name for name in state if name.startswith(f"{mlp}normalizations.")]
+    normed = (f"{mlp}normalizations.", "classifier.normalizations.", "MLP.normalizations.")
+    norms = [name for name in state if name.startswith(normed)]
     batch = any(name.endswith("running_mean") for name in norms)
     config = EncoderConfig(
         hidden=hidden,
@@ -90,7 +91,7 @@ def recognise(state: Mapping[str, Tensor]) -> SetGNN:
         mlp_layers=sum(name.startswith(f"{mlp}lins.") and name.endswith("weight") for name in state),
         attention=heads_of is not None,
         heads=1 if heads_of is None else heads_of.shape[1],
-        norm="bn" if batch else "ln" if norms or heads_of is not None else "none",
+        norm="bn" if batch else "ln" if norms else "none",
         input_norm=f"{mlp}normalizations.0.weight" in state,
         gpr="GPRweights.weight" in state,
     )

@@ -190,6 +190,7 @@ def triplet_margin(
     total = inter.new_zeros(())
     for view in (a, b):
         intra = _sum_over_blocks(distance, view, view, block) - diagonal(view, view)
-        hinge = positive.mean() - (intra + inter) / (n * (2 * n - 2)) + margin
+        # A single node has no negative.
+        hinge = positive.mean() - (intra + inter) / max(1, n * (2 * n - 2)) + margin
         total = total + (hinge.clamp_min(0) if clip else hinge)
     return total / 2

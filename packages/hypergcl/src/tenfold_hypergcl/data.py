@@ -8,6 +8,7 @@ Under the data root they lie as published: ``cocitation/cora/{features,hypergrap
 import contextlib
 import csv
 import dataclasses
+import math
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -18,14 +19,14 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold_hypergcl.attacks import from_poisoned_pairs, remove_by_degree, remove_random
 from tenfold_hypergcl.fairness import nearest_others, rescale
 from tenfold_hypergcl.hypergraph import Hypergraph, HypergraphError, check_features, check_labels
 from tenfold_hypergcl.propagate import Features, SparseFeatures
-from tenfold_hypergcl.protocol import Split, random_splits, stratified_split
+from tenfold_hypergcl.protocol import Split, numbered_split, stratified_split
 from tenfold_shared.download import SCIPY_GLOBALS, data_root, missing, restricted_pickle_load
 from tenfold_shared.errors import UserError
 
@@ -105,7 +106,8 @@ def make_dataset(
     """A data set of any hypergraph (without singletons), float features ``[nodes, features]`` and integer labels, all checked.
 
     Raises:
-        HypergraphError: for features or labels of another length or with values that are not finite, and for no label at all.
+        HypergraphError: for features or labels of another length or with values that are not finite, for no label at all, and for a
+            sensitive column that is none.
     """
     table, classes_of = np.asarray(features), np.asarray(labels)
     if table.ndim != 2 or classes_of.ndim != 1:
@@ -121,9 +123,22 @@ def make_dataset(
     x, y = torch.as_tensor(table, dtype=torch.float32), torch.as_tensor(classes_of).long()
     check_features(x, hypergraph.num_nodes)
     classes = check_labels(y, hypergraph.num_nodes)
+    if sensitive_column is not None:
+        check_sensitive(x, sensitive_column, classes)
     sparse = x.numel() > 0 and float((x != 0).float().mean()) < SPARSE_DENSITY
     kept: Features = SparseFeatures.from_dense(x) if sparse else x
     return Dataset(name, hypergraph.with_singletons(singletons), kept, y, classes, sensitive_column)
+
+
+def check_sensitive(features: Float[Tensor, "nodes features"], column: int, classes: int) -> None:
+    """Refuse a sensitive column that is not there or not 0 and 1, and more or fewer than two classes: fairness is of binary predictions."""
+    if not 0 <= column < features.shape[1]:
+        raise HypergraphError(f"The sensitive column is {column}, and the features have {features.shape[1]} columns.")
+    other = [value for value in torch.unique(features[:, column]).tolist() if value not in (0, 1)]
+    if other:
+        raise HypergraphError(f"The sensitive column {column} has the value {other[0]:g}: its groups are 0 and 1.")
+    if classes != 2:
+        raise HypergraphError(f"With a sensitive column labels are 0 and 1, but there are {classes} classes.")
 
 
 def digits(neighbors: int = 5) -> Dataset:
@@ -307,10 +322,15 @@ def load_npz(path: Path) -> Dataset:
         else:
             features = array("features")
         labels = array("label")
+        if labels.ndim != 1:
+            raise HypergraphError(f"{path}: 'label' has shape {labels.shape}, not [nodes].")
         sensitive = int(arrays["sensitive_column"]) if "sensitive_column" in arrays else None
         if "node" not in arrays and sensitive is not None:
             return make_fair(path.stem, features.astype(np.float64), labels, sensitive)
-        incidence = torch.from_numpy(np.stack([array("node"), array("hyperedge")]).astype(np.int64))
+        pairs = np.stack([array("node"), array("hyperedge")])
+        if pairs.dtype.kind not in "iu":
+            raise HypergraphError(f"{path}: 'node' and 'hyperedge' are whole numbers, not {pairs.dtype}.")
+        incidence = torch.from_numpy(pairs.astype(np.int64))
     h = Hypergraph.from_incidence(incidence, len(labels))
     return make_dataset(path.stem, h, features, labels, sensitive_column=sensitive)
 
@@ -373,6 +393,8 @@ class DataConfig:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise UserError(f"--data.{name} is a share between 0 and 1, got {value}")
+        if not 0 <= self.feature_noise < math.inf:
+            raise UserError(f"--data.feature_noise takes 0 or more, got {self.feature_noise}")
         if self.split is not None and self.split < 0:
             raise UserError(f"--data.split counts from 0, got {self.split}")
 
@@ -415,15 +437,21 @@ def split_of(config: DataConfig, data: Dataset, seed: int) -> Split:
         raise UserError(
             f"--seed is the number of the split too and counts from 0, got {seed}: name one with --data.split"
         )
-    if data.sensitive_column is not None:
-        generator = torch.Generator().manual_seed(config.split_seed + number)
-        return stratified_split(data.labels.cpu(), config.label_rate, generator)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # About all splits of the list; what is said below is about this one.
-            split = random_splits(data.labels, config.label_rate, number + 1, config.split_seed)[number]
+        if data.sensitive_column is not None:
+            generator = torch.Generator().manual_seed(config.split_seed + number)
+            split = stratified_split(data.labels.cpu(), config.label_rate, generator)
+        else:
+            split = numbered_split(data.labels, config.label_rate, number, config.split_seed)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"--data.label_rate: {error}") from error
+    for part in ("train", "valid", "test"):
+        if getattr(split, part).numel() == 0:
+            labelled = int((data.labels >= 0).sum())
+            raise UserError(
+                f"--data.label_rate {config.label_rate} leaves no {part} node among the {labelled} labelled ones of "
+                f"{data.name}: choose another rate"
+            )
     absent = sorted(set(data.labels[data.labels >= 0].tolist()) - set(data.labels.cpu()[split.train].tolist()))
     if absent:
         listed = ", ".join(map(str, absent))

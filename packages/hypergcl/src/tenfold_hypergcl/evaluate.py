@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ class EvalConfig:
     """What to evaluate."""
 
     checkpoint: Path
-    """A run's folder, a .safetensors file of ours, or a .pt file of the authors' layout."""
+    """A run's folder, a .safetensors file of ours (both on the split of their training), or a .pt file of the authors' layout (on
+    split --seed)."""
     data: str = ""
     """The data set; default: the one that the checkpoint was trained on, or digits."""
     root: Path | None = None
@@ -96,19 +98,22 @@ def weights_file(checkpoint: Path) -> Path:
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
-    """Print the metrics of a checkpoint on the training, validation and test nodes of its split as one JSON line."""
-    model, recipe, about = _load(config)
+    """Print the metrics of a checkpoint on the training, validation and test nodes (or memberships) of its split as one JSON line."""
+    released, recipe, about = _load(config)
     seed = about.get("seed", options.seed)
     with Run.evaluation("hypergcl", options) as run:
+        if run.is_main and options.seed not in (RunOptions.seed, seed):
+            print(
+                f"note: evaluated on the split of the training, {seed}, not on --seed {options.seed}", file=sys.stderr
+            )
         seed_everything(seed, "data")
         data = load_data(recipe.data).to(run.device)
-        if model is None:
+        if released is None:
+            seed_everything(seed, "init")  # HyperGCN's operator is drawn after the weights, as in training.
             model = create(recipe, data)
             load_state(model, about["state"])
-        elif (reads := next(p for p in model.parameters() if p.dim() == 2).shape[1]) != data.x.shape[1]:
-            raise UserError(
-                f"the network reads {reads} features and {data.name} has {data.x.shape[1]}: choose another --data"
-            )
+        else:
+            model = _fitting(released, data)
         model.to(run.device)
         with run.accelerator.autocast():
             found = _metrics(model, recipe, data, seed)
@@ -117,7 +122,16 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             print(json.dumps({**shown, **found}))
 
 
-def _load(config: EvalConfig) -> tuple[nn.Module | None, Recipe, dict[str, Any]]:
+def _fitting(model: SetGNN, data: Dataset) -> SetGNN:
+    """The network, if it reads the data's features and tells its classes apart."""
+    reads, classes = next(p for p in model.parameters() if p.dim() == 2).shape[1], model.linear.out_features
+    for noun, own, there in (("features", reads, data.x.shape[1]), ("classes", classes, data.num_classes)):
+        if own != there:
+            raise UserError(f"the network is for {own} {noun} and {data.name} has {there}: choose another --data")
+    return model
+
+
+def _load(config: EvalConfig) -> tuple[SetGNN | None, Recipe, dict[str, Any]]:
     """The authors' network with the default recipe, or none but our recipe and state."""
     path = weights_file(config.checkpoint)
     state, metadata = load_weights(path) if path.suffix == ".safetensors" else ({}, {})
@@ -125,8 +139,9 @@ def _load(config: EvalConfig) -> tuple[nn.Module | None, Recipe, dict[str, Any]]
     if "recipe" in metadata:
         recipe = recipe_of(about.pop("recipe"))
     else:
-        model = load_official_checkpoint(path)
-        assert isinstance(model, SetGNN)  # Nothing else is recognised.
+        found = load_official_checkpoint(path)
+        assert isinstance(found, SetGNN)  # Nothing else is recognised.
+        model = found
         recipe = Recipe(method="supervised", encoder=model.config)
     data = dataclasses.replace(recipe.data, name=config.data or recipe.data.name)
     data = dataclasses.replace(data, root=config.root or (None if data.root is None else Path(data.root)))
@@ -138,7 +153,9 @@ def _load(config: EvalConfig) -> tuple[nn.Module | None, Recipe, dict[str, Any]]
 def _metrics(model: nn.Module, recipe: Recipe, data: Dataset, seed: int) -> dict[str, Any]:
     if recipe.task == "memberships":
         split = link_split(data.hypergraph, seed)
-        return {"test": evaluate_links(model, data.x, split.hypergraph, split.test, split.test_negatives)}
+        pairs = {"valid": (split.valid, split.valid_negatives), "test": (split.test, split.test_negatives)}
+        aucs = {name: evaluate_links(model, data.x, split.hypergraph, *both)["auc"] for name, both in pairs.items()}
+        return {name: {"auc": 100 * auc} for name, auc in aucs.items()}
     nodes = split_of(recipe.data, data, seed).to(data.labels.device)
     what = "all" if data.sensitive_column is not None else "accuracy"
     return {

@@ -190,8 +190,13 @@ class Hypergraph(Incidence):
         Without ``num_nodes`` or ``num_hyperedges`` the largest id decides.
 
         Raises:
-            HypergraphError: for negative ids and for ids beyond the numbers given.
+            HypergraphError: for anything but two rows of integers, for negative ids and for ids beyond the numbers given.
         """
+        if incidence.dim() != 2 or incidence.shape[0] != 2 or incidence.is_floating_point():
+            raise HypergraphError(
+                f"Memberships are two rows of integers, nodes and hyperedges, not {list(incidence.shape)} of {incidence.dtype}."
+            )
+        incidence = incidence.long()
         sizes = []
         for row, (noun, given) in enumerate((("node", num_nodes), ("hyperedge", num_hyperedges))):
             ids = incidence[row]
@@ -400,6 +405,8 @@ def check_labels(labels: Int[Tensor, nodes], num_nodes: int) -> int:
         raise HypergraphError(
             f"There are {labels.shape[0]} labels for {num_nodes} nodes: mark nodes without a label by -1."
         )
+    if not num_nodes:
+        raise HypergraphError("There is no node: a hypergraph needs some.")
     if int(labels.min()) < -1:
         raise HypergraphError(f"Labels must be classes from 0, or -1 for none; found {int(labels.min())}.")
     classes = int(labels.max()) + 1

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tenfold_hypergcl.generative import sample_negatives
-from tenfold_hypergcl.hypergraph import Hypergraph
+from tenfold_hypergcl.hypergraph import Hypergraph, HypergraphError
 from tenfold_hypergcl.mlp import dropout
 from tenfold_hypergcl.propagate import Features
 from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
@@ -27,9 +27,15 @@ class MembershipSplit:
 
 
 def split_memberships(h: Hypergraph) -> MembershipSplit:
-    """Real memberships split 80/10/10 at random; negatives are drawn against all of them. ``h`` has its singletons."""
+    """Real memberships split 80/10/10 at random; negatives are drawn against all of them. ``h`` has its singletons.
+
+    Raises:
+        HypergraphError: for fewer than ten memberships.
+    """
     order = torch.randperm(h.num_real, device=h.incidence.device)
     held = int(0.1 * h.num_real)
+    if not held:
+        raise HypergraphError(f"A tenth of {h.num_real} memberships is none to test on: there must be ten or more.")
     valid, test = h.incidence[:, order[:held]], h.incidence[:, order[held : 2 * held]]
     mask = torch.ones(h.num_memberships, dtype=torch.bool, device=order.device)
     mask[order[: 2 * held]] = False

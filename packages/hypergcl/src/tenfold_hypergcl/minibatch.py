@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold_hypergcl.augment import draw_nodes, fabricate_pair, induce, take_rows
+from tenfold_hypergcl.augment import draw_nodes, fabricate_pair, induce, shared_rows, take_rows
 from tenfold_hypergcl.hypergraph import Hypergraph, SortedIncidence
 from tenfold_hypergcl.propagate import Features
 from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
@@ -125,10 +125,12 @@ def train_on_batches(
             supervised.append(torch.nn.functional.cross_entropy(logits, labels[batch.nodes[rows]]))
             supervised[-1].backward()
         views = fabricate_pair(name, batch.hypergraph, batch.x, ratio)
-        contrastive.append(
-            contrastive_loss(model, *views, temperature, loss=loss, input_dropout=input_dropout, only=batch.seeds)
-        )
-        (weight * contrastive[-1]).backward()
+        common = shared_rows(*views, batch.seeds)[2]
+        if common is None or common[0].numel():  # A small batch's views may have none of its nodes in common.
+            contrastive.append(
+                contrastive_loss(model, *views, temperature, loss=loss, input_dropout=input_dropout, only=batch.seeds)
+            )
+            (weight * contrastive[-1]).backward()
         optimizer.step()
     found = {"supervised": supervised, "contrastive": contrastive}
     return {name: torch.stack([part.detach() for part in parts]).mean() for name, parts in found.items() if parts}

@@ -51,11 +51,7 @@ def random_splits(labels: Int[Tensor, "nodes"], label_rate: float, count: int, s
     splits, lacking = [], 0
     classes = torch.unique(labels.cpu()[labelled])
     for _ in range(count):
-        split = split_permutation(labelled[torch.randperm(labelled.numel(), generator=generator)], label_rate)
-        if split.train.numel() == 0:
-            raise ValueError(
-                f"A label rate of {label_rate} leaves none of the {labelled.numel()} labelled nodes for training: raise it."
-            )
+        split = _draw(labelled, label_rate, generator)
         lacking += int(torch.unique(labels.cpu()[split.train]).numel() < classes.numel())
         splits.append(split)
     if lacking:
@@ -63,8 +59,38 @@ def random_splits(labels: Int[Tensor, "nodes"], label_rate: float, count: int, s
     return splits
 
 
+def numbered_split(labels: Int[Tensor, "nodes"], label_rate: float, number: int, seed: int = 123) -> Split:
+    """The last of ``random_splits(labels, label_rate, number + 1, seed)``, without those before it in memory.
+
+    Raises:
+        ValueError: if it would have no training node.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labelled = torch.nonzero(labels.cpu() >= 0).squeeze(1)
+    for _ in range(number):
+        torch.randperm(labelled.numel(), generator=generator)
+    return _draw(labelled, label_rate, generator)
+
+
+def _draw(labelled: Int[Tensor, "labelled"], label_rate: float, generator: torch.Generator) -> Split:
+    split = split_permutation(labelled[torch.randperm(labelled.numel(), generator=generator)], label_rate)
+    if split.train.numel() == 0:
+        raise ValueError(
+            f"A label rate of {label_rate} leaves none of the {labelled.numel()} labelled nodes for training: raise it."
+        )
+    return split
+
+
 def stratified_split(labels: Int[Tensor, "nodes"], label_rate: float, generator: torch.Generator) -> Split:
-    """The split of the fairness experiments (section 9): of each class the first ``label_rate`` train, 50-75 % validate, 75-100 % test."""
+    """The split of the fairness experiments (section 9): of each class the first ``label_rate`` train, 50-75 % validate, 75-100 % test.
+
+    Raises:
+        ValueError: for a rate at which training nodes would be validated on.
+    """
+    if not 0 < label_rate <= 0.5:
+        raise ValueError(
+            f"A stratified split trains on at most half of each class (the rest is held out), not on {label_rate}."
+        )
     parts: list[list[Tensor]] = [[], [], []]
     for label in torch.unique(labels[labels >= 0]):
         nodes = torch.nonzero(labels == label).squeeze(1).cpu()

@@ -44,6 +44,14 @@ class Generator:
     views: Literal["a2-gen", "clean-gen", "gen-gen"] = "a2-gen"
     """The two views of the model's step."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no generator is trained by."""
+        if self.steps < 1:
+            raise UserError(f"--generator.steps takes 1 or more, got {self.steps}")
+        for name in ("lr", "contrast_weight", "drop_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--generator.{name} takes 0 or more, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass
 class Recipe:
@@ -66,9 +74,9 @@ class Recipe:
     epochs: int = 500
     """Full-batch epochs."""
     lr: float = 1e-3
-    """Adam's learning rate."""
+    """Adam's learning rate (unigcnii has its own: 0.01)."""
     weight_decay: float = 0.0
-    """Adam's weight decay (in the gradient)."""
+    """Adam's weight decay, in the gradient (unigcnii has its own: 0.01 and 5e-4)."""
     loss: Literal["info_nce", "jsd", "triplet"] = "info_nce"
     """The contrastive loss."""
     temperature: float = 0.3
@@ -99,10 +107,10 @@ class Recipe:
         for name in ("epochs", "projection", "head_layers", "baseline_layers", "sub_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} takes 1 or more, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "contrast_weight"):
+        for name in ("lr", "weight_decay", "contrast_weight", "pretrain_lr", "batch_size"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} takes 0 or more, got {getattr(self, name)}")
-        if self.temperature < MIN_TEMPERATURE:
+        if not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(f"--temperature is {MIN_TEMPERATURE} or more, got {self.temperature}")
         if not 0 <= self.ratio < 1:
             raise UserError(f"--ratio is an augmentation ratio in [0, 1), got {self.ratio}")
@@ -116,6 +124,12 @@ class Recipe:
             raise UserError(f"--pretrain_epochs {self.pretrain_epochs} is for nodes and --method {' '.join(NAMES)}")
         if self.task == "memberships" and self.method in {"A6", "clique", "A3", "A5"}:
             raise UserError(f"--method {self.method} is not for --task memberships: use supervised, A0, A1, A2 or A4")
+        if self.task == "memberships" and self.select == "nll":
+            raise UserError("--select nll is for nodes: --task memberships chooses the epoch by the AUC")
+        if self.task == "memberships" and self.carry_heads is not None:
+            raise UserError(
+                f"--carry_heads {self.carry_heads} is for nodes: --task memberships starts from fresh heads"
+            )
 
 
 def recipe_of(content: dict[str, Any]) -> Recipe:

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from tenfold_hypergcl.augment import View, fabricate, fabricate_pair
-from tenfold_hypergcl.baselines import CliqueNet, clique_expansion, gcn_normalized
+from tenfold_hypergcl.baselines import CliqueNet, Graph, clique_expansion, gcn_normalized
 from tenfold_hypergcl.data import Dataset, load_data, split_of
 from tenfold_hypergcl.evaluate import evaluate_links, evaluate_nodes
 from tenfold_hypergcl.generative import VHGAE
@@ -54,7 +54,7 @@ class Result:
     best_epoch: int
     """The selected epoch: the first with the best validation value."""
     drop_ratio: list[float]
-    """A6: the generator's drop ratio, at up to 50 epochs spread over the run."""
+    """A6: the generator's drop ratio, at every n-th epoch: 50 to 99 of them, or all of a shorter run."""
     cpu_seconds: float
     """Processor time of this process since it took up the run."""
 
@@ -108,8 +108,9 @@ def train(recipe: Recipe, options: RunOptions) -> None:
         _, result = run_recipe(run, recipe)
         if run.is_main:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in result.test.items())
+            split = options.seed if recipe.data.split is None else recipe.data.split
             print(
-                f"{recipe.method} {recipe.model} on {recipe.data.name}, split {options.seed}: test {shown} at epoch "
+                f"{recipe.method} {recipe.model} on {recipe.data.name}, split {split}: test {shown} at epoch "
                 f"{result.best_epoch} (validation {result.valid:.2f}); {run.directory}"
             )
 
@@ -144,6 +145,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 
 def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple[nn.Module, Result]:
     seed, device = run.options.seed, run.device
+    if recipe.select != "accuracy" and data.num_classes != 2:
+        raise UserError(f"--select {recipe.select} is for two classes and {data.name} has {data.num_classes}")
     seed_everything(seed, "init")
     model = create(recipe, data)
     parts = fields(recipe, data, split)
@@ -156,7 +159,9 @@ def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple
         )
         session.part = core(data.hypergraph, data.x)
     if recipe.method == "clique":
-        session.clique = CliqueNet(data.x.shape[1], recipe.encoder.hidden, recipe.projection).to(device)
+        encoder = recipe.encoder
+        clique = CliqueNet(data.x.shape[1], encoder.hidden, recipe.projection, p=encoder.dropout, norm=encoder.norm)
+        session.clique = clique.to(device)
         optimiser.add_param_group(
             {"params": list(session.clique.parameters()), "lr": recipe.lr, "weight_decay": recipe.weight_decay}
         )
@@ -243,12 +248,15 @@ def _train_links(run: Run, recipe: Recipe, data: Dataset) -> tuple[nn.Module, Re
         with _autocast(run):
             loss = membership_loss(model, data.x, data.hypergraph)
             loss.backward()
+            losses = {"loss": loss.detach()}
             if recipe.method != "supervised":
-                (recipe.contrast_weight * _fabricated_loss(recipe, model, data.hypergraph, data.x)).backward()
+                contrastive = _fabricated_loss(recipe, model, *_part_of(recipe, data))
+                (recipe.contrast_weight * contrastive).backward()
+                losses["contrastive"] = contrastive.detach()
         optimiser.step()
         valid = 100 * evaluate_links(model, data.x, split.hypergraph, split.valid, split.valid_negatives)["auc"]
         best.offer(valid, epoch, model)
-        run.log(loss=loss, valid=valid)
+        run.log(**losses, valid=valid)
     return _close(
         run, recipe, model, best, began, data,
         lambda: evaluate_links(model, data.x, split.hypergraph, split.test, split.test_negatives),
@@ -292,7 +300,7 @@ def _epoch_of(recipe: Recipe, data: Dataset, split: Split) -> Callable[[Session]
     if recipe.method == "A6":
         return generative_epoch
     if recipe.method == "clique":
-        return CliqueContrast(data.hypergraph)
+        return CliqueContrast(data.hypergraph, recipe.sub_size)
     return fabricated_epoch
 
 
@@ -397,23 +405,29 @@ def _model_view(
 class CliqueContrast:
     """The paper's "Con" baseline: the contrast of the hypergraph's encoder with one of its clique expansion (section 8)."""
 
-    def __init__(self, h: Hypergraph) -> None:
-        self.graph = gcn_normalized(clique_expansion(h.without_singletons()))
+    def __init__(self, h: Hypergraph, sub_size: int) -> None:
+        self.graph = _clique_graph(h) if h.num_nodes <= sub_size else None  # else of the epoch's part
 
     def __call__(self, session: Session) -> dict[str, Tensor]:
         """One epoch."""
-        recipe, data, model = session.recipe, session.data, _encoder(session)
+        recipe, model = session.recipe, _encoder(session)
+        h, x = _contrasted(session)
+        graph = _clique_graph(h) if self.graph is None else self.graph
         assert session.clique is not None
         model.train()
         session.clique.train()
         session.optimiser.zero_grad(set_to_none=True)
         supervised = supervised_loss(model, session.training, session.labels)
         supervised.backward()
-        z1, z2 = model.project(data.x, data.hypergraph), session.clique(data.x, self.graph)
+        z1, z2 = model.project(x, h), session.clique(x, graph)
         contrastive = compare(z1, z2, recipe.temperature, recipe.loss)
         (recipe.contrast_weight * contrastive).backward()
         session.optimiser.step()
         return {"supervised": supervised.detach(), "contrastive": contrastive.detach()}
+
+
+def _clique_graph(h: Hypergraph) -> Graph:
+    return gcn_normalized(clique_expansion(h.without_singletons()))
 
 
 class SampledEpoch:
@@ -448,8 +462,12 @@ def _encoder(session: Session) -> SetGNN:
 
 def _contrasted(session: Session) -> tuple[Hypergraph, Features]:
     """The hypergraph that is contrasted: all of it, or the part of this epoch where it is large."""
-    h, x = session.data.hypergraph, session.data.x
-    if h.num_nodes <= session.recipe.sub_size:
+    return _part_of(session.recipe, session.data)
+
+
+def _part_of(recipe: Recipe, data: Dataset) -> tuple[Hypergraph, Features]:
+    h, x = data.hypergraph, data.x
+    if h.num_nodes <= recipe.sub_size:
         return h, x
-    batch = subsample(h, x, session.recipe.sub_size)
+    batch = subsample(h, x, recipe.sub_size)
     return batch.hypergraph, batch.x
