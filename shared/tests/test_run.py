@@ -80,6 +80,15 @@ def test_a_closed_phase_keeps_its_log(tmp_path: Path) -> None:
         assert len(run.logged("train", "loss")) == 5
 
 
+def test_a_phase_closed_in_this_life_was_not_closed_in_an_earlier_one(tmp_path: Path) -> None:
+    """With ``resume`` too: a process that comes to `complete` after another one has written must not leave the others."""
+    with Run("toy", Recipe(), options(tmp_path, resume=True)) as run:
+        fit(run, 2)
+        assert not run.completed("train")
+    with Run("toy", Recipe(), options(tmp_path, resume=True)) as run:
+        assert run.completed("train")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     with (
         pytest.raises(RunFailure, match="loss became inf at step 5 of phase train"),

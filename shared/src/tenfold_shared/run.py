@@ -154,6 +154,7 @@ class Run:
         self._state: dict[str, Any] = {}
         self._phase, self._step = "", 0
         self._tracked: dict[str, Any] = {}
+        self._closed: set[str] = set()
 
     @classmethod
     @contextlib.contextmanager
@@ -170,6 +171,8 @@ class Run:
         self._lock = filelock.FileLock(self.directory / ".lock", timeout=0)
         if self.is_main:
             self._claim_folder()
+        if self.options.resume:  # as it is before any process goes on: what one of them closes from now on is not earlier
+            self._closed = {file.stem for file in (self.directory / "checkpoints").glob("*.safetensors")}
         self.accelerator.wait_for_everyone()
         state = self.directory / "checkpoints" / "state.pt"
         if self.options.resume and state.exists():
@@ -344,7 +347,7 @@ class Run:
 
     def completed(self, phase: str) -> bool:
         """Whether an earlier life of this run closed the phase with `complete`."""
-        return self.options.resume and (self.directory / "checkpoints" / f"{phase}.safetensors").exists()
+        return phase in self._closed
 
     def complete(self, phase: str, model: nn.Module, **metadata: Any) -> dict[str, Any]:
         """Close a phase: keep the model's weights and plain ``metadata`` as its outcome, or load what was kept.
