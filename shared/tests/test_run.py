@@ -19,7 +19,7 @@ from tenfold_shared.run import Run, RunOptions, derived_seed, environment
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
 
-from tenfold_toy.processes import batch_norm_of_half
+from tenfold_toy.processes import batch_norm_of_half, far_from_zero
 
 
 @dataclasses.dataclass
@@ -157,6 +157,48 @@ def test_a_recipe_that_is_refused_leaves_its_name_free(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "x" / "config.yaml").exists()
 
 
+def test_a_tracker_that_is_refused_leaves_the_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--tracker none"), Run("demo", Recipe(), options(tmp_path, tracker="wandb")):
+        pass
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        fit(run, 1)
+
+
+def test_a_tracker_that_does_not_begin_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is an optional extra")
+
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with (
+        pytest.raises(UserError, match="no API key.*WANDB_MODE=offline"),
+        Run("demo", Recipe(), options(tmp_path, tracker="wandb")),
+    ):
+        pass
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_log_that_fills_the_disk_is_told_of(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="not on every platform")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with (
+            pytest.raises(RunFailure, match=r"metrics.jsonl: the disk is full.*--resume"),
+            Run("demo", Recipe(), options(tmp_path, checkpoint_every=0)) as run,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+            for step in run.steps("count", 50):
+                run.log(a=step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    with Run("demo", Recipe(), options(tmp_path, resume=True)) as run:  # its lock is given back
+        assert run.logged("count", "a") == []
+
+
 @pytest.mark.parametrize("changes", [{"name": "a/b"}, {"checkpoint_every": -1}])
 def test_options_are_checked(tmp_path: Path, changes: dict) -> None:
     with pytest.raises(UserError, match="--"):
@@ -210,6 +252,12 @@ def test_batch_norm_over_processes_is_that_of_one(tmp_path: Path) -> None:
     for share in shares:
         torch.testing.assert_close(share[2], layer.running_mean)
         torch.testing.assert_close(share[3], layer.running_var)
+    halves = [torch.load(tmp_path / f"far-{rank}.pt") for rank in range(2)]
+    for number, images in enumerate(far_from_zero()):
+        layer = nn.BatchNorm2d(3)
+        expected = layer(images).detach()
+        torch.testing.assert_close(torch.cat([half[number] for half in halves]), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(halves[0][number + 2], layer.running_var)
 
 
 @pytest.mark.parametrize(
