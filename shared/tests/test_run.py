@@ -12,14 +12,15 @@ import torch
 import yaml
 from torch import nn
 
-from tenfold_shared.claims import Arm, Claim, Measurement, Metric
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
-from tenfold_shared.reproduction import Request, compare_points
+from tenfold_shared.reproduction import Request, compare_points, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, derived_seed, environment
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
 
-from tenfold_toy.processes import batch_norm_of_half, far_from_zero
+from tenfold_toy.processes import batch_norm_of_half, far_from_zero, killed_in_the_baseline
+from tenfold_toy.train import figures
 
 
 @dataclasses.dataclass
@@ -143,6 +144,23 @@ def test_a_sweep_of_nothing_is_refused(points: list, seeds: int, tmp_path: Path)
             "demo", "sweep", Recipe(), points, Metric("w"), Request(seeds=seeds), options(tmp_path), width_of
         )
     assert not list(tmp_path.iterdir())
+
+
+def reproduce(folder: Path, **changes: object) -> list[Outcome]:
+    request = Request(seeds=2, **changes)
+    return reproduce_claims("toy", ["norm-helps"], request, options(folder), killed_in_the_baseline, figures)
+
+
+def test_a_process_that_is_killed_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(RunFailure, match="--resume and fewer --jobs"):
+        reproduce(tmp_path, jobs=2)
+
+
+def test_a_claim_without_its_baselines_is_inconclusive(tmp_path: Path) -> None:
+    """The method's value alone is not what is claimed, however good it is."""
+    (outcome,) = reproduce(tmp_path, jobs=1, arms=["norm"])
+    assert (outcome.verdict, outcome.reason) == ("inconclusive", "no baseline was run (--arms)")
+    assert "no baseline was run" in (tmp_path / "toy" / "x" / "report.html").read_text()
 
 
 def test_a_recipe_that_is_refused_leaves_its_name_free(tmp_path: Path) -> None:
