@@ -372,7 +372,9 @@ def _sentence(message: str) -> str:
         key, _, rest = text[len('Parser key "') :].partition('":')
         union = re.search(r"Union subtypes Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", rest)
         if union:
-            kinds = re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", union[1]).replace("typing.", "").replace("NoneType", "null")
+            kinds = (
+                re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", union[1]).replace("typing.", "").replace("NoneType", "null")
+            )
             return f"--{key} takes {re.sub(r', (?![^[]*])', ' or ', kinds)}, got {union[2]!r}"
         expected, _, got = rest.strip().removeprefix("Expected a ").partition(". Got value: ")
         expected = expected.replace("typing.", "").replace("<class '", "").replace("'>", "")

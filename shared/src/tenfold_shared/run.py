@@ -171,7 +171,9 @@ class Run:
         self._lock = filelock.FileLock(self.directory / ".lock", timeout=0)
         if self.is_main:
             self._claim_folder()
-        if self.options.resume:  # as it is before any process goes on: what one of them closes from now on is not earlier
+        if (
+            self.options.resume
+        ):  # as it is before any process goes on: what one of them closes from now on is not earlier
             self._closed = {file.stem for file in (self.directory / "checkpoints").glob("*.safetensors")}
         self.accelerator.wait_for_everyone()
         state = self.directory / "checkpoints" / "state.pt"
