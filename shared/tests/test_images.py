@@ -109,7 +109,7 @@ def test_damaged_cifar_is_named(cifar10, damage, message, capsys):
     with pytest.raises(UserError, match="data_batch_2 does not exist"):
         load_images("cifar10", cifar10)
     (cifar10 / "cifar-10-python.tar.gz").write_bytes(b"looked at, so the file that is missing would be fetched")
-    with pytest.raises(UserError, match="cifar-10-python.tar.gz is not what"):
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is not what"):
         load_images("cifar10", cifar10, download=True)
 
 

@@ -191,7 +191,7 @@ def test_a_tracker_that_does_not_begin_is_told_of(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(wandb, "init", refuse)
     with (
-        pytest.raises(UserError, match="no API key.*WANDB_MODE=offline"),
+        pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline"),
         Run("demo", Recipe(), options(tmp_path, tracker="wandb")),
     ):
         pass
@@ -202,14 +202,16 @@ def test_a_log_that_fills_the_disk_is_told_of(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="not on every platform")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with (
-            pytest.raises(RunFailure, match=r"metrics.jsonl: the disk is full.*--resume"),
-            Run("demo", Recipe(), options(tmp_path, checkpoint_every=0)) as run,
-        ):
+
+    def count() -> None:
+        with Run("demo", Recipe(), options(tmp_path, checkpoint_every=0)) as run:
             resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
             for step in run.steps("count", 50):
                 run.log(a=step)
+
+    try:
+        with pytest.raises(RunFailure, match=r"metrics.jsonl: the disk is full.*--resume"):
+            count()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

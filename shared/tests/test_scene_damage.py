@@ -33,7 +33,7 @@ def test_a_depth_that_is_cut_short(tmp_path, scene):
     file = tmp_path / "train" / "depth_r_1.npy"
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
-    with pytest.raises(UserError, match="depth_r_1.npy is damaged"):
+    with pytest.raises(UserError, match=r"depth_r_1.npy is damaged"):
         read_blender(tmp_path)
     np.save(file, np.zeros((4, 4)))  # of other pictures
     assert read_blender(tmp_path).depth is None
