@@ -1,5 +1,6 @@
 """Fetching from a local server that breaks, archives that try to escape, pickles that try to run."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -22,7 +23,7 @@ from tenfold_shared.download import (
     restricted_pickle_load,
     unpack,
 )
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import RunFailure, UserError
 
 CONTENT = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -242,6 +243,25 @@ def test_zip_archives(tmp_path):
         unpack(archive, tmp_path / "evil")
     with pytest.raises(UserError, match="does not exist"):
         unpack(tmp_path / "none.zip", tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, server, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"file/data.bin cannot be written .*TENFOLD_DATA"):
+        fetch(server.url, tmp_path / "file" / "data.bin")
+    (tmp_path / "data.bin.part").mkdir()
+    with pytest.raises(UserError, match=r"data.bin cannot be written"):
+        fetch(server.url, tmp_path / "data.bin", sha256=SHA256)
+    archive = make_tar(tmp_path / "data.tar.gz", [("a", b"a")])
+    with pytest.raises(UserError, match=r"data.tar.gz cannot be unpacked into .*file"):
+        unpack(archive, tmp_path / "file")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", full)
+    with pytest.raises(RunFailure, match=r"the disk is full"):
+        unpack(archive, tmp_path / "out")
 
 
 class Malicious:

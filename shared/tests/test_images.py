@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -107,6 +108,9 @@ def test_damaged_cifar_is_named(cifar10, damage, message, capsys):
     file.unlink()
     with pytest.raises(UserError, match="data_batch_2 does not exist"):
         load_images("cifar10", cifar10)
+    (cifar10 / "cifar-10-python.tar.gz").write_bytes(b"looked at, so the file that is missing would be fetched")
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is not what"):
+        load_images("cifar10", cifar10, download=True)
 
 
 def idx(array):
@@ -171,6 +175,12 @@ def test_tiny_imagenet(tiny):
         load_images("tiny-imagenet", tiny, "test")
 
 
+def test_a_class_without_its_folder_of_images_is_named(tiny):
+    shutil.rmtree(tiny / "tiny-imagenet-200" / "train" / "n02" / "images")
+    with pytest.raises(UserError, match="the class n02 has no images"):
+        load_images("tiny-imagenet", tiny)
+
+
 @pytest.fixture
 def folder(tmp_path):
     for split, count in (("train", 4), ("test", 2)):
@@ -206,6 +216,15 @@ def test_bad_image_folders_are_named(folder):
     (folder / "test" / "cow").mkdir()
     with pytest.raises(UserError, match=r"cow is a class that .*train does not have"):
         load_images("folder", folder, "test")
+    (folder / "train" / ".hidden").mkdir()
+    assert len(load_images("folder", folder).classes) == 2
+    with pytest.raises(UserError, match=r"train/.hidden is a hidden folder"):
+        stream_images("folder", folder)
+    (folder / "train" / ".hidden").rmdir()
+    file.write_bytes(b"BM" + bytes(12) + b"\x28\0\0\0" + b"\xff\xff\xff\x0f" * 2 + b"\1\0\x18\0" + bytes(24))
+    with pytest.raises(UserError, match=r"0001.png is no readable image .*pixels"):
+        load_images("folder", folder)
+    picture(file)
     (folder / "train" / "cow").mkdir()
     for read in (load_images, stream_images):
         with pytest.raises(UserError, match=r"has no images|have no images"):

@@ -12,14 +12,15 @@ import torch
 import yaml
 from torch import nn
 
-from tenfold_shared.claims import Arm, Claim, Measurement, Metric
+from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
-from tenfold_shared.reproduction import Request, compare_points
+from tenfold_shared.reproduction import Request, compare_points, reproduce_claims
 from tenfold_shared.run import Run, RunOptions, derived_seed, environment
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
 
-from tenfold_toy.processes import batch_norm_of_half
+from tenfold_toy.processes import batch_norm_of_half, far_from_zero, killed_in_the_baseline
+from tenfold_toy.train import figures
 
 
 @dataclasses.dataclass
@@ -80,6 +81,15 @@ def test_a_closed_phase_keeps_its_log(tmp_path: Path) -> None:
         assert len(run.logged("train", "loss")) == 5
 
 
+def test_a_phase_closed_in_this_life_was_not_closed_in_an_earlier_one(tmp_path: Path) -> None:
+    """With ``resume`` too: a process that comes to `complete` after another one has written must not leave the others."""
+    with Run("toy", Recipe(), options(tmp_path, resume=True)) as run:
+        fit(run, 2)
+        assert not run.completed("train")
+    with Run("toy", Recipe(), options(tmp_path, resume=True)) as run:
+        assert run.completed("train")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     with (
         pytest.raises(RunFailure, match="loss became inf at step 5 of phase train"),
@@ -136,6 +146,23 @@ def test_a_sweep_of_nothing_is_refused(points: list, seeds: int, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def reproduce(folder: Path, **changes: object) -> list[Outcome]:
+    request = Request(seeds=2, **changes)
+    return reproduce_claims("toy", ["norm-helps"], request, options(folder), killed_in_the_baseline, figures)
+
+
+def test_a_process_that_is_killed_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(RunFailure, match="--resume and fewer --jobs"):
+        reproduce(tmp_path, jobs=2)
+
+
+def test_a_claim_without_its_baselines_is_inconclusive(tmp_path: Path) -> None:
+    """The method's value alone is not what is claimed, however good it is."""
+    (outcome,) = reproduce(tmp_path, jobs=1, arms=["norm"])
+    assert (outcome.verdict, outcome.reason) == ("inconclusive", "no baseline was run (--arms)")
+    assert "no baseline was run" in (tmp_path / "toy" / "x" / "report.html").read_text()
+
+
 def test_a_recipe_that_is_refused_leaves_its_name_free(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match="no such data"), Run("demo", Recipe(), options(tmp_path)):
@@ -146,6 +173,50 @@ def test_a_recipe_that_is_refused_leaves_its_name_free(tmp_path: Path) -> None:
         raise UserError("the data are gone")
     assert (tmp_path / "demo" / "x" / "checkpoints" / "train.safetensors").exists()
     assert (tmp_path / "demo" / "x" / "config.yaml").exists()
+
+
+def test_a_tracker_that_is_refused_leaves_the_name_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--tracker none"), Run("demo", Recipe(), options(tmp_path, tracker="wandb")):
+        pass
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        fit(run, 1)
+
+
+def test_a_tracker_that_does_not_begin_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is an optional extra")
+
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with (
+        pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline"),
+        Run("demo", Recipe(), options(tmp_path, tracker="wandb")),
+    ):
+        pass
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_log_that_fills_the_disk_is_told_of(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="not on every platform")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def count() -> None:
+        with Run("demo", Recipe(), options(tmp_path, checkpoint_every=0)) as run:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+            for step in run.steps("count", 50):
+                run.log(a=step)
+
+    try:
+        with pytest.raises(RunFailure, match=r"metrics.jsonl: the disk is full.*--resume"):
+            count()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    with Run("demo", Recipe(), options(tmp_path, resume=True)) as run:  # its lock is given back
+        assert run.logged("count", "a") == []
 
 
 @pytest.mark.parametrize("changes", [{"name": "a/b"}, {"checkpoint_every": -1}])
@@ -201,6 +272,12 @@ def test_batch_norm_over_processes_is_that_of_one(tmp_path: Path) -> None:
     for share in shares:
         torch.testing.assert_close(share[2], layer.running_mean)
         torch.testing.assert_close(share[3], layer.running_var)
+    halves = [torch.load(tmp_path / f"far-{rank}.pt") for rank in range(2)]
+    for number, images in enumerate(far_from_zero()):
+        layer = nn.BatchNorm2d(3)
+        expected = layer(images).detach()
+        torch.testing.assert_close(torch.cat([half[number] for half in halves]), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(halves[0][number + 2], layer.running_var)
 
 
 @pytest.mark.parametrize(

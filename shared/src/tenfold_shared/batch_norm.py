@@ -16,23 +16,24 @@ class _CrossProcessBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         from torch.distributed.nn.functional import all_reduce  # noqa: PLC0415
 
-        dims = [0, *range(2, input.dim())]
-        count = input.new_tensor([input.numel() / input.shape[1]])
-        total = all_reduce(torch.cat([input.sum(dims), input.square().sum(dims), count]))
-        channels = input.shape[1]
-        mean = total[:channels] / total[-1]
-        variance = total[channels:-1] / total[-1] - mean.square()
+        dims, shape = [0, *range(2, input.dim())], [1, -1] + [1] * (input.dim() - 2)
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))  # under autocast it comes in half precision
+        count = wide.new_tensor([input.numel() / input.shape[1]])
+        total = all_reduce(torch.cat([wide.sum(dims), count]))
+        mean = total[:-1] / total[-1]
+        centred = wide - mean.view(shape)  # the mean of squares less the squared mean would cancel
+        variance = all_reduce(centred.square().sum(dims)) / total[-1]
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * (total[-1] / (total[-1] - 1)), momentum)
-        shape = [1, channels] + [1] * (input.dim() - 2)
-        normalised = (input - mean.view(shape)) * (variance.view(shape) + self.eps).rsqrt()
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                unbiased = variance * (total[-1] / (total[-1] - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        normalised = centred * (variance.view(shape) + self.eps).rsqrt()
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised
+        return normalised.to(input.dtype)
 
 
 def synchronise_batch_norm(model: nn.Module, world: int, device: torch.device) -> nn.Module:

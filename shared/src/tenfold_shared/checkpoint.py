@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import RunFailure, UserError
+from .errors import DISK_FULL, RunFailure, UserError
 
 DIGEST = "sha256"  # metadata key of the digest over everything: safetensors itself does not notice a flipped bit
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import json
+import re
 import sys
 import traceback
 import typing
@@ -252,9 +254,11 @@ def load_recipe(package: str, name_or_path: str, kind: type, **changes: Any) -> 
     parser = Parser()
     parser.add_class_arguments(kind, None)
     known, groups = _destinations(parser)
-    for key in [*_flatten(_read_yaml(path), groups.__contains__), *changes]:
+    values = _flatten(_read_yaml(path), groups.__contains__)
+    for key in [*values, *changes]:
         if not _is_known(key, known, groups):
             raise UserError(f"recipe {name_or_path}: unknown key {key!r}{did_you_mean(key, known)}")
+    _refuse_values(parser, values, groups, f"recipe {name_or_path}")
     namespace = parser.parse_path(path)
     try:
         for key, value in changes.items():
@@ -332,14 +336,28 @@ def _refuse_unknown(parser: Any, verb: str, arguments: list[str], commands: Mapp
     for argument in arguments:
         flag = argument.partition("=")[0]
         if previous == "--config":
-            for key in _flatten(_read_yaml(Path(argument)), groups.__contains__):
+            values = _flatten(_read_yaml(Path(argument)), groups.__contains__)
+            for key in values:
                 if not _is_known(key, known, groups):
                     raise UserError(f"{parser.prog}: unknown key {key!r} in {argument}{did_you_mean(key, known)}")
+            _refuse_values(parser, values, groups, f"{parser.prog}: {argument}")
         elif flag.startswith("--") and flag not in flags and not _is_known(flag[2:], known, groups):
             owners = [name for name in commands if name != verb and flag in _flags_of(commands[name])]
             elsewhere = f"; it is an option of {' and '.join(owners)}" if owners else did_you_mean(flag, flags)
             raise UserError(f"{parser.prog}: unknown option {flag}{elsewhere}; {parser.prog} --help lists the options")
         previous = argument
+
+
+def _refuse_values(parser: Any, values: Mapping[str, Any], groups: set[str], where: str) -> None:
+    """What jsonargparse lets pass in a file, or refuses in words of its own: null for any type, no mapping for a group."""
+    kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    for key, value in values.items():
+        if key in groups and not isinstance(value, str):  # a name is that of a file
+            raise UserError(f"{where}: the key {key!r} takes keys and values, got {json.dumps(value, default=str)}")
+        kind = kinds.get(key)
+        if value is None and kind not in (None, Any) and not {None, type(None)} & {*typing.get_args(kind)}:
+            name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+            raise UserError(f"{where}: the key {key!r} takes {name.replace('typing.', '')}, got null")
 
 
 def _flags_of(command: Command) -> set[str]:
@@ -352,6 +370,12 @@ def _sentence(message: str) -> str:
     text = " ".join(message.split())
     if text.startswith('Parser key "'):
         key, _, rest = text[len('Parser key "') :].partition('":')
+        union = re.search(r"Union subtypes Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", rest)
+        if union:
+            kinds = (
+                re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", union[1]).replace("typing.", "").replace("NoneType", "null")
+            )
+            return f"--{key} takes {re.sub(r', (?![^[]*])', ' or ', kinds)}, got {union[2]!r}"
         expected, _, got = rest.strip().removeprefix("Expected a ").partition(". Got value: ")
         expected = expected.replace("typing.", "").replace("<class '", "").replace("'>", "")
         if expected.startswith("Literal["):

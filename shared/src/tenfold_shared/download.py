@@ -19,7 +19,7 @@ import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import DISK_FULL, RunFailure, UserError
 
 _CHUNK = 1 << 20
 
@@ -78,21 +78,35 @@ def fetch(
     if not url.startswith(("https://", "http://")):
         raise UserError(f"{url} cannot be fetched: only http and https addresses can")
     part = destination.with_name(destination.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if sha256 is None and md5 is None:
-        part.unlink(missing_ok=True)
-    resumed = part.exists()
-    _fetch_part(url, part, destination, tries, wait, timeout)
-    problem = _mismatch(part, sha256, md5)
-    if problem is not None and resumed:  # the earlier part may have been of another file
-        part.unlink()
+    with _written(f"{destination} cannot be written"):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if sha256 is None and md5 is None:
+            part.unlink(missing_ok=True)
+        resumed = part.exists()
         _fetch_part(url, part, destination, tries, wait, timeout)
         problem = _mismatch(part, sha256, md5)
-    if problem is not None:
-        part.unlink()
-        raise UserError(f"{url} gave a file with the wrong checksum ({problem}): try again later or get it elsewhere")
-    part.replace(destination)
+        if problem is not None and resumed:  # the earlier part may have been of another file
+            part.unlink()
+            _fetch_part(url, part, destination, tries, wait, timeout)
+            problem = _mismatch(part, sha256, md5)
+        if problem is not None:
+            part.unlink()
+            raise UserError(
+                f"{url} gave a file with the wrong checksum ({problem}): try again later or get it elsewhere"
+            )
+        part.replace(destination)
     return destination
+
+
+@contextlib.contextmanager
+def _written(what: str) -> Iterator[None]:
+    """What the disk says against a file or folder, in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise RunFailure(f"{what}: the disk is full; free some space and try again") from error
+        raise UserError(f"{what} ({error}): choose another folder, TENFOLD_DATA says where data sets lie") from error
 
 
 def _fetch_part(url: str, part: Path, destination: Path, tries: int, wait: float, timeout: float) -> None:
@@ -107,7 +121,9 @@ def _fetch_part(url: str, part: Path, destination: Path, tries: int, wait: float
             reason = f"the server answered {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
                 break
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
+                raise  # of the disk, not of the network
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         if attempt + 1 < tries:
             time.sleep(wait * 2**attempt)
@@ -184,7 +200,13 @@ def unpack(archive: str | os.PathLike[str], folder: str | os.PathLike[str]) -> P
     archive, folder = Path(archive), Path(folder)
     if not archive.is_file():
         raise UserError(f"the archive {archive} does not exist: fetch it first")
-    folder.mkdir(parents=True, exist_ok=True)
+    with _written(f"{archive} cannot be unpacked into {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _unpack_beside(archive, folder)
+    return folder
+
+
+def _unpack_beside(archive: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as scratch:
         try:
             if zipfile.is_zipfile(archive):
@@ -199,7 +221,6 @@ def unpack(archive: str | os.PathLike[str], folder: str | os.PathLike[str]) -> P
                 raise
             raise UserError(f"{archive} is truncated or corrupted ({error}): delete it and fetch it again") from error
         _merge(Path(scratch), folder)
-    return folder
 
 
 def _untar(archive: Path, folder: Path) -> None:

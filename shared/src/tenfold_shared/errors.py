@@ -1,7 +1,10 @@
 """The expected ways to fail; the command line turns them into one sentence and an exit code."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class UserError(ValueError):

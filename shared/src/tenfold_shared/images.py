@@ -139,7 +139,9 @@ def _read_image(file: Path, mode: str) -> "Image":
     try:
         with _pil().open(file) as image:
             return image.convert(mode)
-    except (OSError, SyntaxError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many types on damaged files
         raise UserError(f"{file} is no readable image ({error}): remove it or fetch its data set again") from error
 
 
@@ -158,6 +160,8 @@ def _read_images(files: Sequence[Path], mode: str = "RGB") -> UInt8[Tensor, "n c
 
 
 def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
 
 
@@ -203,7 +207,8 @@ class _Cifar:
         return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
 
     def fetch(self, root: Path) -> None:
-        if not (root / self.folder / self.meta).exists():
+        files = [self.meta, *(part for parts in self.parts.values() for part in parts)]
+        if not all((root / self.folder / file).exists() for file in files):
             unpack(fetch(self.url, root / self.archive, md5=self.md5), root)
 
     def load(self, root: Path, split: str) -> ImageSet:
@@ -364,7 +369,7 @@ def _tiny_validation(folder: Path, classes: Sequence[str]) -> list[list[Path]]:
 def _folder(root: Path, split: str, mode: str = "RGB") -> ImageSet:
     """`<root>/<split>/<class>/*`, decoded to `mode` (a pillow mode of 8-bit channels)."""
     classes = _folder_classes(root, split)
-    by_class = [_image_files(root / split / name) if (root / split / name).is_dir() else [] for name in classes]
+    by_class = [_image_files(root / split / name) for name in classes]
     return _labelled(by_class, classes, root / split, mode)
 
 
@@ -428,10 +433,13 @@ def stream_images(
     classes = _folder_classes(root, split)
     if _classes(root / split) != classes:
         raise UserError(f"{root / split} lacks a class that {root / 'train'} has: both need the same class folders")
+    for entry in (root / split).iterdir():
+        if entry.is_dir() and entry.name.startswith("."):
+            raise UserError(f"{entry} is a hidden folder, which would be read as a class: remove it")
     try:
         return ImageFolder(str(root / split), transform or imagenet_transform(train), loader=_load_rgb)
     except FileNotFoundError as error:
-        raise UserError(f"a class in {root / split} has no images: add some, or remove the class") from error
+        raise UserError(f"a class in {root / split} has no images ({error}): add some, or remove the class") from error
 
 
 def imagenet_transform(train: bool, size: int = 224) -> Callable[["Image"], Tensor]:

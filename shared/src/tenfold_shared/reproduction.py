@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from importlib import resources
 from pathlib import Path
 from types import FrameType
@@ -103,7 +104,10 @@ def reproduce_claims(
         for claim in chosen:
             seeds = _seeds(claim, request, options)
             table = {arm: [results[claim.id, arm, seed] for seed in seeds] for arm in claim.arms}
-            outcomes.append(summarise(claim, table, seeds, package=slug, environment=where))
+            outcome = summarise(claim, table, seeds, package=slug, environment=where)
+            if claim_set[claim.id].baselines and not claim.baselines:  # the value alone is not what is claimed
+                outcome = dataclasses.replace(outcome, verdict="inconclusive", reason="no baseline was run (--arms)")
+            outcomes.append(outcome)
         for outcome in outcomes:
             outcome.save(folder / "results" / f"{outcome.claim}.json")
         write_json(folder / "results.json", {"outcomes": [json.loads(outcome.to_json()) for outcome in outcomes]})
@@ -144,11 +148,17 @@ def _locked(folder: Path, resume: bool) -> Iterator[None]:
         raise UserError(
             f"{folder} holds results already; add --resume to keep what is measured or choose another --name"
         )
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process; wait for it or choose another --name") from None
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}; choose another --output") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def measure_all(
@@ -188,6 +198,11 @@ def measure_all(
                 }
                 for future in as_completed(futures):
                     note(*futures[future], future.result())
+    except BrokenProcessPool as error:
+        raise RunFailure(
+            "a process that measured was killed, most often for want of memory; what is measured is kept: go on with "
+            "--resume and fewer --jobs"
+        ) from error
     finally:
         progress.close()
     return results

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from .batch_norm import synchronise_batch_norm
 from .checkpoint import atomic_write, load_state, load_weights, save_state, save_weights, write_json
 from .cli import to_yaml
-from .errors import Interrupted, RunFailure, UserError
+from .errors import DISK_FULL, Interrupted, RunFailure, UserError
 from .progress import Progress
 from .tracking import Tracker
 
@@ -154,6 +154,7 @@ class Run:
         self._state: dict[str, Any] = {}
         self._phase, self._step = "", 0
         self._tracked: dict[str, Any] = {}
+        self._closed: set[str] = set()
 
     @classmethod
     @contextlib.contextmanager
@@ -170,12 +171,21 @@ class Run:
         self._lock = filelock.FileLock(self.directory / ".lock", timeout=0)
         if self.is_main:
             self._claim_folder()
+        if (
+            self.options.resume
+        ):  # as it is before any process goes on: what one of them closes from now on is not earlier
+            self._closed = {file.stem for file in (self.directory / "checkpoints").glob("*.safetensors")}
         self.accelerator.wait_for_everyone()
         state = self.directory / "checkpoints" / "state.pt"
-        if self.options.resume and state.exists():
-            self._state = load_state(state)
-        self._metrics = self._open_metrics() if self.is_main else None
-        self._tracker = Tracker(self.options.tracker, self.slug, self.directory, self.config) if self.is_main else None
+        try:
+            if self.options.resume and state.exists():
+                self._state = load_state(state)
+            tracked = (self.options.tracker, self.slug, self.directory, self.config)
+            self._tracker = Tracker(*tracked) if self.is_main else None
+            self._metrics = self._open_metrics() if self.is_main else None
+        except BaseException as error:
+            self._give_back_folder(error)
+            raise
         self._progress = Progress(enabled=self.is_main and not self.options.quiet)
         self._handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -199,18 +209,22 @@ class Run:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             if self._metrics:
-                self._metrics.close()
+                with contextlib.suppress(OSError):  # on a full disk it tries once more, which has been told of
+                    self._metrics.close()
             if self._tracker:
                 self._tracker.close()
-            if isinstance(error, UserError) and self.is_main and self._fresh and not self._step:
-                self._leave_no_folder()
-            self._lock.release()
+            self._give_back_folder(error)
+
+    def _give_back_folder(self, error: BaseException | None) -> None:
+        """Unlock the folder; that of a run refused before a step goes, so that its name is free for the next."""
+        if isinstance(error, UserError) and self.is_main and self._fresh and not self._step:
+            self._leave_no_folder()
+        self._lock.release()
 
     def _leave_no_folder(self) -> None:
-        """Take back the folder of a run whose recipe was refused before a step, so that its name is free for the next."""
         if (self.directory / "checkpoints").exists():
             return
-        for name in ("config.yaml", "environment.json", "metrics.jsonl", ".lock"):
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "wandb-id", ".lock"):
             (self.directory / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # somebody's own files are in it
             self.directory.rmdir()
@@ -344,7 +358,7 @@ class Run:
 
     def completed(self, phase: str) -> bool:
         """Whether an earlier life of this run closed the phase with `complete`."""
-        return self.options.resume and (self.directory / "checkpoints" / f"{phase}.safetensors").exists()
+        return phase in self._closed
 
     def complete(self, phase: str, model: nn.Module, **metadata: Any) -> dict[str, Any]:
         """Close a phase: keep the model's weights and plain ``metadata`` as its outcome, or load what was kept.
@@ -424,13 +438,25 @@ class Run:
                     )
             if self._metrics:
                 line = {"phase": phase, "step": step, "seconds": round(seconds, 3), **values}
-                self._metrics.write((json.dumps(line) + "\n").encode())
+                with self._told_if_full():
+                    self._metrics.write((json.dumps(line) + "\n").encode())
             if self._tracker:
                 self._tracker.log({f"{phase}/{name}": value for name, value in values.items()})
         if pending:
             self._progress.show(values)
         if self._metrics:
-            self._metrics.flush()
+            with self._told_if_full():
+                self._metrics.flush()
+
+    @contextlib.contextmanager
+    def _told_if_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = "the disk is full" if error.errno in DISK_FULL else error.strerror
+            raise RunFailure(
+                f"cannot write {self.directory / 'metrics.jsonl'}: {reason}; free some space and resume with --resume"
+            ) from error
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -14,7 +14,7 @@ class Tracker:
     """Receives the metrics; does nothing for ``none``.
 
     Raises:
-        UserError: wandb is asked for and not installed.
+        UserError: wandb is asked for and not installed, or refuses the run.
 
     """
 
@@ -31,14 +31,20 @@ class Tracker:
         identity = directory / "wandb-id"  # by it a resumed run goes on with its curves
         if not identity.exists():
             write_text(identity, uuid.uuid4().hex)
-        self._run = wandb.init(
-            id=identity.read_text(encoding="utf-8"),
-            project=f"tenfold-{slug}",
-            name=directory.name,
-            dir=str(directory),
-            config=dataclasses.asdict(config),
-            resume="allow",
-        )
+        try:
+            self._run = wandb.init(
+                id=identity.read_text(encoding="utf-8"),
+                project=f"tenfold-{slug}",
+                name=directory.name,
+                dir=str(directory),
+                config=dataclasses.asdict(config),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"wandb does not begin the run ({error}): log in with `wandb login`, set WANDB_MODE=offline, or use "
+                "--tracker none"
+            ) from error
 
     def log(self, values: Mapping[str, float]) -> None:
         """One step's values, named ``<phase>/<metric>``."""

@@ -12,7 +12,15 @@ import numpy as np
 
 from tenfold_shared.errors import UserError
 from tenfold_shared.scenes.cameras import CameraSet, intrinsics_matrix, opencv_from_opengl, opengl_from_opencv
-from tenfold_shared.scenes.views import IMAGE_SUFFIXES, ImageFiles, Scene, common_size, list_images, write_image
+from tenfold_shared.scenes.views import (
+    IMAGE_SUFFIXES,
+    ImageFiles,
+    Scene,
+    common_size,
+    list_images,
+    read_array,
+    write_image,
+)
 
 BLENDER_NEAR, BLENDER_FAR = 2.0, 6.0
 
@@ -53,7 +61,7 @@ def numbers_of(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"the camera file {path} has something else where a number belongs ({error})") from error
 
 
@@ -168,8 +176,8 @@ def _read_depth(paths: Sequence[Path], height: int, width: int) -> np.ndarray | 
     files = [path.with_name(f"depth_{path.stem}.npy") for path in paths]
     if not all(file.is_file() for file in files):
         return None
-    depth = np.stack([np.load(file, allow_pickle=False) for file in files])
-    return depth if depth.shape[1:] == (height, width) else None
+    depth = [read_array(file) for file in files]
+    return np.stack(depth) if all(view.shape == (height, width) for view in depth) else None
 
 
 def write_blender(folder: Path | str, scene: Scene, split: str = "train") -> None:

@@ -114,7 +114,7 @@ def _guard(reader, model: Path):
         return reader(model)
     except FileNotFoundError as error:
         raise UserError(f"the COLMAP file {error.filename} does not exist") from None
-    except (struct.error, ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+    except (struct.error, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise UserError(f"the COLMAP model {model} is damaged or cut short ({error})") from error
 
 
@@ -177,7 +177,10 @@ def _read_cameras_txt(model: Path) -> dict[int, _Camera]:
     cameras = {}
     for row in filter(str.strip, _rows(model / "cameras.txt")):
         number, name, width, height, *params = row.split()
-        cameras[int(number)] = _Camera(name, int(width), int(height), np.array(params, dtype=np.float64))
+        values = np.array(params, dtype=np.float64)
+        if len(values) != dict(MODELS.values()).get(name, len(values)):
+            raise ValueError(f"camera {number} of model {name} has {len(values)} parameters")
+        cameras[int(number)] = _Camera(name, int(width), int(height), values)
     return cameras
 
 
@@ -197,7 +200,7 @@ def _read_images_txt(model: Path) -> list[_Image]:
 def _read_points_txt(model: Path) -> dict[int, np.ndarray]:
     path = model / "points3D.txt"
     rows = [row.split() for row in _rows(path) if row.strip()] if path.is_file() else []
-    return {int(row[0]): np.array(row[1:4], dtype=np.float64) for row in rows}
+    return {int(row[0]): np.array(row[1:4], dtype=np.float64).reshape(3) for row in rows}
 
 
 def _take(file: BinaryIO, layout: str) -> tuple:

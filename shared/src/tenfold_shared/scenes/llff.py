@@ -9,7 +9,15 @@ import numpy as np
 
 from tenfold_shared.errors import UserError
 from tenfold_shared.scenes.cameras import CameraSet, intrinsics_matrix, opencv_from_opengl, opengl_from_opencv, unit
-from tenfold_shared.scenes.views import ImageFiles, Scene, common_size, image_size, list_images, write_image
+from tenfold_shared.scenes.views import (
+    ImageFiles,
+    Scene,
+    common_size,
+    image_size,
+    list_images,
+    read_array,
+    write_image,
+)
 
 BOUND_FACTOR = 0.75
 PATH_FRAMES = 120
@@ -172,11 +180,9 @@ def read_poses_bounds(folder: Path) -> np.ndarray:
     """
     path = folder / "poses_bounds.npy"
     try:
-        return np.load(path, allow_pickle=False)
+        return read_array(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; LLFF's imgs2poses makes it from COLMAP's output") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
 
 
 def llff_images(folder: Path, factor: int) -> tuple[list[Path], tuple[int, int]]:

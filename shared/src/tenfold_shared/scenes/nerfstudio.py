@@ -37,9 +37,9 @@ def read_nerfstudio(folder: Path | str, split: str | None = None) -> Scene:
     frames = sorted(meta.get("frames") or [], key=lambda frame: str(frame.get("file_path", "")))
     if split is not None:
         listed = meta.get(f"{split}_filenames")
-        if listed is None:
+        if not isinstance(listed, list):
             raise UserError(f"{source} has no list {split}_filenames; leave the split out to read all frames")
-        frames = [frame for frame in frames if frame.get("file_path") in set(listed)]
+        frames = [frame for frame in frames if frame.get("file_path") in listed]
     if not frames:
         raise UserError(f"{source} lists no frames")
     paths = [find_image(source.parent, str(frame.get("file_path", ""))) for frame in frames]

@@ -62,19 +62,36 @@ def image_size(path: Path) -> tuple[int, int]:
         UserError: the file is missing or no picture.
 
     """
+    image_type = pillow()
     try:
-        with pillow().open(path) as image:
+        with image_type.open(path) as image:
             return image.height, image.width
     except FileNotFoundError:
         raise UserError(f"the image {path} does not exist") from None
-    except OSError as error:
+    except Exception as error:  # Pillow raises many types on damaged files
         raise UserError(f"the image {path} cannot be decoded ({error}); fetch it again") from error
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of an `.npy` file.
+
+    Raises:
+        UserError: the file is damaged, or holds objects.
+
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged header is parsed as Python, and fails in as many ways
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write [H, W, 1, 3 or 4] as an 8-bit picture; floats are clipped to [0, 1] and rounded."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pillow().fromarray(to_uint8(image)).save(path)
+    grey = image.ndim == 3 and image.shape[2] == 1
+    pillow().fromarray(to_uint8(image[..., 0] if grey else image)).save(path)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -204,7 +221,8 @@ class Scene:
 
     def subset(self, views: Sequence[int] | np.ndarray) -> Scene:
         """The chosen views; pictures are not decoded by this."""
-        index = np.arange(len(self))[np.asarray(views, dtype=int)]
+        chosen = np.asarray(views)
+        index = np.arange(len(self))[chosen if chosen.dtype == bool else chosen.astype(int)]
         return replace(
             self,
             cameras=self.cameras[index],
