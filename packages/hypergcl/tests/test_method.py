@@ -290,6 +290,28 @@ def test_kl_against_torch_distributions():
     torch.testing.assert_close(generative.kl_divergence(mean, std), expected / 5)
 
 
+@pytest.mark.parametrize("loss", [contrast.jsd, contrast.triplet_margin])
+def test_contrasts_are_summed_in_single_precision_under_autocast(loss):
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, 60, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(z1, z2)
+    torch.testing.assert_close(inside, loss(z1, z2))
+    half = [z.to(torch.bfloat16) for z in (z1, z2)]
+    torch.testing.assert_close(loss(*half), loss(*(z.float() for z in half)))
+
+
+def test_the_generators_loss_is_averaged_in_single_precision():
+    torch.manual_seed(0)
+    half = torch.rand(4, 300, 2).add(0.1).to(torch.bfloat16)
+
+    def loss(mean, std, positive, negative):
+        latents = generative.Latents(mean, mean, std, mean, mean, std)
+        return generative.vhgae_loss(positive, negative, latents)
+
+    torch.testing.assert_close(loss(*half), loss(*half.float()))
+
+
 def test_negatives_are_no_members(h):
     torch.manual_seed(0)
     negatives = generative.sample_negatives(h, 5000)

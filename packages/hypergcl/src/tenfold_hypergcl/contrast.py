@@ -134,8 +134,14 @@ def info_nce(
 
 def _sum_over_blocks(function: Any, a: Tensor, b: Tensor, block: int | None) -> Tensor:
     """``sum_ij function(a_i, b_j)`` by row blocks that the backward pass recomputes."""
-    parts = [checkpoint(function, rows, b, use_reentrant=False) for rows in a.split(_block_of(a, block))]
-    return torch.stack(parts).sum()
+    with torch.autocast(a.device.type, enabled=False):
+        parts = [checkpoint(function, rows, b, use_reentrant=False) for rows in a.split(_block_of(a, block))]
+        return torch.stack(parts).sum()
+
+
+def _units(z: Tensor) -> Tensor:
+    """Rows at unit length, in single precision at least: sums over all pairs need it."""
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
 
 
 def jsd(
@@ -146,7 +152,7 @@ def jsd(
     The inter-view negatives contain the positive pair, as in the released code.
     """
     log2 = math.log(2)
-    a, b = F.normalize(z1), F.normalize(z2)
+    a, b = _units(z1), _units(z2)
     n = a.shape[0]
 
     def negative(rows: Tensor, others: Tensor) -> Tensor:
@@ -176,7 +182,7 @@ def triplet_margin(
     Negatives are the other nodes of the own view and of the other view. The hinge clips each direction at 0; the released code's
     never does, which is ``clip=False``.
     """
-    a, b = F.normalize(z1), F.normalize(z2)
+    a, b = _units(z1), _units(z2)
     n = a.shape[0]
     positive = (a - b + 1e-6).norm(dim=1)
 

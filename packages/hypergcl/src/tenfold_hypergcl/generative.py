@@ -135,6 +135,7 @@ def kl_divergence(
     """KL to the standard normal, averaged over rows; ``scale="code"`` divides by the number of rows once more (section 2.6)."""
     if scale not in {"code", "paper"}:
         raise ValueError(f"The scale of the KL terms is 'code' or 'paper', not {scale!r}.")
+    mean, std = _wide(mean), _wide(std)
     # A deviation whose softplus underflows would give log 0.
     log_std = std.clamp_min(torch.finfo(std.dtype).tiny).log()
     kl = -0.5 * (1 + 2 * log_std - mean.square() - std.square()).sum(1).mean()
@@ -148,9 +149,15 @@ def vhgae_loss(
     kl_scale: str = "code",
 ) -> Float[Tensor, ""]:
     """``L_vae``: reconstruct all memberships, singletons too, against sampled non-members, plus both KL terms (section 2.6)."""
-    reconstruction = -F.log_softmax(positive, 1)[:, KEEP].mean() - F.log_softmax(negative, 1)[:, 0].mean()
+    kept, dropped = F.log_softmax(_wide(positive), 1)[:, KEEP], F.log_softmax(_wide(negative), 1)[:, 0]
+    reconstruction = -kept.mean() - dropped.mean()
     kl_node = kl_divergence(latents.node_mean, latents.node_std, kl_scale)
     return reconstruction + kl_node + kl_divergence(latents.hyperedge_mean, latents.hyperedge_std, kl_scale)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In single precision at least: means over all rows need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_negatives(h: Hypergraph, count: int | None = None, rounds: int = 8) -> Int[Tensor, "2 negatives"]:
