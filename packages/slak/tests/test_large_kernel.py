@@ -114,8 +114,10 @@ def test_a_pair_is_the_sum_of_its_kernels(backend: str, channels_last: bool, mon
         with mode():
             y = large_kernel_pair(x, tall, wide, backend, bias)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    single = [t.float() for t in (x, tall, wide)]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert large_kernel_pair(x, tall, wide, backend, bias).dtype == torch.bfloat16
+        assert large_kernel_pair(*single, backend, bias.float()).dtype == torch.bfloat16
+        assert large_kernel_pair(x, tall, wide, backend, bias).dtype == torch.float64
     with torch.no_grad():
         assert large_kernel_pair(x[:0], tall, wide, backend).shape == (0, 2, 6, 4)
 

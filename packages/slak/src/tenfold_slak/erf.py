@@ -78,7 +78,7 @@ def rectangle(scaled: Float[Tensor, "size size"], share: float) -> Rectangle:
 
 def effective_receptive_field(
     model: nn.Module | Callable[[Tensor], Tensor],
-    images: Iterable[Float[Tensor, "batch channels size size"]],
+    images: Iterable[Float[Tensor, "batch channels height width"]],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> ReceptiveField:
     """Mean contribution map over images, and the squares that hold given shares of it.
