@@ -241,11 +241,11 @@ def test_modelnet_meshes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (_, labels, classes), (files, test_labels, _) = (volumes.modelnet_files(tmp_path, s) for s in ("train", "test"))
     assert (labels, test_labels, classes) == ([0, 1], [1], ("bed", "chair"))
 
-    def refused(*_: object) -> None:
+    def refused(**_: object) -> None:
         raise PermissionError(13, "read-only")
 
     with monkeypatch.context() as patch:
-        patch.setattr(volumes, "atomic_write", refused)
+        patch.setattr("tempfile.mkstemp", refused)
         assert volumes.modelnet_grid(files[0], 6).sum() > 0
     assert not files[0].with_suffix(".binvox").exists()
     assert np.array_equal(volumes.modelnet_grid(files[0], 6), read_binvox(files[0].with_suffix(".binvox")).grid)
