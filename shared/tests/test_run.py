@@ -14,8 +14,9 @@ from torch import nn
 
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
+from tenfold_shared.provenance import environment
 from tenfold_shared.reproduction import Request, compare_points, reproduce_claims
-from tenfold_shared.run import Run, RunOptions, derived_seed, environment
+from tenfold_shared.run import Run, RunOptions, derived_seed
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
 

@@ -80,9 +80,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_onnx_round_trip(kind: str, tmp_path: Path) -> None:
     """What is written, read again, is the same function; ONNX's own reference evaluation agrees."""
     onnx = pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415
+    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415 - an extra
 
-    from tenfold_grafting.onnx_io import read_onnx, write_onnx  # noqa: PLC0415
+    from tenfold_grafting.onnx_io import read_onnx, write_onnx  # noqa: PLC0415 - an extra
 
     model, shape = random_network(2, kind, grafted=True)
     if len(shape) == 3:
@@ -117,9 +117,9 @@ ONNX_CASES: list[tuple] = [
 def test_onnx_of_others(name: str, nodes: list, constants: dict, message: str | None, tmp_path: Path) -> None:
     """What others write is the same function here, or refused; nothing in it is passed over."""
     onnx = pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415
+    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415 - an extra
 
-    from tenfold_grafting.onnx_io import read_onnx  # noqa: PLC0415
+    from tenfold_grafting.onnx_io import read_onnx  # noqa: PLC0415 - an extra
 
     helper, double = onnx.helper, onnx.TensorProto.DOUBLE
     weights = {"W": np.linspace(-1, 1, 96).reshape(3, 32), "B": np.zeros(3)} | {

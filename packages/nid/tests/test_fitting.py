@@ -1,5 +1,7 @@
 """Solvers against direct minimisation, and the promise that hidden samples stay hidden."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,9 +146,7 @@ def test_robust_solvers_ignore_a_fifth_of_gross_errors(solver: str, partial: boo
 def test_robust_codes_do_not_depend_on_what_other_signals_show(solver: str) -> None:
     together, mask = masked(problem_of())
     assert len(set(mask.sum(dim=1).tolist())) > 1
-    fit = nid.admm if solver == "admm" else lambda problem, **more: nid.irls(problem, loss="l1", **more)
-    if solver == "huber":
-        fit = lambda problem, **more: nid.irls(problem, loss="huber", **more)  # noqa: E731
+    fit = {"admm": nid.admm, "irls": partial(nid.irls, loss="l1"), "huber": partial(nid.irls, loss="huber")}[solver]
     found = fit(together, penalty=0.3, steps=5).code
     for s in range(3):
         rows = mask[s].repeat_interleave(3)

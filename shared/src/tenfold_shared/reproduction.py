@@ -41,8 +41,9 @@ from .claims import (
 from .cli import config_digest, to_yaml
 from .errors import Interrupted, RunFailure, UserError
 from .progress import Progress
+from .provenance import environment
 from .report import ReportFigure, console_table, markdown_table, write_report
-from .run import RunOptions, environment
+from .run import RunOptions
 
 
 class Measure(Protocol):

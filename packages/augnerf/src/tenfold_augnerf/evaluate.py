@@ -55,6 +55,7 @@ def placed(renderer: Renderer, run: Run) -> Renderer:
     """The renderer of a verb that only reads a checkpoint: on the run's device, in its precision, compiled if asked."""
     if run.options.compile:
         compile_networks(renderer)
+    # As Accelerate prepares a network; compiled are its parts alone.
     renderer.forward = run.accelerator.autocast()(renderer.forward)  # type: ignore[method-assign]
     return renderer.to(run.device)
 

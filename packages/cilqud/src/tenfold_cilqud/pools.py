@@ -277,7 +277,7 @@ def _named(name: str) -> Callable[..., Pool]:
 
 def _svhn(where: str, data: ClassData, seed: int) -> Pool:
     from scipy.io import loadmat  # noqa: PLC0415 - seldom needed
-    from scipy.io.matlab import MatReadError  # noqa: PLC0415
+    from scipy.io.matlab import MatReadError  # noqa: PLC0415 - slow, and seldom needed
 
     path = _file(where, "svhn/extra_32x32.mat", "SVHN", "http://ufldl.stanford.edu/housenumbers/")
     try:

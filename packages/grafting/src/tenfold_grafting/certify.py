@@ -29,7 +29,8 @@ from tenfold_grafting.workers import over_processes
 from tenfold_shared.checkpoint import write_json
 from tenfold_shared.cli import to_yaml
 from tenfold_shared.errors import RunFailure, UserError
-from tenfold_shared.run import Run, RunOptions, environment
+from tenfold_shared.provenance import environment
+from tenfold_shared.run import Run, RunOptions
 
 
 @dataclasses.dataclass

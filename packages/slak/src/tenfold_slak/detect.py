@@ -438,7 +438,7 @@ def coco_precision(found: Sequence[tuple[int, Mapping[str, Any]]], data: Coco) -
     """`box_ap`, `box_ap50`, `box_ap75` and, where masks were found (as `run_lengths`), the same of `mask_`."""
     _need_pycocotools()
     from pycocotools.coco import COCO  # noqa: PLC0415 - an extra
-    from pycocotools.cocoeval import COCOeval  # noqa: PLC0415
+    from pycocotools.cocoeval import COCOeval  # noqa: PLC0415 - an extra
 
     with contextlib.redirect_stdout(io.StringIO()):  # it narrates what it does
         truth = COCO(str(data.file))
