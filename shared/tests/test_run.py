@@ -136,6 +136,9 @@ def test_a_sweep_measures_the_recipe_it_is_given(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--resume"):
         sweep(4)
     assert sweep(4, resume=True) == [40, 4]
+    with pytest.raises(UserError, match=r"measured in fp32 on cpu, not in bf16 on cpu.*--name"):
+        sweep(4, resume=True, precision="bf16")
+    assert sweep(4, resume=True) == [40, 4]
 
 
 @pytest.mark.parametrize(("points", "seeds"), [([], 1), ([{}], 0)])
