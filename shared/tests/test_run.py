@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from tenfold_shared.checkpoint import load_state
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
 from tenfold_shared.provenance import environment
@@ -58,7 +59,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
         whole = fit(run, 12).state_dict()
     with pytest.raises(Interrupted), Run("demo", Recipe(), options(tmp_path / "b")) as run:
         fit(run, 12, stop_at=4)
+    spent = load_state(tmp_path / "b/demo/x/checkpoints/state.pt")["seconds"]
     with Run("demo", Recipe(), options(tmp_path / "b", resume=True)) as run:
+        assert run.usage()["seconds"] >= spent > 0
         resumed = fit(run, 12).state_dict()
         assert len(run.logged("train", "loss")) == 12
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -190,7 +190,8 @@ class Run:
                 self._handlers[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread: whoever started us handles signals
                 break
-        self._started = self._flushed = self._saved = time.monotonic()
+        self._flushed = self._saved = time.monotonic()
+        self._started = self._flushed - self._state.get("seconds", 0.0)  # earlier lives count
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seed_everything(self.options.seed, "run")
@@ -346,6 +347,7 @@ class Run:
         state: dict[str, Any] = {
             "phase": self._phase,
             "step": self._step,
+            "seconds": self._saved - self._started,
             "metrics_bytes": self._metrics.tell(),
             "tracked": {name: self.unwrap(item).state_dict() for name, item in tracked.items()},
         }
@@ -412,7 +414,9 @@ class Run:
         return self.accelerator.reduce(value, how) if self.world > 1 else value
 
     def usage(self) -> "Usage":
-        """Seconds since the run began and the peak memory in bytes (of the device where it is a GPU)."""
+        """Seconds that the run took, earlier lives up to their last checkpoint included, and this life's peak memory in
+        bytes (of the device where it is a GPU).
+        """
         on_gpu = self.device.type == "cuda"
         peak = float(torch.cuda.max_memory_allocated()) if on_gpu else peak_memory()
         return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": int(peak)}
