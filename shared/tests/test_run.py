@@ -17,7 +17,7 @@ from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
 from tenfold_shared.provenance import environment
 from tenfold_shared.reproduction import Request, compare_points, reproduce_claims
-from tenfold_shared.run import Run, RunOptions, derived_seed
+from tenfold_shared.run import Run, RunOptions, derived_seed, peak_memory
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
 
@@ -65,6 +65,15 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
         resumed = fit(run, 12).state_dict()
         assert len(run.logged("train", "loss")) == 12
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no way here to forget a process's peak")
+def test_the_peak_memory_is_that_of_the_run(tmp_path: Path) -> None:
+    held = torch.ones(50_000_000)
+    before = peak_memory()
+    del held
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        assert run.usage()["peak_memory_bytes"] < before - 100e6
 
 
 def test_a_closed_phase_is_not_done_again(tmp_path: Path) -> None:

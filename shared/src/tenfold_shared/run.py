@@ -194,6 +194,7 @@ class Run:
         self._started = self._flushed - self._state.get("seconds", 0.0)  # earlier lives count
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory()
         seed_everything(self.options.seed, "run")
         return self
 
@@ -467,9 +468,15 @@ class Run:
 
 
 def peak_memory() -> float:
-    """The most memory this process has held so far, in bytes."""
+    """The most memory this process has held so far, or since `forget_peak_memory`, in bytes."""
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset)
     import resource  # noqa: PLC0415 - not on every platform
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew: one process may make several runs. Only Linux can; elsewhere it stays the process's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
