@@ -239,7 +239,8 @@ def shrink(
         size = " x ".join(map(str, shape))
         raise UserError(f"the network does not take images of {size}: choose another --data") from error
     small = remove(model, example)
-    program = torch.export.export(small, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    batch = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.6 cannot export sliced shortcuts without a bound
+    program = torch.export.export(small, (example,), dynamic_shapes=({0: batch},), strict=False)
     try:
         with atomic_write(output) as file:
             torch.export.save(program, file)
