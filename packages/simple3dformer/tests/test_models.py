@@ -1,10 +1,6 @@
 """Architectures at full size, tokenizers and heads against their definitions."""
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tenfold_shared.errors import UserError
+from tenfold_shared.testing import shapes_alone
 from tenfold_simple3dformer.attention import point_rollout, voxel_rollout
 from tenfold_simple3dformer.backbone import create_vit, heads, run_blocks
 from tenfold_simple3dformer.baselines import PointNet, PointNet2, PointTransformer, VisionPermutator3D, VoxNet
@@ -52,14 +49,6 @@ COUNTS = {
     ("base", "group"): ((90_337_040, None), (90_880_799, None)),
     ("base", "occupancy2d"): ((86_646_800, None), (86_824_223, None)),
 }
-
-
-@contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Networks without values, for their sizes."""
-    linspace = functools.partial(torch.linspace, device="cpu")  # timm before 1.0.21 reads numbers off it
-    with torch.device("meta"), mock.patch.object(torch, "linspace", linspace):
-        yield
 
 
 @pytest.mark.parametrize(("backbone", "tokenizer"), list(COUNTS))

@@ -13,6 +13,7 @@ Each test runs the installed command in a process of its own, as a user would.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -24,9 +25,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -39,6 +41,14 @@ from .cli import recipes
 from .reproduction import committed_outcomes
 
 TIMEOUT = 600  # seconds; a command that takes longer is stuck, however busy the machine
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Networks built here have no values, only shapes: to count the parameters of large ones."""
+    linspace = functools.partial(torch.linspace, device="cpu")  # timm before 1.0.21 reads numbers off it
+    with torch.device("meta"), mock.patch.object(torch, "linspace", linspace):
+        yield
 
 
 # -- parity -----------------------------------------------------------------------------------------------------------

@@ -57,8 +57,9 @@ def large_kernel_dwconv(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
         bias = None if bias is None else bias.to(x.dtype)
-    if _recording(x):
-        backend = "conv2d"  # exported graphs hold the plain operator, for any image size and any runtime
+    if _recording(x) or not x.shape[0]:
+        # Exported graphs hold the plain operator, for any image size and any runtime; it also takes a batch of nothing.
+        backend = "conv2d"
     _check(x, weight)
     if backend == "auto":
         backend = _choose(x, weight)
