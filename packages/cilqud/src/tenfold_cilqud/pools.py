@@ -282,7 +282,7 @@ def _svhn(where: str, data: ClassData, seed: int) -> Pool:
     path = _file(where, "svhn/extra_32x32.mat", "SVHN", "http://ufldl.stanford.edu/housenumbers/")
     try:
         images = loadmat(path, variable_names=["X"])["X"].transpose(3, 0, 1, 2)
-    except (OSError, ValueError, KeyError, NotImplementedError, MatReadError) as error:
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError, MatReadError) as error:
         raise UserError(f"{path} is no MATLAB file with images X ({error}): fetch it again") from error
     return _array_pool(images, "SVHN, labels dropped")
 
