@@ -6,17 +6,28 @@ Writes test accuracies by split to `results/studies/walks.json`, beside the rele
 """
 
 import argparse
+import functools
+import statistics
 from pathlib import Path
 
 from tenfold_hypergcl import augment
 from tenfold_hypergcl.recipe import Recipe
 from tenfold_hypergcl.train import run_recipe
 from tenfold_shared.checkpoint import write_json
+from tenfold_shared.claims import Measurement
 from tenfold_shared.cli import load_recipe
-from tenfold_shared.reproduction import committed_outcomes
+from tenfold_shared.reproduction import committed_outcomes, once
 from tenfold_shared.run import Run, RunOptions
 
 RESULTS = Path(__file__).parents[1] / "results"
+
+
+def accuracy(recipe: Recipe, seed: int, folder: Path) -> Measurement:
+    """Test accuracy on one split, per cent."""
+    options = RunOptions(output=folder, name=f"walks-{augment.WALK_STARTS}-{seed}", seed=seed, quiet=True, resume=True)
+    with Run("hypergcl", recipe, options) as run:
+        _, result = run_recipe(run, recipe)
+    return Measurement(result.test["accuracy"])
 
 
 def main() -> None:
@@ -34,16 +45,12 @@ def main() -> None:
     augment.WALK_STARTS = arguments.starts
     recipe, found = load_recipe("tenfold_hypergcl", "coauthorship-cora-setgnn", Recipe, method="A5"), []
     for seed in range(arguments.seeds):
-        name = f"walks-{arguments.starts}-{seed}"
-        options = RunOptions(output=arguments.folder, name=name, seed=seed, device="cpu", quiet=True, resume=True)
-        with Run("hypergcl", recipe, options) as run:
-            _, result = run_recipe(run, recipe)
-        found.append(result.test["accuracy"])
+        measure = functools.partial(accuracy, recipe, seed, arguments.folder)
+        found.append(once(f"walks-{arguments.starts}-seed{seed}", arguments.folder, measure).value)
         print(f"{arguments.starts} starts, split {seed}: {found[-1]:.2f} %", flush=True)
     values[f"{arguments.starts} starts"] = tuple(found)
-    table = {
-        name: {"mean": sum(row[: len(found)]) / len(found), "values": row[: len(found)]} for name, row in values.items()
-    }
+    rows = {name: [value for value in row[: len(found)] if value is not None] for name, row in values.items()}
+    table = {name: {"mean": statistics.fmean(row), "values": row} for name, row in rows.items()}
     write_json(RESULTS / "studies" / "walks.json", table)
 
 
