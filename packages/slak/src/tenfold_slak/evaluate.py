@@ -26,7 +26,7 @@ from tenfold_slak.models import create_network
 
 @dataclasses.dataclass
 class EvalData:
-    """The images to evaluate on; None: those of the training."""
+    """The images to evaluate on; None: those of the training. Of segmenters and detectors the root alone is read."""
 
     name: DataName | None = None
     """The set; default: what the checkpoint was trained on, where it says so."""
@@ -68,7 +68,7 @@ class EvalConfig:
     data: EvalData = dataclasses.field(default_factory=EvalData)
     """The images; default: those of the training."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images at a time; segmenters and detectors take one."""
     weights: Literal["last", "ema"] = "last"
     """Of a run's folder: the weights of the last step, or their moving average. Of the authors': model or model_ema."""
     merge: bool = False
