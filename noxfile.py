@@ -234,7 +234,7 @@ forbidden_modules = {packages}
 
 
 def check_wheel(session: nox.Session, name: str) -> None:
-    """Refuse a wheel that differs from the source tree, or comes without its recipes and claims."""
+    """Refuse a wheel that differs from the source tree, or comes without its licence, recipes and claims."""
     archive, source = wheel(session, name), folder(name) / "src"
     # W102, files that are not in the source tree, is left to the exact comparison below: it knows the results
     expected = ["--ignore=W102", f"--toplevel=tenfold_{name}", f"--package={source / f'tenfold_{name}'}"]
@@ -245,6 +245,9 @@ def check_wheel(session: nox.Session, name: str) -> None:
     present |= {f"tenfold_{name}/results/{file.relative_to(committed).as_posix()}" for file in committed.rglob("*.*")}
     if packed != present:
         session.error(f"{archive.name} and {source.relative_to(ROOT)} differ in: {', '.join(sorted(packed ^ present))}")
+    licences = [entry for entry in zipfile.ZipFile(archive).namelist() if entry.endswith(".dist-info/licenses/LICENSE")]
+    if not licences or (folder(name) / "LICENSE").read_text("utf-8") != (ROOT / "LICENSE").read_text("utf-8"):
+        session.error(f"{archive.name} lacks the repository's LICENSE: copy it to {folder(name).relative_to(ROOT)}")
     recipes = [entry for entry in packed if entry.startswith(f"tenfold_{name}/recipes/") and entry.endswith(".yaml")]
     has_command = "scripts" in pyproject(folder(name))["project"]
     if has_command and not (recipes and f"tenfold_{name}/claims.yaml" in packed):

@@ -88,7 +88,9 @@ def test_the_data_root(monkeypatch, tmp_path):
 
 def test_the_message_for_a_missing_set_says_where_and_what():
     message = str(missing("CIFAR-10", "https://example.org/c.tar.gz", "/data/cifar-10-batches-py", fetchable=True))
-    assert all(part in message for part in ("CIFAR-10", "https://example.org/c.tar.gz", "/data/cifar", "--download"))
+    assert all(
+        part in message for part in ("CIFAR-10", "https://example.org/c.tar.gz", "/data/cifar", "--data.download")
+    )
 
 
 def test_fetch_verifies_and_keeps(server, tmp_path):

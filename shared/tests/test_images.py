@@ -130,7 +130,7 @@ def test_idx_sets(tmp_path, name, folder, compressed):
     data = load_images(name, tmp_path, "test")
     np.testing.assert_array_equal(data.images[:, 0].numpy(), images)
     assert data.labels.tolist() == labels.tolist()
-    with pytest.raises(UserError, match=r"is not there.*train-images-idx3-ubyte.*--download"):
+    with pytest.raises(UserError, match=r"is not there.*train-images-idx3-ubyte.*--data.download"):
         load_images(name, tmp_path, "train")
 
     file = next((tmp_path / folder).glob("t10k-images*"))
@@ -259,7 +259,7 @@ def test_imagenet_is_streamed(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist", "tiny-imagenet"])
 def test_a_set_that_is_not_there_says_where_to_get_it(tmp_path, name):
-    with pytest.raises(UserError, match=r"is not there: get it from http.* and lay it out as .*--download"):
+    with pytest.raises(UserError, match=r"is not there: get it from http.* and lay it out as .*--data.download"):
         load_images(name, tmp_path)
 
 

@@ -12,11 +12,12 @@ import torch
 import yaml
 from torch import nn
 
+from tenfold_shared.checkpoint import load_state
 from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
 from tenfold_shared.provenance import environment
 from tenfold_shared.reproduction import Request, compare_points, reproduce_claims
-from tenfold_shared.run import Run, RunOptions, derived_seed
+from tenfold_shared.run import Run, RunOptions, derived_seed, peak_memory
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
 
@@ -58,10 +59,21 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
         whole = fit(run, 12).state_dict()
     with pytest.raises(Interrupted), Run("demo", Recipe(), options(tmp_path / "b")) as run:
         fit(run, 12, stop_at=4)
+    spent = load_state(tmp_path / "b/demo/x/checkpoints/state.pt")["seconds"]
     with Run("demo", Recipe(), options(tmp_path / "b", resume=True)) as run:
+        assert run.usage()["seconds"] >= spent > 0
         resumed = fit(run, 12).state_dict()
         assert len(run.logged("train", "loss")) == 12
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no way here to forget a process's peak")
+def test_the_peak_memory_is_that_of_the_run(tmp_path: Path) -> None:
+    held = torch.ones(50_000_000)
+    before = peak_memory()
+    del held
+    with Run("demo", Recipe(), options(tmp_path)) as run:
+        assert run.usage()["peak_memory_bytes"] < before - 100e6
 
 
 def test_a_closed_phase_is_not_done_again(tmp_path: Path) -> None:
@@ -135,6 +147,9 @@ def test_a_sweep_measures_the_recipe_it_is_given(tmp_path: Path) -> None:
     assert sweep(3) == [30, 3]
     with pytest.raises(UserError, match="--resume"):
         sweep(4)
+    assert sweep(4, resume=True) == [40, 4]
+    with pytest.raises(UserError, match=r"measured in fp32 on cpu, not in bf16 on cpu.*--name"):
+        sweep(4, resume=True, precision="bf16")
     assert sweep(4, resume=True) == [40, 4]
 
 

@@ -208,6 +208,24 @@ def test_views_in_one_pass_are_the_views_one_by_one(h, x):
     torch.testing.assert_close(z, expected)
 
 
+@pytest.mark.parametrize("only", [None, torch.tensor([11, 0, 4, 7, 2, 9])])
+def test_batch_norm_takes_its_statistics_over_all_rows_of_one_view(only, h, x):
+    """In training, where they decide: two passes over two views, and no row left out because nobody asked for its output."""
+    model = model_of(EncoderConfig(hidden=8, norm="bn", mlp_layers=3, dropout=0.0)).train()
+    torch.manual_seed(0)
+    views = augment.fabricate_pair("A2", h, x, 0.3)
+    z = [model.project(view.x, view.hypergraph, input_dropout=0.0) for view in views]
+    expected = contrast.info_nce(*(z if only is None else [part[only] for part in z]), 0.3)
+    loss = steps.contrastive_loss(model, *views, 0.3, input_dropout=0.0, only=only)
+    torch.testing.assert_close(loss, expected)
+    targets = torch.tensor([7, 2, 11])
+    field = steps.field_of(model.config, h, x, targets)
+    torch.manual_seed(0)
+    whole = model(x, h)[targets]
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(field.x, field.incidence, field.rows), whole)
+
+
 @pytest.mark.parametrize("name", ["A2", "A3", "A4", "A5"])
 def test_some_nodes_are_compared_as_if_there_were_no_others(name, h, x):
     model, only = model_of(DENSE), torch.tensor([11, 0, 4, 7, 2, 9])

@@ -109,9 +109,8 @@ def setgnn(f):
     z1, z2 = model.project(x, h), model.project(x, h, weight)
     near(z1, f["out/proj"], 1e-9)
     near(z2, f["out/proj_weighted"], 1e-9)
-    field = steps.receptive_field(h, x, f["in/train_idx"], f.cfg["All_num_layers"])
+    field = steps.field_of(model.config, h, x, f["in/train_idx"])
     supervised = steps.supervised_loss(model, field, y[f["in/train_idx"]])
-    # Both views in one pass, as in training.
     view = augment.View(h, x)
     contrastive = steps.contrastive_loss(model, view, view, f.cfg["temperature"], weights=(None, weight))
     near(supervised, f["out/loss_sup"], 1e-9)
@@ -193,7 +192,7 @@ def train_fabricated(f):
     h = hypergraph(f["in/incidence"], x.shape[0], int(f["in/num_ori_edge"]))
     model = set_gnn(cfg, f.group("state/"))
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg["lr"], weight_decay=cfg["weight_decay"])
-    field = steps.receptive_field(h, x, train, cfg["All_num_layers"])
+    field = steps.field_of(model.config, h, x, train)
     for epoch in range(cfg["epochs"]):
         views = [augment.View(kept(h, f[f"in/keep_view{i}_{epoch}"]), x) for i in (1, 2)]
         optimizer.zero_grad()
@@ -222,7 +221,7 @@ def train_generative(f):
     load_state(generator, f.group("state/generator."))
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg["lr"], weight_decay=cfg.get("weight_decay", 0))
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=cfg["g_lr"])
-    field = steps.receptive_field(h, x, train, cfg["All_num_layers"])
+    field = steps.field_of(model.config, h, x, train)
     for e in range(cfg["epochs"]):
         noise = {
             part: generative.Noise(

@@ -375,7 +375,8 @@ def _sentence(message: str) -> str:
             kinds = (
                 re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", union[1]).replace("typing.", "").replace("NoneType", "null")
             )
-            return f"--{key} takes {re.sub(r', (?![^[]*])', ' or ', kinds)}, got {union[2]!r}"
+            ordered = sorted(re.split(r", (?![^[]*])", kinds))  # their order is the library version's
+            return f"--{key} takes {' or '.join(ordered)}, got {union[2]!r}"
         expected, _, got = rest.strip().removeprefix("Expected a ").partition(". Got value: ")
         expected = expected.replace("typing.", "").replace("<class '", "").replace("'>", "")
         if expected.startswith("Literal["):

@@ -46,7 +46,7 @@ def data_root() -> Path:
 
 def missing(dataset: str, url: str, folder_layout: str, *, fetchable: bool = False) -> UserError:
     """The one message for a data set that is not there: where to get it and what has to lie where."""
-    fetch_it = " or let --download do it" if fetchable else ""
+    fetch_it = " or let --data.download do it" if fetchable else ""
     return UserError(f"{dataset} is not there: get it from {url} and lay it out as {folder_layout}{fetch_it}")
 
 

@@ -1,7 +1,8 @@
 """What was measured, for people: one self-contained page per reproduce, Markdown, a console table, the generated
 tables.
 
-`python -m tenfold_shared.report {check,write} ROOT` keeps the READMEs' tables equal to the committed results.
+`python -m tenfold_shared.report {check,write} ROOT` keeps the READMEs' tables equal to the committed results;
+`... gallery ROOT` writes one page over all packages.
 """
 
 import argparse

@@ -98,7 +98,7 @@ def reproduce_claims(
         _restrict(claim, request.arms) for claim in claim_set.select(claim_ids, None if claim_ids else request.scale)
     ]
     folder = options.output / slug / (options.name or f"reproduce-{'-'.join(claim_ids) or request.scale}")
-    with _locked(folder, options.resume):
+    with _locked(folder, options):
         results = measure_all(chosen, request, options, measure, folder)
         where = environment(torch.device("cuda" if _on_gpu(options) else "cpu"))
         outcomes = []
@@ -140,12 +140,13 @@ def _on_gpu(options: RunOptions) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, resume: bool) -> Iterator[None]:
+def _locked(folder: Path, options: RunOptions) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use {folder}: {error.strerror}; choose another --output") from error
-    if (folder / "arms").exists() and not resume:
+    begun = (folder / "arms").exists()
+    if begun and not options.resume:
         raise UserError(
             f"{folder} holds results already; add --resume to keep what is measured or choose another --name"
         )
@@ -157,9 +158,21 @@ def _locked(folder: Path, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot use {folder}: {error.strerror}; choose another --output") from error
     try:
+        _keep_to_one_arithmetic(folder, options, begun)
         yield
     finally:
         lock.release()
+
+
+def _keep_to_one_arithmetic(folder: Path, options: RunOptions, begun: bool) -> None:
+    """Refuse to mix precisions or kinds of device in one folder: its measurements are compared with one another."""
+    file, now = folder / "arithmetic.json", f"{options.precision} on {'cuda' if _on_gpu(options) else 'cpu'}"
+    if begun and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before != now:
+            raise UserError(f"{folder} was measured in {before}, not in {now}: go on in that or choose another --name")
+    else:
+        write_json(file, now)
 
 
 def measure_all(
@@ -317,7 +330,7 @@ def compare_points(
         id=verb, table="", statement="", data="", model="", scale="mini", provenance="none",
         metric=metric, method="point-0", arms=arms, seeds=request.seeds,
     )  # fmt: skip
-    with _locked(folder, options.resume):
+    with _locked(folder, options):
         write_text(folder / "recipe.yaml", to_yaml(recipe))
         results = measure_all([claim], request, options, measure, folder)
     seeds = _seeds(claim, request, options)

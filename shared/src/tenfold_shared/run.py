@@ -190,9 +190,11 @@ class Run:
                 self._handlers[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread: whoever started us handles signals
                 break
-        self._started = self._flushed = self._saved = time.monotonic()
+        self._flushed = self._saved = time.monotonic()
+        self._started = self._flushed - self._state.get("seconds", 0.0)  # earlier lives count
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory()
         seed_everything(self.options.seed, "run")
         return self
 
@@ -346,6 +348,7 @@ class Run:
         state: dict[str, Any] = {
             "phase": self._phase,
             "step": self._step,
+            "seconds": self._saved - self._started,
             "metrics_bytes": self._metrics.tell(),
             "tracked": {name: self.unwrap(item).state_dict() for name, item in tracked.items()},
         }
@@ -412,7 +415,9 @@ class Run:
         return self.accelerator.reduce(value, how) if self.world > 1 else value
 
     def usage(self) -> "Usage":
-        """Seconds since the run began and the peak memory in bytes (of the device where it is a GPU)."""
+        """Seconds that the run took, earlier lives up to their last checkpoint included, and this life's peak memory in
+        bytes (of the device where it is a GPU).
+        """
         on_gpu = self.device.type == "cuda"
         peak = float(torch.cuda.max_memory_allocated()) if on_gpu else peak_memory()
         return {"seconds": time.monotonic() - self._started, "peak_memory_bytes": int(peak)}
@@ -463,9 +468,15 @@ class Run:
 
 
 def peak_memory() -> float:
-    """The most memory this process has held so far, in bytes."""
+    """The most memory this process has held so far, or since `forget_peak_memory`, in bytes."""
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset)
     import resource  # noqa: PLC0415 - not on every platform
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew: one process may make several runs. Only Linux can; elsewhere it stays the process's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

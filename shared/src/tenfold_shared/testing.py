@@ -4,9 +4,9 @@ A package's ``tests/test_conformance.py`` is::
 
     class TestConformance(tenfold_shared.testing.Conformance):
         package = "tenfold_bip"
-        train = ["--config", "digits-cnn-bip", "--epochs", "4"]
-        reproduce = ["mini-sparsity-90", "--seeds", "2", "--set.epochs", "1"]
-        needs_data = ["--config", "cifar10-resnet20s-bip"]
+        train = ["--config", "digits-cnn", "--dense.epochs", "2", "--bilevel.epochs", "3"]
+        reproduce = ["mini-keep-5", "--arms", "snip", "--seeds", "1"]
+        needs_data = ["--config", "cifar10-resnet18"]
 
 Each test runs the installed command in a process of its own, as a user would.
 """

@@ -14,7 +14,7 @@ from tenfold_hypergcl.minibatch import SUB_SIZE
 from tenfold_hypergcl.models import ModelName, create_model, structure_of
 from tenfold_hypergcl.protocol import Split
 from tenfold_hypergcl.setgnn import EncoderConfig
-from tenfold_hypergcl.steps import ReceptiveField, receptive_field
+from tenfold_hypergcl.steps import ReceptiveField, field_of
 from tenfold_shared.errors import UserError
 
 Method = Literal[
@@ -170,9 +170,7 @@ def create(recipe: Recipe, data: Dataset) -> nn.Module:
 def fields(recipe: Recipe, data: Dataset, split: Split) -> dict[str, ReceptiveField]:
     """What the model reads for the training, validation and test nodes."""
     parts = {"train": split.train, "valid": split.valid, "test": split.test}
-    local = recipe.model == "setgnn" and recipe.encoder.norm != "bn"
-    if local:
-        layers = recipe.encoder.layers
-        return {name: receptive_field(data.hypergraph, data.x, nodes, layers) for name, nodes in parts.items()}
+    if recipe.model == "setgnn":
+        return {name: field_of(recipe.encoder, data.hypergraph, data.x, nodes) for name, nodes in parts.items()}
     structure = structure_of(recipe.model, data.hypergraph, data.x)
     return {name: ReceptiveField(structure, data.x, nodes) for name, nodes in parts.items()}

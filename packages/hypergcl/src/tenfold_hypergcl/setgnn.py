@@ -229,6 +229,11 @@ class SetGNN(SetEncoder):
         self.linear = nn.Linear(width, num_classes)
         self.decoder = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
+    @property
+    def _by_all_rows(self) -> bool:
+        """Whether what a row becomes depends on all others: the statistics of batch norm do not leave any out."""
+        return self.training and self.config.norm == "bn"
+
     def embed(
         self,
         x: Features,
@@ -245,6 +250,8 @@ class SetGNN(SetEncoder):
         self, x: Features, incidence: Incidence, rows: Int[Tensor, "targets"] | None = None
     ) -> Float[Tensor, "targets classes"]:
         """Class logits of all nodes, or of ``rows``."""
+        if rows is not None and self._by_all_rows:
+            return self(x, incidence)[rows]
         return self.classifier(self.embed(x, incidence, rows=rows))
 
     def project(
@@ -256,4 +263,6 @@ class SetGNN(SetEncoder):
         rows: Int[Tensor, "targets"] | None = None,
     ) -> Float[Tensor, "targets projection"]:
         """The representations that the contrastive loss compares (section 2.2), of all nodes or of ``rows``."""
+        if rows is not None and self._by_all_rows:
+            return self.project(x, incidence, weight, input_dropout)[rows]
         return self.proj_head(self.embed(x, incidence, weight, rows, input_dropout))

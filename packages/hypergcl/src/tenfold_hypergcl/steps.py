@@ -27,7 +27,7 @@ from tenfold_hypergcl.generative import (
 from tenfold_hypergcl.hypergraph import Hypergraph, Incidence, disjoint_union
 from tenfold_hypergcl.models import node_logits
 from tenfold_hypergcl.propagate import Features, stack_views
-from tenfold_hypergcl.setgnn import INPUT_DROPOUT, SetGNN
+from tenfold_hypergcl.setgnn import INPUT_DROPOUT, EncoderConfig, SetGNN
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ def receptive_field(h: Incidence, x: Features, targets: Int[Tensor, "targets"], 
     )
 
 
+def field_of(encoder: EncoderConfig, h: Incidence, x: Features, targets: Int[Tensor, "targets"]) -> ReceptiveField:
+    """What the encoder has to read for ``targets``: their receptive field, but everything for the statistics of batch norm."""
+    if encoder.norm == "bn":
+        return ReceptiveField(h, x, targets)
+    return receptive_field(h, x, targets, encoder.layers)
+
+
 def supervised_loss(model: nn.Module, field: ReceptiveField, labels: Int[Tensor, "targets"]) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the training nodes on the clean hypergraph, in a forward pass of its own."""
     return F.cross_entropy(node_logits(model, field.x, field.incidence, field.rows), labels)
@@ -76,14 +83,30 @@ def contrastive_loss(
     input_dropout: float = INPUT_DROPOUT,
     only: Int[Tensor, "compared"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The contrast of two views (section 2.4); both go through the encoder in one pass.
+    """The contrast of two views (section 2.4).
 
     ``weights`` scale the views' memberships (A6); None leaves them as they are. ``only`` these nodes of the hypergraph that the views
     were made of are compared, all by default.
     """
-    views = [first, second]
-    union = disjoint_union([view.hypergraph for view in views])
-    x = stack_views([view.x for view in views])
+    a, b, common = (None, None, common_nodes(first, second)) if only is None else shared_rows(first, second, only)
+    z1, z2 = project_views(model, (first, second), weights, input_dropout, (a, b))
+    return compare(z1, z2, temperature, loss, common)
+
+
+def project_views(
+    model: SetGNN,
+    views: tuple[View, View],
+    weights: tuple[Tensor | None, Tensor | None],
+    input_dropout: float,
+    rows: tuple[Tensor | None, Tensor | None],
+) -> tuple[Float[Tensor, "nodes1 width"], Float[Tensor, "nodes2 width"]]:
+    """``model.project`` of two views, of all their nodes or of ``rows``: in one pass over their disjoint union, but for batch norm, whose
+    statistics are those of one view.
+    """
+    if model.config.norm == "bn":
+        (a, b), (u, v), (i, j) = views, weights, rows
+        z1 = model.project(a.x, a.hypergraph, u, input_dropout, i)
+        return z1, model.project(b.x, b.hypergraph, v, input_dropout, j)
     weight = None
     if any(part is not None for part in weights):
         known = next(part for part in weights if part is not None)
@@ -93,13 +116,12 @@ def contrastive_loss(
                 for view, part in zip(views, weights, strict=True)
             ]
         )
-    if only is None:
-        rows, sizes, common = None, [view.hypergraph.num_nodes for view in views], common_nodes(first, second)
-    else:
-        a, b, common = shared_rows(first, second, only)
-        rows, sizes = torch.cat([a, b + first.hypergraph.num_nodes]), [a.numel(), b.numel()]
-    z1, z2 = model.project(x, union, weight, input_dropout, rows).split(sizes)
-    return compare(z1, z2, temperature, loss, common)
+    both, sizes = None, [view.hypergraph.num_nodes for view in views]
+    if rows[0] is not None and rows[1] is not None:
+        both, sizes = torch.cat([rows[0], rows[1] + sizes[0]]), [rows[0].numel(), rows[1].numel()]
+    union = disjoint_union([view.hypergraph for view in views])
+    z1, z2 = model.project(stack_views([view.x for view in views]), union, weight, input_dropout, both).split(sizes)
+    return z1, z2
 
 
 def compare(

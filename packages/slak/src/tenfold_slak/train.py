@@ -77,8 +77,8 @@ class Sparsity:
     """Share of weights that are zero; 0 trains densely. Segmenters and detectors keep the zeros of ``pretrained`` where
     it is above 0, and read nothing else of this."""
     init: Literal["snip", "snip_exact", "erk", "uniform", "resume"] = "snip"
-    """First masks: the layers' densities by SNIP and random positions (the paper's), SNIP's own positions, ERK, the same
-    density everywhere, or the zeros of the weights to fine-tune."""
+    """First masks: the layers' densities by SNIP and random positions (as released), SNIP's own positions
+    (the paper's), ERK, the same density everywhere, or the zeros of the weights to fine-tune."""
     growth: Literal["random", "random_exact", "gradient", "momentum"] = "random"
     """Where weights grow."""
     update_frequency: int = 100

@@ -1,7 +1,7 @@
 """Values of the miniatures' recipes, chosen on what is held out: patches of a training photograph, further phantoms,
 shapes and videos. What is tested on is never looked at.
 
-    python benchmarks/choose.py STUDY [--folder runs/studies] [--seeds 1]
+    python studies/choose.py STUDY [--folder runs/studies] [--seeds 1]
 
 Every point of a study's grid is measured; the outcome is written to results/studies/STUDY.json, best point first. The
 number of steps is read off the curve, whose maximum is noted, rather than made part of the grid.
