@@ -1,6 +1,5 @@
 """What a segmenter or a detector is worth (section 9), from the file that its training wrote or a released segmenter's."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -95,13 +94,15 @@ def trained_recipe(read: Checkpoint, root: Path | None) -> Recipe:
         )
     group, kind = GROUPS[read.task]
     try:
-        settings = kind(**about["settings"])
-        trained = None if settings.root is None else Path(settings.root)
-        settings = dataclasses.replace(settings, root=found_folder(trained if root is None else root))
+        said = dict(about["settings"])
+        trained = said.pop("root", None)
+        if root is None and trained is not None:
+            root = Path(trained)
+        settings = kind(**said, root=found_folder(root))
         return Recipe(task=about["task"], arch=about["arch"], arguments=about["arguments"], **{group: settings})
     except UserError as error:
         raise UserError(f"{read.path}: {error}") from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{read.path} was written by another version ({error}): train it again") from error
 
 
