@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 import tenfold_slak.data
 from tenfold_shared.cli import load_recipe, recipes
@@ -29,6 +29,10 @@ from tenfold_slak.evaluate import EvalConfig, EvalData, data_of, erf, evaluate, 
 from tenfold_slak.models import create_network
 from tenfold_slak.segment import Segmentation, segmenter, train_segmenter
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from slak_folders import generate_ade, generate_coco, generate_voc, photograph
 
 ALL = {name: load_recipe("tenfold_slak", name, Recipe) for name in recipes("tenfold_slak")}
 BY_TASK = {
@@ -121,29 +125,17 @@ def _generate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             target = folder / "imagenet" / split / label
             target.mkdir(parents=True)
             for number in range(5):
-                _photograph(48, number).save(target / f"{number}.JPEG")
+                photograph(48, number).save(target / f"{number}.JPEG")
 
 
 def _first(part: ImageSet) -> ImageSet:
     return part.subset(torch.arange(0, len(part), max(1, len(part) // 24)))
 
 
-def _photograph(size: int, seed: int) -> Image.Image:
-    pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.numpy())
-
-
 @pytest.mark.parametrize("name", BY_TASK["segment"])
 def test_every_segmenter_recipe_is_stepped(name: str, tmp_path: Path) -> None:
     recipe = ALL[name]
-    for split in ("training", "validation"):
-        for kind in ("images", "annotations"):
-            (tmp_path / "ADEChallengeData2016" / kind / split).mkdir(parents=True)
-        for number in range(2):
-            root = tmp_path / "ADEChallengeData2016"
-            _photograph(70, number).save(root / "images" / split / f"{number}.jpg")
-            labels = torch.randint(151, (70, 70), dtype=torch.uint8)
-            Image.fromarray(labels.numpy()).save(root / "annotations" / split / f"{number}.png")
+    generate_ade(tmp_path)
     settings = dataclasses.replace(
         recipe.segmentation, root=tmp_path, iterations=2, batch_size=2, crop=64, channels=8, workers=0, warmup=1
     )
@@ -157,10 +149,10 @@ def test_every_segmenter_recipe_is_stepped(name: str, tmp_path: Path) -> None:
 def test_every_detector_recipe_is_stepped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ALL[name]
     if recipe.detection.data == "coco":
-        _generate_coco(tmp_path)
+        generate_coco(tmp_path)
         monkeypatch.setattr("tenfold_slak.detect.coco_precision", lambda found, data: {"box_ap": 100.0 * len(found)})
     else:
-        _generate_voc(tmp_path)
+        generate_voc(tmp_path)
     settings = dataclasses.replace(
         recipe.detection,
         root=tmp_path,
@@ -203,36 +195,6 @@ def test_a_convnext_run_becomes_the_backbone_of_the_downstream_recipes(tmp_path:
     classify(dataclasses.replace(recipe, arch="resnet10t", arguments={}), tmp_path / "other")
     with pytest.raises(UserError, match="neither a SLaK nor a ConvNeXt"):
         segmenter(dataclasses.replace(ade, pretrained=tmp_path / "other" / "slak" / "x"))
-
-
-def _generate_coco(folder: Path) -> None:
-    (folder / "annotations").mkdir()
-    for split in ("train2017", "val2017"):
-        (folder / split).mkdir()
-        images, found = [], []
-        for number in range(2):
-            _photograph(72, number).save(folder / split / f"{number}.jpg")
-            images.append({"id": number, "file_name": f"{number}.jpg", "width": 72, "height": 72})
-            polygon = [10, 10, 40, 10, 40, 50, 10, 50]
-            common = {"image_id": number, "iscrowd": 0, "area": 1200}
-            entry = {"id": number + 1, "category_id": 7, "bbox": [10, 10, 30, 40], "segmentation": [polygon], **common}
-            found.append(entry)
-        categories = [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}]
-        content = {"images": images, "annotations": found, "categories": categories}
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-
-
-def _generate_voc(folder: Path) -> None:
-    root = folder / "VOCdevkit" / "VOC2007"
-    for part in ("ImageSets/Main", "Annotations", "JPEGImages"):
-        (root / part).mkdir(parents=True)
-    for split in ("trainval", "test"):
-        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("000001\n000002\n")
-    for number in (1, 2):
-        _photograph(72, number).save(root / "JPEGImages" / f"00000{number}.jpg")
-        box = "<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>"
-        thing = f"<object><name>dog</name><difficult>0</difficult>{box}</object>"
-        (root / "Annotations" / f"00000{number}.xml").write_text(f"<annotation>{thing}</annotation>")
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -430,7 +392,7 @@ def test_transforms_are_the_papers() -> None:
     names = [type(step).__name__ for step in large.transforms]
     assert names[0] == "RandomResizedCropAndInterpolation"
     assert {"RandAugment", "RandomErasing"} <= set(names)
-    assert evaluated(_photograph(300, 0)).shape == (3, 224, 224)
+    assert evaluated(photograph(300, 0)).shape == (3, 224, 224)
     assert evaluated.transforms[0].size == 256
     assert tuple(transforms(DataConfig(size=384))[1].transforms[0].size) == (384, 384)
 
@@ -450,7 +412,7 @@ def test_augmentation_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:
-    _generate_coco(tmp_path)
+    generate_coco(tmp_path)
     data = Coco(tmp_path, "val2017", training=False)
     image, target = data[0]
     assert image.shape == (3, 72, 72)
@@ -463,7 +425,7 @@ def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:
 
 
 def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> None:
-    _generate_coco(tmp_path)
+    generate_coco(tmp_path)
     data = Coco(tmp_path, "val2017", training=False)
     masks = torch.zeros(1, 1, 72, 72)
     masks[..., 10:51, 10:41] = 1
@@ -478,7 +440,7 @@ def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> 
 @pytest.mark.parametrize("heads", ["cascade", "mask", "box"])
 def test_boxes_are_placed_in_single_precision(heads: str, tmp_path: Path) -> None:
     """Bfloat16 knows a place near 1000 pixels to 4 only. Masks are kept as run lengths, which take no room."""
-    _generate_coco(tmp_path)
+    generate_coco(tmp_path)
     recipe = ALL["coco-slak-tiny-12"]
     settings = dataclasses.replace(recipe.detection, heads=heads, scales=[64], channels=8, samples=8, proposals=8)
     model = detector(dataclasses.replace(recipe, pretrained=None, detection=settings, arguments=NARROW), 3)

@@ -7,7 +7,10 @@ COMMANDS = {
         "tenfold_slak.reproduce:reproduce", "measure the paper's claims; alone: the miniature, long-range digits"
     ),
     "train": Command("tenfold_slak.train:train", "train SLaK or a baseline: classify, segment or detect"),
-    "eval": Command("tenfold_slak.evaluate:evaluate", "accuracy and costs of a checkpoint, ours or the authors'"),
+    "eval": Command(
+        "tenfold_slak.evaluate:evaluate",
+        "accuracy, mean IoU or average precision of a checkpoint, ours or the authors', and its costs",
+    ),
     "erf": Command("tenfold_slak.evaluate:erf", "draw the effective receptive field of a checkpoint"),
     "export": Command(
         "tenfold_slak.evaluate:export", "merge a checkpoint for inference and write ONNX or torch.export"

@@ -51,10 +51,8 @@ class CheckpointError(UserError):
 def read_official(file: Path | str, weights: str | None = None) -> State:
     """The weights in a released file, with bare names.
 
-    Nothing in the file is executed: tensors, containers and the `argparse.Namespace` of the training script are read.
-
     Args:
-        file: `checkpoint-*.pth` as published or as the released script saves it, or safetensors.
+        file: see `read_content`.
         weights: `model` or `model_ema`; by default `model`.
 
     Raises:
@@ -62,16 +60,28 @@ def read_official(file: Path | str, weights: str | None = None) -> State:
         FileNotFoundError: there is no such file.
 
     """
+    return bare_state(read_content(file), weights)
+
+
+def read_content(file: Path | str) -> Any:
+    """What a released file holds: `checkpoint-*.pth` as published or as the released script saves it, or safetensors.
+
+    Nothing in the file is executed: tensors, containers and the `argparse.Namespace` of the training script are read.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        FileNotFoundError: there is no such file.
+
+    """
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else load_pickled(path, [argparse.Namespace])
+        return load_file(path) if path.suffix == ".safetensors" else load_pickled(path, [argparse.Namespace])
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or corrupted ({error}): fetch it again") from error
     except UserError as error:
         raise CheckpointError(f"{error}; fetch it again") from error
-    return bare_state(content, weights)
 
 
 def weights_file(name: Path | str) -> Path:
@@ -97,6 +107,22 @@ def bare_state(content: Any, weights: str | None = None) -> State:
         CheckpointError: there is none, or not under `weights`.
 
     """
+    named = whole_state(content, weights)
+    # A detector's or a segmenter's file holds heads beside its backbone.
+    backbone = {name: value for name, value in named.items() if name.startswith("backbone.")}
+    state = {_without_prefixes(name): value for name, value in (backbone or named).items()}
+    if not state:
+        raise CheckpointError("the checkpoint holds no tensors")
+    return state
+
+
+def whole_state(content: Any, weights: str | None = None) -> State:
+    """The state dict inside what a checkpoint holds, heads and `backbone.` included, without `module.`.
+
+    Raises:
+        CheckpointError: there is none under `weights`.
+
+    """
     if not isinstance(content, Mapping):
         raise CheckpointError(f"a checkpoint is a dictionary; this one holds {type(content).__name__}")
     if weights is not None:
@@ -108,13 +134,12 @@ def bare_state(content: Any, weights: str | None = None) -> State:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
-    named = {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
-    # A detector's or a segmenter's file holds heads beside its backbone.
-    backbone = {name: value for name, value in named.items() if name.startswith("backbone.")}
-    state = {_without_prefixes(name): value for name, value in (backbone or named).items()}
-    if not state:
-        raise CheckpointError("the checkpoint holds no tensors")
-    return state
+    return {str(name).removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def holds_segmenter(content: Any, weights: str | None = None) -> bool:
+    """Whether a checkpoint has mmsegmentation's decoding head beside its backbone."""
+    return "decode_head.conv_seg.weight" in whole_state(content, weights)
 
 
 def _without_prefixes(name: str) -> str:

@@ -88,8 +88,7 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
         UserError: the data set is not there, or cannot be read.
 
     """
-    if config.root is not None and not config.root.exists():
-        config = dataclasses.replace(config, root=data_root() / config.root)
+    config = dataclasses.replace(config, root=found_folder(config.root))
     if config.name in {"row-cue", "digits", "pictures"}:
         return _embedded(config, batch_size, run)
     train, test = _augmented(config, run.options.seed)
@@ -113,6 +112,11 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
         classes=len(train.classes),
         shape=(3, config.size, config.size),
     )
+
+
+def found_folder(root: Path | None) -> Path | None:
+    """A data set's folder as it is given, or of that name in the data root where there is none here."""
+    return data_root() / root if root is not None and not root.exists() else root
 
 
 # -- streamed sets -----------------------------------------------------------------------------------------------------

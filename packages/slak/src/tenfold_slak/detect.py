@@ -23,7 +23,7 @@ from tenfold_slak.downstream import SLaKBackbone, cascade_mask_rcnn, faster_rcnn
 from tenfold_slak.models.slak import create
 from tenfold_slak.optim import layer_id, parameter_groups
 from tenfold_slak.precision import voc_precision
-from tenfold_slak.segment import load_backbone, refuse_settings
+from tenfold_slak.segment import described, load_backbone, refuse_settings
 
 if TYPE_CHECKING:
     from tenfold_slak.train import Recipe
@@ -348,11 +348,11 @@ def train_detector(run: Run, recipe: "Recipe") -> dict[str, float]:
     settings = recipe.detection
     if settings.data == "voc2007" and settings.heads != "box":
         raise UserError("PASCAL VOC has no masks to train on: use --detection.heads box")
-    if settings.data == "coco":
-        _need_pycocotools()  # not only once everything is trained
+    test_set = evaluation_images(settings)
     seed_everything(run.options.seed, "init")
-    kind, train_split, test_split = DATA[settings.data]
-    train_set, test_set = kind(settings.root, train_split, True), kind(settings.root, test_split, False)
+    kind, train_split, _ = DATA[settings.data]
+    train_set = kind(settings.root, train_split, True)
+    check_categories(test_set, train_set.categories)
     batches = StreamedBatches(
         train_set, settings.batch_size, seed=derived_seed(run.options.seed, "train"), drop_last=True, rank=run.rank,
         world=run.world, device=run.device, workers=settings.workers, collate=collate,
@@ -378,11 +378,34 @@ def train_detector(run: Run, recipe: "Recipe") -> dict[str, float]:
     model.backbone.body.apply_masks()
     outcome = {} if run.completed("detect") else evaluate_detector(model, test_set, run)
     outcome = run.complete("detect", run.unwrap(network), **outcome)
-    run.save_weights("last", model, task="detect", arch=recipe.arch, **outcome)
+    about = {**described(recipe, settings), "categories": train_set.categories}
+    run.save_weights("last", model, **about, **outcome)
     return outcome
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def evaluation_images(settings: Detection) -> Any:
+    """The images that average precision is measured on; what measures it is asked for first, not after all the rest."""
+    if settings.data == "coco":
+        _need_pycocotools()
+    kind, _, split = DATA[settings.data]
+    return kind(settings.root, split, False)
+
+
+def check_categories(data: Any, trained: Sequence[int]) -> None:
+    """Refuse images whose categories are not those that a network was trained on.
+
+    Raises:
+        UserError: they differ.
+
+    """
+    if data.categories != list(trained):
+        raise UserError(
+            f"{data.folder} has other categories ({len(data.categories)}, {data.categories[0]} first) than the network "
+            f"was trained on ({len(trained)}, {trained[0]} first): choose the data set of its training"
+        )
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
 """Segmentation and detection on SLaK without the mm-stacks: backbone, UPerNet, torchvision's detectors (section 6)."""
 
+import functools
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tenfold_slak.compat import bare_state, check_state, read_official
+from tenfold_slak.compat import CheckpointError, bare_state, check_state, infer_arguments, read_official, whole_state
 from tenfold_slak.models.slak import ChannelsFirstLayerNorm, SLaK
 
 
@@ -67,9 +69,13 @@ class SLaKBackbone(nn.Module):
         check_state(own, {**state, **norms})
         self.load_state_dict({**state, **norms})
         if sparse:
-            maskable = {name: p for name, p in self.named_parameters() if p.ndim in {2, 4}}
-            self._masks = {name: p.detach() != 0 for name, p in maskable.items() if not bool((p != 0).all())}
+            self.keep_zeros()
         return self
+
+    def keep_zeros(self) -> None:
+        """Take the zeros of the weights for masks."""
+        maskable = {name: p for name, p in self.named_parameters() if p.ndim in {2, 4}}
+        self._masks = {name: p.detach() != 0 for name, p in maskable.items() if not bool((p != 0).all())}
 
 
 def _conv_bn(before: int, after: int, kernel: int) -> nn.Sequential:
@@ -191,6 +197,49 @@ class UPerNet(nn.Module):
                 total[area] += self(x[area])
                 count[area] += 1
         return total / count
+
+
+#: Names of mmsegmentation's UPerNet and ours; a block is `conv` and `bn` there, a sequence here.
+_MMSEG = (
+    (r"^decode_head\.psp_modules\.(\d+)\.1\.", r"decode_head.pooled.\1."),
+    (r"^decode_head\.lateral_convs\.", "decode_head.laterals."),
+    (r"^decode_head\.fpn_convs\.", "decode_head.smooth."),
+    (r"^decode_head\.fpn_bottleneck\.", "decode_head.fuse."),
+    (r"^decode_head\.conv_seg\.", "decode_head.classify."),
+    (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.0."),
+    (r"^auxiliary_head\.conv_seg\.", "auxiliary_head.2."),
+    (r"^((?:decode|auxiliary)_head\..*)\.conv\.", r"\1.0."),
+    (r"^((?:decode|auxiliary)_head\..*)\.bn\.", r"\1.1."),
+)
+
+
+def load_official_segmenter(content: Any, weights: str | None = None) -> UPerNet:
+    """A UPerNet with what a released file holds, in mmsegmentation's layout; its sizes are read off the shapes.
+
+    The zeros of its backbone are kept if it is trained on.
+
+    Args:
+        content: what was read from the file (`compat.read_content`).
+        weights: `model` or `model_ema`; by default those the file has.
+
+    Raises:
+        CheckpointError: keys are missing, left over or of another shape; they are listed.
+
+    """
+    state = {
+        functools.reduce(lambda said, rename: re.sub(rename[0], rename[1], said), _MMSEG, name): value
+        for name, value in whole_state(content, weights).items()
+    }
+    heads = ("decode_head.classify.weight", "auxiliary_head.2.weight")
+    if absent := [name for name in heads if name not in state]:
+        raise CheckpointError(f"these are not the weights of a UPerNet; missing: {', '.join(absent)}")
+    arguments = infer_arguments(bare_state(state))
+    (classes, channels), auxiliary = state[heads[0]].shape[:2], state[heads[1]].shape[1]
+    model = UPerNet(SLaKBackbone(SLaK(**{**arguments, "num_classes": 0})), classes, channels, auxiliary)
+    check_state(model.state_dict(), state)
+    model.load_state_dict(state)
+    model.backbone.keep_zeros()
+    return model
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

@@ -16,7 +16,7 @@ from tenfold_shared.batches import Batches, StreamedBatches
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_slak.compat import check_state, load_official_checkpoint, weights_file
+from tenfold_slak.compat import check_state, holds_segmenter, load_official_checkpoint, read_content, weights_file
 from tenfold_slak.data import DataConfig, DataName, load_data
 from tenfold_slak.layer import LargeKernel, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters
@@ -26,7 +26,7 @@ from tenfold_slak.models import create_network
 
 @dataclasses.dataclass
 class EvalData:
-    """The images to evaluate on; None: those of the training."""
+    """The images to evaluate on; None: those of the training. Of segmenters and detectors the root alone is read."""
 
     name: DataName | None = None
     """The set; default: what the checkpoint was trained on, where it says so."""
@@ -68,7 +68,7 @@ class EvalConfig:
     data: EvalData = dataclasses.field(default_factory=EvalData)
     """The images; default: those of the training."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images at a time; segmenters and detectors take one."""
     weights: Literal["last", "ema"] = "last"
     """Of a run's folder: the weights of the last step, or their moving average. Of the authors': model or model_ema."""
     merge: bool = False
@@ -103,11 +103,27 @@ def accuracy(model: nn.Module, batches: Batches | StreamedBatches, run: Run) -> 
     return Accuracy(100 * sums[0], 100 * sums[1], sums[2])
 
 
-def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tuple[nn.Module, dict[str, Any]]:
-    """A network from a run's folder, a weights file of ours or a released file, and what is known about it.
+class Checkpoint(NamedTuple):
+    """A file of weights, read."""
+
+    path: Path
+    content: Any  # of ours a state dict; of others whatever they hold
+    about: dict[str, Any]  # what our files say of themselves; nothing of others
+    weights: str | None  # which of the weights in a file from elsewhere; None: those it has
+
+    @property
+    def task(self) -> str:
+        """What the network does: `classify`, `segment` or `detect`."""
+        if not self.about:
+            return "segment" if holds_segmenter(self.content, self.weights) else "classify"
+        return str(self.about.get("task", "classify"))
+
+
+def read_checkpoint(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> Checkpoint:
+    """What a run's folder, a weights file of ours or a released file holds.
 
     Raises:
-        UserError: there is none, it is damaged, or its keys do not fit, which are listed.
+        UserError: there is none, or it is damaged.
 
     """
     path = weights_file(checkpoint)
@@ -117,22 +133,50 @@ def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tu
         what = "it keeps no moving average" if weights == "ema" else "the run has not ended"
         raise UserError(f"there is no checkpoint {path}: {what}")
     if path.suffix != ".safetensors" or _from_elsewhere(path):
-        return load_official_checkpoint(path, weights="model_ema" if weights == "ema" else None), {"arch": "released"}
+        return Checkpoint(path, read_content(path), {}, "model_ema" if weights == "ema" else None)
     if weights == "ema" and path.stem != "ema":
         raise UserError(
             f"{path} holds one set of weights: for the moving average give the run's folder or its ema.safetensors"
         )
-    state, about = load_weights(path)
-    if about.get("task", "classify") != "classify":
-        raise UserError(f"{path} holds a network for {about['task']}; this takes a classifier")
-    with refusals(str(path)):
-        model = create_network(about["arch"], **about["arguments"])
+    return Checkpoint(path, *load_weights(path), None)
+
+
+def load_model(checkpoint: Path, weights: Literal["last", "ema"] = "last") -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier from a run's folder, a weights file of ours or a released file, and what is known about it.
+
+    Raises:
+        UserError: there is none, it is damaged, or its keys do not fit, which are listed.
+
+    """
+    return classifier(read_checkpoint(checkpoint, weights))
+
+
+def classifier(read: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, and what is known about it; see `load_model`."""
+    if not read.about:
+        return load_official_checkpoint(read.content, weights=read.weights), {"arch": "released"}
+    if read.task != "classify":
+        raise UserError(
+            f"{read.path} holds a network for {read.task}, which eval takes and nothing else; this takes a classifier"
+        )
+    with refusals(str(read.path)):
+        model = create_network(read.about["arch"], **read.about["arguments"])
+    fill(model, read)
+    return model, read.about
+
+
+def fill(model: nn.Module, read: Checkpoint) -> None:
+    """Give a network the weights of a file of ours.
+
+    Raises:
+        UserError: they do not fit, the keys are listed.
+
+    """
     try:
-        check_state(model.state_dict(), state)
+        check_state(model.state_dict(), read.content)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    model.load_state_dict(state)
-    return model, about
+        raise UserError(f"{read.path}: {error}") from error
+    model.load_state_dict(read.content)
 
 
 def _from_elsewhere(path: Path) -> bool:
@@ -145,8 +189,21 @@ def _from_elsewhere(path: Path) -> bool:
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
-    """Print accuracy, loss and costs of a checkpoint as one JSON line."""
-    model, about = load_model(config.checkpoint, config.weights)
+    """Print what a checkpoint is worth and what it costs as one JSON line.
+
+    A classifier's accuracy and loss, a segmenter's mean IoU, or a detector's average precisions.
+    """
+    read = read_checkpoint(config.checkpoint, config.weights)
+    if read.task != "classify":
+        from tenfold_slak.evaluate_downstream import evaluate_downstream  # noqa: PLC0415 - it imports this module
+
+        evaluate_downstream(read, config, options)
+    else:
+        _evaluate_classifier(read, config, options)
+
+
+def _evaluate_classifier(read: Checkpoint, config: EvalConfig, options: RunOptions) -> None:
+    model, about = classifier(read)
     images = data_of(about, config.data)
     with Run.evaluation("slak", options) as run:
         data = load_data(images, config.batch_size, run)
@@ -183,15 +240,20 @@ def check_fit(model: nn.Module, shape: tuple[int, int, int], classes: int, name:
         raise UserError(f"the network tells {outputs} classes apart and {name} has {classes}")
 
 
-def costs(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Parameters and multiply-adds of one image, stored and non-zero, and the density of every maskable weight."""
+def costs(model: nn.Module, shape: tuple[int, int, int] | None) -> dict[str, Any]:
+    """Parameters and multiply-adds of one image, stored and non-zero, and the density of every maskable weight.
+
+    Args:
+        model: any.
+        shape: of the image; None where its content decides how much is computed: multiply-adds are left out.
+
+    """
     parameters = count_parameters(model)
-    macs = count_macs(model, (shape[1], shape[2]), shape[0])
+    macs = None if shape is None else count_macs(model, (shape[1], shape[2]), shape[0])
     return {
         "parameters": parameters.stored,
         "parameters_nonzero": parameters.nonzero,
-        "macs": macs.stored,
-        "macs_nonzero": macs.nonzero,
+        **({} if macs is None else {"macs": macs.stored, "macs_nonzero": macs.nonzero}),
         "density": {
             name: float(torch.count_nonzero(weight)) / weight.numel()
             for name, weight in maskable_parameters(model).items()

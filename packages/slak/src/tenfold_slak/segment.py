@@ -93,13 +93,16 @@ class ADE(Dataset[Any]):
         root: the folder `ADEChallengeData2016`, or the one that holds it.
         split: `training` or `validation`.
         transform: of a PIL image and its labels.
+        classes: that the labels may tell apart.
 
     Raises:
-        UserError: the set is not there, or an image has no labels.
+        UserError: the set is not there, an image has no labels, or labels go beyond the classes.
 
     """
 
-    def __init__(self, root: Path | None, split: str, transform: Callable[[Any, Any], tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, root: Path | None, split: str, transform: Callable[[Any, Any], tuple[Tensor, Tensor]], classes: int
+    ) -> None:
         root = data_root() if root is None else root
         folder = root if (root / "images").is_dir() else root / "ADEChallengeData2016"
         if not (folder / "images" / split).is_dir():
@@ -111,7 +114,7 @@ class ADE(Dataset[Any]):
                 raise UserError(f"{image} has no labels {label}: fetch ADE20K again")
         if not self.images:
             raise UserError(f"{folder / 'images' / split} has no .jpg files: fetch ADE20K again")
-        self.transform = transform
+        self.transform, self.classes = transform, classes
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -123,9 +126,16 @@ class ADE(Dataset[Any]):
 
         try:
             with Image.open(self.images[index]) as image, Image.open(self.labels[index]) as label:
-                return self.transform(image.convert("RGB"), label.convert("L"))
+                pixels, classes = self.transform(image.convert("RGB"), label.convert("L"))
         except OSError as error:
             raise UserError(f"{self.images[index]} or its labels cannot be read ({error}): fetch it again") from error
+        last = int(classes.masked_fill(classes == IGNORED, -1).max())
+        if last >= self.classes:
+            raise UserError(
+                f"{self.labels[index]} has the label {last + 1}, and the network tells {self.classes} classes apart: "
+                "the data and --segmentation.classes do not fit"
+            )
+        return pixels, classes
 
 
 def _to_tensors(image: Any, label: Any) -> tuple[Tensor, Tensor]:
@@ -227,8 +237,8 @@ def train_segmenter(run: Run, recipe: "Recipe") -> dict[str, Any]:
     """
     settings = recipe.segmentation
     seed_everything(run.options.seed, "init")
-    train_set = ADE(settings.root, "training", training_transform(settings.crop))
-    test_set = ADE(settings.root, "validation", evaluation_transform(settings.crop))
+    train_set = ADE(settings.root, "training", training_transform(settings.crop), settings.classes)
+    test_set = evaluation_images(settings)
     batches = StreamedBatches(
         train_set, settings.batch_size, seed=derived_seed(run.options.seed, "train"), drop_last=True, rank=run.rank,
         world=run.world, device=run.device, workers=settings.workers,
@@ -253,8 +263,19 @@ def train_segmenter(run: Run, recipe: "Recipe") -> dict[str, Any]:
     model.backbone.apply_masks()
     outcome = {} if run.completed("segment") else {"miou": evaluate_segmenter(model, test_set, settings, run)}
     outcome = run.complete("segment", run.unwrap(network), **outcome)
-    run.save_weights("last", model, task="segment", arch=recipe.arch, **outcome)
+    run.save_weights("last", model, **described(recipe, settings), **outcome)
     return outcome
+
+
+def described(recipe: "Recipe", settings: Any) -> dict[str, Any]:
+    """What a checkpoint says of itself: how its network is built again, and what it is evaluated on and how."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    return {"task": recipe.task, "arch": recipe.arch, "arguments": recipe.arguments, "settings": plain}
+
+
+def evaluation_images(settings: Segmentation) -> ADE:
+    """The validation images, as the mean IoU takes them."""
+    return ADE(settings.root, "validation", evaluation_transform(settings.crop), settings.classes)
 
 
 class Losses(nn.Module):
