@@ -71,6 +71,7 @@ sys.exit(not blocks or failed > 0)
 """
 
 REVIEWED = "PP002,PP003,PP004,PP005,PY005"  # sp-repo-review's checks that concern a distribution's folder
+MOST_WORKERS = 8  # processes that share a distribution's tests; each of them imports torch
 built_wheels: dict[str, Path] = {}
 
 
@@ -127,6 +128,11 @@ def run_tests(session: nox.Session, name: str) -> None:
     # A package's shapes are checked while its tests run; tenfold_shared's tests hand wrong types to it on purpose.
     shapes = [] if name == "shared" else [f"--jaxtyping-packages=tenfold_{name},tenfold_shared.typecheck.check"]
     options = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "--import-mode=importlib", *shapes]
+    # The networks of tests are too small for several threads: every core has a process. A class shares what its tests make.
+    cores = os.cpu_count() or 1
+    workers = min(cores, MOST_WORKERS)
+    session.env["OMP_NUM_THREADS"] = str(cores // workers)
+    options += [f"--numprocesses={workers}", "--dist=loadscope"]
     if fixtures := os.environ.get("TENFOLD_PARITY_DIR"):
         session.env["TENFOLD_PARITY_DIR"] = str(Path(session.invoked_from, fixtures).resolve())
     others = [f"tenfold_{other}" for other in PACKAGES if other != name]
@@ -155,7 +161,7 @@ def check_import_time(session: nox.Session, name: str) -> None:
 @each_distribution
 def tests(session: nox.Session, name: str) -> None:
     """Install one distribution alone, from its wheel, and run its tests on it."""
-    session.install(*own_wheels(session, name), *group(folder(name), "test"), *pins())
+    session.install(*own_wheels(session, name), *group(folder(name), "test"), *group(ROOT, "parallel"), *pins())
     run_tests(session, name)
     if name in PACKAGES:
         check_import_time(session, name)
@@ -186,7 +192,8 @@ def lowest_python() -> str | None:
 @each_distribution
 def lowest(session: nox.Session, name: str) -> None:
     """Run a distribution's tests with the oldest Python and the lower bound of every dependency it declares."""
-    session.install("--resolution", "lowest-direct", *own_wheels(session, name), *direct_requirements(name))
+    wanted = [*direct_requirements(name), *group(ROOT, "parallel")]
+    session.install("--resolution", "lowest-direct", *own_wheels(session, name), *wanted)
     run_tests(session, name)
 
 
