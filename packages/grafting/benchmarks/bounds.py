@@ -1,18 +1,20 @@
 """Seconds of every bound for one image and for a batch, against dense matrices, and subdomains a second.
 
-python benchmarks/bounds.py [--folder FOLDER] [--networks NAME ...] [--batch 8] [--rounds 3]
+python benchmarks/bounds.py [--folder FOLDER] [--networks NAME ...] [--batch 8] [--rounds 3] [--save]
 
 With a folder, its verification networks (.npz) and images are used; without, architectures of the same sizes with
 random weights and random images. One thread, double precision, nine margins. A batch is compared with its own images one
-by one: they differ in how many neurons are unstable.
+by one: they differ in how many neurons are unstable. Memory is the growth of a process that does nothing but the bound.
+``--save`` writes results/benchmarks/bounds.json.
 """
 
 import argparse
+import multiprocessing
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from tenfold_grafting.operations import Activation, Add, Affine
 from tenfold_grafting.optimise import Optimised, alpha_crown, alpha_crown_joint
 from tenfold_grafting.specification import pixel_box
 from tenfold_grafting.zoo import load_images, load_network
+from tenfold_shared.checkpoint import write_json
+from tenfold_shared.run import forget_peak_memory, peak_memory
 
 METHODS: tuple[Literal["ibp", "crown-ibp", "crown"], ...] = ("ibp", "crown-ibp", "crown")
 NETWORKS = {
@@ -105,6 +109,23 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
     return best
 
 
+def _grown(connection: "multiprocessing.connection.Connection", call: Callable[[], object]) -> None:
+    forget_peak_memory()
+    before = peak_memory()
+    call()
+    connection.send((peak_memory() - before) / 2**20)
+
+
+def mebibytes(call: Callable[[], object]) -> float:
+    """Growth of the peak memory of a process that does nothing but the call."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_grown, args=(there, call))
+    process.start()
+    grown = here.recv()
+    process.join()
+    return grown
+
+
 def domains_per_second(graph: Graph, box: Box, spec: Tensor) -> float:
     """beta-CROWN of 64 subdomains, ten iterations in single precision."""
     with torch.no_grad():
@@ -117,11 +138,12 @@ def domains_per_second(graph: Graph, box: Box, spec: Tensor) -> float:
     return 64 / seconds(lambda: beta_crown(single, start, BetaSettings(10)), 1)
 
 
-def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool) -> None:
+def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool) -> dict[str, Any]:
     """One network's lines."""
     graph, boxes, specs = problem(name, folder, batch)
     box, spec = boxes[:1], specs[:1]
     images = range(len(boxes))
+    found: dict[str, Any] = {"network": name, "images": len(boxes), "methods": {}}
 
     def line(method: str, one: float, more: str) -> None:
         print(f"  {name:<16} {method:<24} {one:10.4f} {more}", flush=True)
@@ -133,10 +155,20 @@ def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool)
         return call(graph, boxes[i : i + 1], specs[i : i + 1], alone[i])
 
     def compared(method: str, single: Callable[[int], object], batched: Callable[[], object], rounds: int) -> None:
-        one = seconds(partial(single, 0), rounds)
+        one, memory = seconds(partial(single, 0), rounds), mebibytes(partial(single, 0))
         each = seconds(lambda: [single(i) for i in images], 1) / len(boxes)
         many = seconds(batched, rounds) / len(boxes)
-        line(method, one, f"first image; all {each:8.4f} one by one, {many:8.4f} batched ({each / many:.1f} x)")
+        line(
+            method,
+            one,
+            f"and {memory:.0f} MiB for the first image; all {each:8.4f} one by one, {many:8.4f} batched ({each / many:.1f} x)",
+        )
+        found["methods"][method] = {
+            "first_seconds": one,
+            "first_mib": memory,
+            "one_by_one_seconds": each,
+            "batched_seconds": many,
+        }
 
     with torch.no_grad():
         for method in METHODS:
@@ -150,10 +182,14 @@ def report(name: str, folder: Path | None, batch: int, rounds: int, dense: bool)
     for title, call in calls:  # after the intermediate bounds
         single_call = partial(optimised_one, call)
         compared(title, single_call, partial(call, graph, boxes, specs, every), 1)
-    line("beta-crown", domains_per_second(graph, box, spec), "subdomains a second")
+    found["subdomains_per_second"] = domains_per_second(graph, box, spec)
+    line("beta-crown", found["subdomains_per_second"], "subdomains a second")
     if dense and name != "cifar_resnet2b":
         with torch.no_grad():
-            line("crown, dense matrices", seconds(partial(dense_crown, graph, box, spec), 1), "single")
+            straightforward = partial(dense_crown, graph, box, spec)
+            found["dense_seconds"], found["dense_mib"] = seconds(straightforward, 1), mebibytes(straightforward)
+        line("crown, dense matrices", found["dense_seconds"], f"and {found['dense_mib']:.0f} MiB for the first image")
+    return found
 
 
 def main() -> None:
@@ -164,11 +200,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-dense", action="store_true", help="leave the slow reference out")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/bounds.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("seconds an image, double precision, nine margins, one thread")
-    for name in args.networks:
-        report(name, args.folder, args.batch, args.rounds, not args.no_dense)
+    found = [report(name, args.folder, args.batch, args.rounds, not args.no_dense) for name in args.networks]
+    if args.save:
+        about = {"torch": torch.__version__, "weights": "random" if args.folder is None else "published", "threads": 1}
+        write_json(Path(__file__).parents[1] / "results" / "benchmarks" / "bounds.json", {**about, "networks": found})
 
 
 if __name__ == "__main__":

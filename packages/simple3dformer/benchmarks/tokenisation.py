@@ -1,11 +1,12 @@
 """Points and voxels to tokens: time and memory against a straightforward implementation, as ratios within one run.
 
-    python benchmarks/tokenisation.py [--points 1024] [--batch 16] [--rounds 15]
+    python benchmarks/tokenisation.py [--points 1024] [--batch 16] [--rounds 15] [--threads 1] [--save]
 
 Straightforward are: farthest points one cloud at a time; neighbours by sorting all distances
 out of a (B, S, N, 3) tensor; cells by a strided 3D convolution, averaged over z afterwards. Tokens are rows of a
 (B, tokens, C) tensor, as the blocks read them. The floor of the projection is reading the grid once: one pass over its
 bytes. Grids are generated shapes, clean and corrupted as in the miniature, and random ones: each voxel with probability .1.
+``--save`` writes results/benchmarks/tokenisation-THREADS.json.
 """
 
 import argparse
@@ -16,12 +17,15 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tenfold_shared.checkpoint import write_json
 from tenfold_simple3dformer.pointops import farthest_point_sampling, gather_points, nearest_neighbours
 from tenfold_simple3dformer.shapes import voxel_set
 from tenfold_simple3dformer.tokenizers import InflatedEmbedding
@@ -112,46 +116,61 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/tokenisation-THREADS.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     xyz, count = torch.rand(args.batch, args.points, 3), args.points // 4
-    cases: dict[str, tuple[dict[str, Callable[[], object]], int, str]] = {
-        f"{args.points} points to {count} neighbourhoods of 16": (
-            {"straightforward": partial(slow_groups, xyz, count, 16), "ours": partial(groups, xyz, count, 16)},
+    # What is done, to how many of what, by which arms, and what the table says of it.
+    cases: list[tuple[str, int, str, dict[str, Callable[[], object]], dict[str, Any]]] = [
+        (
+            f"{args.points} points to {count} neighbourhoods of 16",
             xyz[..., 0].numel(),
             "points",
+            {"straightforward": partial(slow_groups, xyz, count, 16), "ours": partial(groups, xyz, count, 16)},
+            {"task": "groups", "points": args.points, "batch": args.batch},
         ),
-        f"neighbours alone, {args.points} among {args.points}": (
+        (
+            f"neighbours alone, {args.points} among {args.points}",
+            xyz[..., 0].numel(),
+            "points",
             {
                 "straightforward": partial(slow_neighbours, xyz, xyz, 16),
                 "ours": lambda: nearest_neighbours(xyz, xyz, 16),
             },
-            xyz[..., 0].numel(),
-            "points",
+            {"task": "neighbours", "points": args.points, "batch": args.batch},
         ),
-    }
+    ]
     for (side, cell), kind in itertools.product(((30, 6), (128, 9)), ("shapes", "corrupted", "random")):
         voxels = grids(kind, max(1, args.batch // (1 if side < 64 else 8)), side)
-        embed = InflatedEmbedding(384, cell).requires_grad_(False)
+        embed, occupied = InflatedEmbedding(384, cell).requires_grad_(False), float(voxels.mean())
         for mean in (False, True):
-            name = f"{side}^3 voxels, cells of {cell}^3, {'projection' if mean else 'naive'}, {kind}, "
-            name += f"{float(voxels.mean()):.1%} occupied"
+            task = "projection" if mean else "naive"
             arms: dict[str, Callable[[], object]] = {
                 "straightforward": partial(convolved, embed, voxels, mean=mean),
                 "ours": partial(multiplied, embed, voxels, mean=mean),
             }
             if mean:
                 arms["floor: read once"] = voxels.sum
-            cases[name] = (arms, voxels.numel(), "voxels")
-    memory = {name: {arm: megabytes(call) for arm, call in arms.items()} for name, (arms, _, _) in cases.items()}
-    print(f"batch {args.batch}, {torch.get_num_threads()} threads; ratios to the straightforward implementation")
-    with torch.inference_mode():
-        for name, (arms, samples, unit) in cases.items():
+            title = f"{side}^3 voxels, cells of {cell}^3, {task}, {kind}, {occupied:.1%} occupied"
+            about = {"task": task, "side": side, "cell": cell, "kind": kind, "occupied": occupied, "batch": len(voxels)}
+            cases.append((title, voxels.numel(), "voxels", arms, about))
+    memory = [{name: megabytes(arm) for name, arm in arms.items()} for _, _, _, arms, _ in cases]
+    torch.set_num_threads(args.threads)
+    print(f"batch {args.batch}, {args.threads} threads; ratios to the straightforward implementation")
+    found = []
+    for (title, samples, unit, arms, about), grown in zip(cases, memory, strict=True):
+        with torch.inference_mode():
             seconds = shortest(arms, args.rounds)
-            print(name)
-            for arm, value in seconds.items():
-                speed, grown = seconds["straightforward"] / value, memory[name][arm]
-                print(f"  {arm:<17} {samples / value / 1e6:9.2f} M {unit}/s  {speed:6.2f} x   +{grown:7.1f} MB")
+        print(title)
+        for name, value in seconds.items():
+            speed = seconds["straightforward"] / value
+            print(f"  {name:<17} {samples / value / 1e6:9.2f} M {unit}/s  {speed:6.2f} x   +{grown[name]:7.1f} MB")
+        times = {name: 1e3 * value for name, value in seconds.items()}
+        found.append({**about, "ms": times, "faster": seconds["straightforward"] / seconds["ours"], "grown_mb": grown})
+    if args.save:
+        file = Path(__file__).parents[1] / "results" / "benchmarks" / f"tokenisation-{args.threads}.json"
+        write_json(file, {"torch": torch.__version__, "threads": args.threads, "rounds": args.rounds, "cases": found})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What the zeros of a trained network save: bytes of the file, and the time of a batch, as ratios within one run.
 
-python benchmarks/sparse.py [--archs digits_net oresnet32 resnet18] [--densities 0.1 0.05 0.02] [--batch 16]
+python benchmarks/sparse.py [--archs digits_net oresnet32 resnet18] [--densities 0.1 0.05 0.02] [--batch 16] [--save]
+
+``--save`` writes results/benchmarks/sparse.json.
 """
 
 import argparse
@@ -9,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from step import measure
+from step import measure, save
 
 from tenfold_tost import apply_masks, create_model, erk_masks, save_compact, sparsify
 
@@ -21,8 +23,12 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05, 0.02])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/sparse.json")
     args = parser.parse_args()
 
+    torch.set_num_threads(args.threads)
+    rows = []
     print(f"batch {args.batch}, cpu, {torch.get_num_threads()} threads")
     for arch in args.archs:
         for density in args.densities:
@@ -43,6 +49,18 @@ def main() -> None:
                 f"{1e3 * seconds['dense']:8.2f} -> {1e3 * seconds['sparse']:8.2f} ms: "
                 f"{seconds['dense'] / seconds['sparse']:5.2f} x as fast, largest relative difference {error:.0e}"
             )
+            rows.append(
+                {
+                    "arch": arch,
+                    "density": density,
+                    "file_smaller": dense / compact,
+                    "ms": {name: 1e3 * value for name, value in seconds.items()},
+                    "faster": seconds["dense"] / seconds["sparse"],
+                    "relative_difference": error,
+                }
+            )
+    if args.save:
+        save("sparse", {"batch": args.batch, "rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

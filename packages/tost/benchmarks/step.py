@@ -1,16 +1,18 @@
 """Cost of a training step with ghosts, as ratios measured in turns within one run.
 
-    python benchmarks/step.py [--arch resnet18] [--batch 16] [--rounds 5]
+    python benchmarks/step.py [--arch resnet18] [--batch 16] [--rounds 5] [--threads 1] [--save]
 
 The arms: the plain masked step (1.0), with soft neurons, with ghost skips, with both, after both have faded, and with both
 in the straightforward way: skips as alpha * BN(jump(x)), swish as x * sigmoid(beta * x), masks derived from the weights
 at every step. The floor is what the skips' 1x1 convolutions multiply, relative to the network's own operations.
+``--save`` writes results/benchmarks/step-ARCH.json.
 """
 
 import argparse
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from tenfold_shared.checkpoint import write_json
 from tenfold_tost import (
     GhostActivation,
     Ghosts,
@@ -46,6 +49,12 @@ def measure(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
             if turn:  # the first turn warms up
                 times[name].append(clock() - start)
     return {name: min(values) for name, values in times.items()}
+
+
+def save(name: str, found: dict[str, Any]) -> None:
+    """Write results/benchmarks/NAME.json, with what it was measured on."""
+    about = {"torch": torch.__version__, "device": str(device()), "threads": torch.get_num_threads()}
+    write_json(Path(__file__).parents[1] / "results" / "benchmarks" / f"{name}.json", {**about, **found})
 
 
 def synchronize() -> None:
@@ -113,11 +122,18 @@ def operations(model: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def peak(arm: Callable[[], object]) -> float:
-    """Peak memory of a step on a CUDA device, in bytes."""
-    torch.cuda.reset_peak_memory_stats()
-    arm()
-    return torch.cuda.max_memory_allocated()
+def kept(arm: Callable[[], object]) -> int:
+    """Bytes that the forward pass of a step keeps for its backward pass, parameters apart."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        arm()
+    return sum(storages.values())
 
 
 def main() -> None:
@@ -127,8 +143,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--save", action="store_true", help="write results/benchmarks/step-ARCH.json")
     args = parser.parse_args()
 
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     size = (1, 8, 8) if args.arch == "digits_net" else (3, 32, 32)
     x, y = torch.randn(args.batch, *size, device=device()), torch.randint(0, 10, (args.batch,), device=device())
@@ -159,9 +178,13 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"  {name:<24} {1e3 * value:9.2f} ms   {value / seconds['plain']:5.2f} x plain")
     print(f"  floor of the skips: {floor:.2f} x the plain step's operations")
-    if torch.cuda.is_available():
-        plain = peak(arms["plain"])
-        print("  peak memory: " + ", ".join(f"{name} {peak(arm) / plain:.2f} x" for name, arm in arms.items()))
+    memory = {name: kept(arm) for name, arm in arms.items()}
+    shown = ", ".join(f"{name} {value / memory['plain']:.2f} x" for name, value in memory.items())
+    print(f"  kept for the backward pass: {shown}")
+    if args.save:
+        sizes = {"arch": args.arch, "batch": args.batch, "density": args.density, "rounds": args.rounds}
+        times = {name: 1e3 * value for name, value in seconds.items()}
+        save(f"step-{args.arch}", {**sizes, "ms": times, "kept_bytes": memory, "skips_operations": floor})
 
 
 if __name__ == "__main__":
