@@ -1,6 +1,6 @@
 """What the zeros of a trained network save: bytes of the file, and the time of a batch, as ratios within one run.
 
-python benchmarks/sparse.py [--archs digits_net oresnet32 resnet18] [--densities 0.1 0.05 0.02] [--batch 16] [--save]
+python benchmarks/sparse.py [--archs oresnet32 resnet18 vgg16_bn] [--densities 0.1 0.05 0.02] [--batch 16] [--save]
 
 ``--save`` writes results/benchmarks/sparse.json.
 """
@@ -19,7 +19,7 @@ from tenfold_tost import apply_masks, create_model, erk_masks, save_compact, spa
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archs", nargs="+", default=["digits_net", "oresnet32", "resnet18"])
+    parser.add_argument("--archs", nargs="+", default=["oresnet32", "resnet18", "vgg16_bn"])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05, 0.02])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)

@@ -106,14 +106,42 @@ def test_sparse_convolutions_give_the_same(arch: str, size: tuple[int, ...], tmp
     assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
     x = torch.randn(3, *size)
     with torch.inference_mode():
-        torch.testing.assert_close(sparsify(model)(x), model(x), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(sparsify(model, 1.0, channels=1)(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (2, 5), "stride": (3, 2), "padding": (1, 4), "bias": False},
+        {"kernel_size": (3, 2), "stride": 2, "dilation": (3, 1)},
+        {"kernel_size": 1, "stride": 4},
+    ],
+)
+@pytest.mark.parametrize("size", [(9, 12), (12, 9)])
+def test_sparse_convolutions_of_any_shape(options: dict, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    dense = torch.nn.Conv2d(6, 7, **options)
+    with torch.no_grad():
+        dense.weight *= torch.rand_like(dense.weight) < 0.2
+    sparse = sparsify(torch.nn.Sequential(dense), below=1.0, channels=1)
+    assert not isinstance(sparse[0], torch.nn.Conv2d)
+    for x in (torch.randn(2, 6, *size), torch.randn(6, 2, *size).transpose(0, 1), torch.randn(0, 6, *size)):
+        torch.testing.assert_close(sparse(x), dense(x).detach())
+
+
+def test_narrow_and_dense_convolutions_stay_dense() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(128, width, 1) for width in (128, 127, 128)))
+    for conv, density in zip(model, (0.05, 0.05, 0.5), strict=True):
+        conv.weight.data *= torch.rand_like(conv.weight) < density
+    assert [isinstance(layer, torch.nn.Conv2d) for layer in sparsify(model)] == [False, True, True]
 
 
 def test_convolutions_whose_padding_is_a_word_stay_dense() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding="same"), torch.nn.Conv2d(3, 3, 3, padding=1))
     for conv in model:
         torch.nn.init.zeros_(conv.weight)
-    sparse, x = sparsify(model), torch.randn(1, 2, 5, 5)
+    sparse, x = sparsify(model, channels=1), torch.randn(1, 2, 5, 5)
     assert isinstance(sparse[0], torch.nn.Conv2d)
     assert not isinstance(sparse[1], torch.nn.Conv2d)
     torch.testing.assert_close(sparse(x), model(x).detach())
