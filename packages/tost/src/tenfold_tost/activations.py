@@ -24,25 +24,23 @@ class ParametricSwish(torch.autograd.Function):
     """x sigmoid(beta x) = silu(beta x) / beta, whose backward pass is one fused kernel: d/dx is silu'(beta x)."""
 
     @staticmethod
-    def forward(x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """The activation, and beta x, which alone is kept for the backward pass."""
-        scaled = x * beta
-        return functional.silu(scaled).div_(beta), scaled
+    def forward(x: Tensor, beta: Tensor) -> Tensor:
+        """The activation."""
+        return functional.silu(x * beta).div_(beta)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        """Keep beta x."""
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep x and beta; their product is made again, which costs less than the memory to keep it."""
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         """The gradient of x; differentiable once more, as the learned scales need it."""
-        x, beta, scaled = ctx.saved_tensors
+        x, beta = ctx.saved_tensors
         if torch.is_grad_enabled():
             gate = torch.sigmoid(beta * x)
             return grad_outputs[0] * gate * (1 + beta * x * (1 - gate)), None
-        return torch.ops.aten.silu_backward(grad_outputs[0], scaled), None
+        return torch.ops.aten.silu_backward(grad_outputs[0], x * beta), None
 
 
 def pswish(x: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""] = RELEASED_BETA) -> Float[Tensor, "*shape"]:
@@ -51,7 +49,7 @@ def pswish(x: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""] = RELEASE
         beta = x.new_tensor(beta)
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula
         return functional.silu(x * beta.to(x.dtype)) / beta.to(x.dtype)
-    return ParametricSwish.apply(x, beta.to(x.dtype))[0]
+    return ParametricSwish.apply(x, beta.to(x.dtype))
 
 
 def mish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
