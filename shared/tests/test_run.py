@@ -94,6 +94,21 @@ def test_a_closed_phase_keeps_its_log(tmp_path: Path) -> None:
         assert len(run.logged("train", "loss")) == 5
 
 
+def test_an_ended_phase_is_not_done_again_though_nothing_closed_it(tmp_path: Path) -> None:
+    """Whatever --checkpoint-every says, and whatever is logged or closed under another name after it."""
+    model = nn.Linear(2, 2)
+    with Run("toy", Recipe(), options(tmp_path, checkpoint_every=0)) as run:
+        for step in run.steps("train", 3, model=model):
+            nn.init.constant_(model.weight, float(step))
+            run.log(loss=float(step))
+        run.log(test=1.0)
+        run.complete("best", model)
+    with Run("toy", Recipe(), options(tmp_path, checkpoint_every=0, resume=True)) as run:
+        assert list(run.steps("train", 3, model=nn.Linear(2, 2))) == []
+        assert run.logged("train", "loss") == [0, 1, 2]
+        assert run.logged("train", "test") == [1.0]
+
+
 def test_a_phase_closed_in_this_life_was_not_closed_in_an_earlier_one(tmp_path: Path) -> None:
     """With ``resume`` too: a process that comes to `complete` after another one has written must not leave the others."""
     with Run("toy", Recipe(), options(tmp_path, resume=True)) as run:

@@ -149,6 +149,7 @@ class Run:
         self._stop: int | None = None
         self._stopped = 0.0
         self._state: dict[str, Any] = {}
+        self._kept: tuple[str, int, int] | None = None  # phase, step and length of the log of the state on disk
         self._phase, self._step = "", 0
         self._tracked: dict[str, Any] = {}
         self._closed: set[str] = set()
@@ -177,6 +178,7 @@ class Run:
         try:
             if self.options.resume and state.exists():
                 self._state = load_state(state)
+                self._kept = (self._state["phase"], self._state["step"], self._state["metrics_bytes"])
             tracked = (self.options.tracker, self.slug, self.directory, self.config)
             self._tracker = Tracker(*tracked) if self.is_main else None
             self._metrics = self._open_metrics() if self.is_main else None
@@ -307,9 +309,10 @@ class Run:
             Interrupted: a signal came; the state has been saved.
 
         """
-        self._phase, self._step, self._tracked = phase, 0, tracked
+        self._phase, self._step, self._tracked = phase, 0, {}
         if self.completed(phase):
             return
+        self._tracked = tracked
         if self._state.get("phase") == phase:
             self._restore(tracked)
         self._progress.start(phase, total, self._step)
@@ -327,7 +330,7 @@ class Run:
                 self._checkpoint(tracked)
             if self._stop is not None:
                 raise Interrupted(self._stop)
-        self._flush()
+        self._checkpoint(tracked)
 
     def _restore(self, tracked: dict[str, Any]) -> None:
         if set(self._state["tracked"]) != set(tracked):
@@ -345,16 +348,20 @@ class Run:
         self._saved = time.monotonic()
         if self._metrics is None:  # not the main process
             return
+        here = (self._phase, self._step, self._metrics.tell())
+        if here == self._kept:
+            return
         state: dict[str, Any] = {
             "phase": self._phase,
             "step": self._step,
             "seconds": self._saved - self._started,
-            "metrics_bytes": self._metrics.tell(),
+            "metrics_bytes": here[2],
             "tracked": {name: self.unwrap(item).state_dict() for name, item in tracked.items()},
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         save_state(self.directory / "checkpoints" / "state.pt", state)
+        self._kept = here
 
     def completed(self, phase: str) -> bool:
         """Whether an earlier life of this run closed the phase with `complete`."""
@@ -370,7 +377,7 @@ class Run:
             tensors, kept = load_weights(path)
             self.unwrap(model).load_state_dict(tensors)
             return kept
-        if self._phase == phase:  # the log is whole as of this state: a later resume cuts nothing of it
+        if self._tracked:  # the log is whole as of this state: a later resume cuts nothing of it
             self._checkpoint(self._tracked)
         self._flush()
         self.save_weights(phase, model, **metadata)

@@ -333,6 +333,15 @@ class Conformance:
         assert [path.name for path in trained.iterdir()] == ["runs"]
         self.refused(self.quick(trained, *self.train_arguments("whole")), 2, "--resume")
 
+    def test_a_run_that_has_ended_stays_as_it_is(self, trained: Path) -> None:
+        """Resuming it does no step again."""
+        log = trained / "runs" / self.slug / "whole" / "metrics.jsonl"
+        steps, weights = log.read_text(), self.weights(trained, "whole")
+        done = self.quick(trained, *self.train_arguments("whole", "--resume"))
+        assert done.code == 0, done.err
+        assert log.read_text() == steps
+        self.same(weights, self.weights(trained, "whole"))
+
     def test_saved_configuration_runs_again(self, trained: Path, tmp_path: Path) -> None:
         """The saved configuration is enough to run again, to the same weights."""
         config = self.checkpoints(trained, "whole").parent / "config.yaml"
