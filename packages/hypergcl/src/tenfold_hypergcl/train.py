@@ -149,8 +149,6 @@ def _train_nodes(run: Run, recipe: Recipe, data: Dataset, split: Split) -> tuple
         raise UserError(f"--select {recipe.select} is for two classes and {data.name} has {data.num_classes}")
     seed_everything(seed, "init")
     model = create(recipe, data)
-    if result := _ended(run, model):
-        return model, result
     parts = fields(recipe, data, split)
     optimiser = torch.optim.Adam(parameter_groups(model, recipe.lr, recipe.weight_decay), fused=True)
     session = Session(recipe, data, model, optimiser, parts["train"], data.labels[split.train])
@@ -241,8 +239,6 @@ def _train_links(run: Run, recipe: Recipe, data: Dataset) -> tuple[nn.Module, Re
     seed_everything(seed, "init")
     model = create(recipe, data)
     assert isinstance(model, SetGNN)
-    if result := _ended(run, model):
-        return model, result
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     best, began = Best(), time.process_time()
     for epoch in run.steps("train", recipe.epochs, model=model, optimiser=optimiser, best=best):
@@ -289,13 +285,8 @@ def _close(
         drop_ratio=[round(value, 4) for value in dropped[:: max(1, len(dropped) // 50)]],
         cpu_seconds=time.process_time() - began,
     )
-    run.complete("best", model, **about, result=dataclasses.asdict(result))
+    run.save_weights("best", model, **about, epoch=best.epoch, valid=result.valid)
     return model, result
-
-
-def _ended(run: Run, model: nn.Module) -> Result | None:
-    """What a resumed run had ended with, and its network; None for one that goes on."""
-    return Result(**run.complete("best", model)["result"]) if run.completed("best") else None
 
 
 # -- one epoch of each method -----------------------------------------------------------------------------------------
