@@ -226,6 +226,15 @@ def test_restarts_keep_the_worst_of_the_batch_for_cameras() -> None:
 ALL = ["pts_c", "pts_f", "feat_c", "feat_f", "raw_c", "raw_f"]
 
 
+@pytest.mark.parametrize("kind", ["tiny", "mip-nerf"])
+def test_the_third_network_changes_no_other(kind: str) -> None:
+    """At one seed every method starts from the same coarse and fine networks, so that seeds pair."""
+    shared, released = model_of(kind).state_dict(), model_of(kind, RELEASED).state_dict()
+    assert len(released) > len(shared)
+    for key, value in shared.items():
+        assert torch.equal(value, released[key]), key
+
+
 def test_shared_branch_reaches_every_evaluated_weight() -> None:
     model, (rays, truth) = model_of(), batch()
     assert all(reached(model, rays, truth, random_delta(model, ALL)).values())

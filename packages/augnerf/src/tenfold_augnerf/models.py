@@ -85,7 +85,7 @@ def create_model(
     white: bool = False,
     variant: Variant = Variant(),  # noqa: B008
 ) -> Renderer:
-    """A renderer by name or sizes; the auxiliary branch adds its third network.
+    """A renderer by name or sizes; the auxiliary branch adds its third network, drawn last: the others are the same without.
 
     Raises:
         UserError: an unknown name.
@@ -95,8 +95,9 @@ def create_model(
         if model not in MODELS:
             raise UserError(f"there is no model {model!r}: the names are {', '.join(MODELS)}")
         model = MODELS[model]
+    fine = create_field(model) if sampling.fine and model.kind == "nerf" else None
+    coarse = create_field(model)
     auxiliary = create_field(model) if variant.branch == "auxiliary" else None
     if model.kind == "mip-nerf":
-        return MipRenderer(create_field(model), auxiliary, sampling=sampling, white=white, variant=variant)
-    fine = create_field(model) if sampling.fine else None
-    return Renderer(create_field(model), fine, auxiliary, sampling=sampling, white=white, variant=variant)
+        return MipRenderer(coarse, auxiliary, sampling=sampling, white=white, variant=variant)
+    return Renderer(coarse, fine, auxiliary, sampling=sampling, white=white, variant=variant)
