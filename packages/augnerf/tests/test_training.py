@@ -265,6 +265,17 @@ def test_half_precision_without_range_is_refused(tmp_path: Path) -> None:
             Trainer(run, chosen, load_data(DATA))
 
 
+@pytest.mark.parametrize(
+    ("method", "changes"), [("awp", {}), ("aug", {"keys": ["cam_r", "cam_t"]}), ("nerf", {"loss": "trimmed"})]
+)
+def test_what_needs_all_rays_is_refused_in_several_processes(method: str, changes: dict, tmp_path: Path) -> None:
+    chosen = recipe(method, **changes)
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        run.world = 2
+        with pytest.raises(UserError, match="in one process"):
+            Trainer(run, chosen, load_data(DATA))
+
+
 def test_bfloat16_follows_single_precision(tmp_path: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):

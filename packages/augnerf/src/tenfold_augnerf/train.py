@@ -129,7 +129,7 @@ class Optimisation:
     jitter: bool = True
     """Jitter the samples of the clean rendering."""
     loss: Literal["mse", "huber", "trimmed"] = "mse"
-    """The photometric loss: squared, or a robust rival."""
+    """The photometric loss: squared, or a robust rival; trimmed takes one process."""
     chunk: int = 0
     """Rays whose graph is alive at once; 0: as many as cache or memory hold."""
 
@@ -299,8 +299,11 @@ class Trainer:
         self.run, self.recipe, self.data = run, recipe, data
         self.renderer = build(recipe, data).to(run.device)
         self.adversary = adversary_of(recipe, self.renderer, data)
-        if run.world > 1 and (recipe.method in PERTURBED_WEIGHTS or any(k.startswith("cam") for k in self.keys)):
-            raise UserError("AWP and camera keys need all rays in one process: start it without torchrun")
+        undivided = recipe.method in PERTURBED_WEIGHTS or any(k.startswith("cam") for k in self.keys)
+        if run.world > 1 and (undivided or optim.loss == "trimmed"):
+            raise UserError(
+                "AWP, camera keys and --optim.loss trimmed need all rays in one process: start it without torchrun"
+            )
         self.optimiser = torch.optim.Adam(self.renderer.parameters(), optim.lr)
         self.batches = RayBatches(
             data.train,
