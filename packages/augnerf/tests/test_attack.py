@@ -30,6 +30,7 @@ from tenfold_augnerf import (
 from tenfold_augnerf.attack import ascend, flat_norm, project, start
 from tenfold_augnerf.augment import reached
 from tenfold_augnerf.compositing import composite, intervals
+from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.perturbation import Geometry, broadcast
 from tenfold_shared.errors import UserError
 
@@ -329,6 +330,12 @@ def test_a_rendering_refuses_what_it_would_not_apply() -> None:
         model = create_model("tiny", RaySampling(2.0, 6.0, 4, 0))
         with pytest.raises(UserError, match=words):
             model(rays, dict.fromkeys(keys, torch.zeros(1)))
+
+
+def test_directions_that_no_field_sees_are_refused() -> None:
+    model = create_model(ModelConfig(depth=2, width=8, viewdirs=False), SAMPLING)
+    with pytest.raises(UserError, match="dir_f perturbs directions"):
+        model.check(["pts_c", "dir_f"])
 
 
 def test_coarse_keys_need_a_coarse_pass() -> None:

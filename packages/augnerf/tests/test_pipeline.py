@@ -257,6 +257,20 @@ def test_pixel_convention_of_the_exact_scene() -> None:
     assert float(error.abs().median()) < 0.02
 
 
+def test_two_coarse_samples_leave_nothing_between_them() -> None:
+    """A fine pass needs an inner one; mip-NeRF's two intervals are enough."""
+    with pytest.raises(UserError, match="2 coarse samples leave the fine pass nothing to draw from: take 3"):
+        create_model("tiny", RaySampling(2.0, 6.0, 2, 4))
+    for kind, coarse, fine in (("tiny", 3, 4), ("tiny", 2, 0), ("mip-nerf", 2, 4)):
+        model = create_model(kind, RaySampling(2.0, 6.0, coarse, fine))
+        assert model(rays(3)).rgb.isfinite().all()
+
+
+def test_cones_in_ndc_are_refused() -> None:
+    with pytest.raises(UserError, match=r"leave --data\.ndc out"):
+        create_model("mip-nerf", RaySampling(0.0, 1.0, 4, 4, ndc=(20, 30, 25.0)))
+
+
 def test_mip_renderer_has_intervals_of_its_own() -> None:
     torch.manual_seed(0)
     model = create_model("mip-nerf", RaySampling(2.0, 6.0, 8, 6), white=True)

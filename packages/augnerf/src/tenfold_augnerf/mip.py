@@ -91,12 +91,20 @@ class MipNeRF(nn.Module):
 
 
 class MipRenderer(Renderer):
-    """Two passes of one `MipNeRF`: the fine one has N_f intervals of its own, and the coarse loss counts a tenth."""
+    """Two passes of one `MipNeRF`: the fine one has N_f intervals of its own, and the coarse loss counts a tenth.
+
+    Raises:
+        UserError: rays in normalised device coordinates.
+
+    """
 
     coarse_weight = 0.1
+    fewest_coarse = 2
 
     def __init__(self, field: nn.Module, nerf_adv: nn.Module | None = None, **options: Any) -> None:
         super().__init__(field, None, nerf_adv, **options)
+        if self.sampling.ndc is not None:
+            raise UserError("the cones of mip-NeRF are those of world space: leave --data.ndc out")
 
     @property
     def fine_samples(self) -> int:

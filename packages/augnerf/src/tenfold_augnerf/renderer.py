@@ -168,9 +168,13 @@ class Renderer(nn.Module):
         white: background.
         variant: what perturbed renderings do.
 
+    Raises:
+        UserError: the auxiliary branch without its network, or too few coarse samples for a fine pass.
+
     """
 
     coarse_weight = 1.0
+    fewest_coarse = 3  # the fine pass draws from the weights of the inner samples
 
     def __init__(
         self,
@@ -188,6 +192,10 @@ class Renderer(nn.Module):
         self.nerf_adv: Any = nerf_adv
         if variant.branch == "auxiliary" and nerf_adv is None:
             raise UserError("the auxiliary branch needs a third network: give the renderer one, or use branch shared")
+        if sampling.fine and sampling.coarse < self.fewest_coarse:
+            raise UserError(
+                f"{sampling.coarse} coarse samples leave the fine pass nothing to draw from: take {self.fewest_coarse} or more"
+            )
         self.sampling, self.white, self.variant = sampling, white, variant
 
     @property
@@ -199,13 +207,19 @@ class Renderer(nn.Module):
         """Refuse keys that this renderer cannot perturb.
 
         Raises:
-            UserError: unknown, incomplete pairs, a level that a field does not expose, or a pass that is not there.
+            UserError: unknown, incomplete pairs, a level that a field does not expose, directions that it does not see,
+                or a pass that is not there.
 
         """
         check_keys(keys)
         check_pairs(keys)
         for name in ("nerf", "nerf_fine"):
             check_exposed(keys, getattr(self, name), f"{name} ({type(getattr(self, name)).__name__})")
+        for key in keys:
+            if key.startswith("dir") and not getattr(self.nerf, "viewdirs", True):
+                raise UserError(
+                    f"{key} perturbs directions, which fields without view directions do not see: leave it out"
+                )
         if not self.sampling.fine:
             for key in keys:
                 if key.endswith("_c"):
