@@ -1,5 +1,6 @@
 """The layouts, the corruptions, the batches, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -214,6 +215,19 @@ def test_the_video_of_a_layout(folders: Path, tmp_path: Path, monkeypatch: pytes
         write_prepared(
             tmp_path / "ndc", load_data(DataConfig(name="llff", scene="blocks", factor=1, white=False, ndc=True))
         )
+
+
+def test_the_circle_of_blender_scenes_has_the_published_radius(tmp_path: Path) -> None:
+    """However far away the scene's own cameras are."""
+    for split in ("train", "val", "test"):
+        scene = blocks_views(2, SIZE)
+        poses = scene.cameras.camera_to_world.copy()
+        poses[:, :3, 3] *= 1.1
+        cameras = dataclasses.replace(scene.cameras, camera_to_world=poses)
+        write_blender(tmp_path / "far", dataclasses.replace(scene, cameras=cameras), split)
+    data = load_data(DataConfig(name="blender", root=tmp_path, scene="far"))
+    torch.testing.assert_close(data.train.centres.norm(dim=-1), torch.full((2,), 4.4), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(data.path(3).centres.norm(dim=-1), torch.full((3,), 4.0), atol=1e-4, rtol=1e-4)
 
 
 def test_broken_layouts_are_named(folders: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tenfold_augnerf.cameras import corrupt_poses
 from tenfold_augnerf.corruptions import corrupt_view, denoise, pose_noise, view_generator
-from tenfold_augnerf.paths import llff_poses, video_views
+from tenfold_augnerf.paths import BLENDER_RADIUS, llff_poses, video_views
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.download import data_root, missing
@@ -177,7 +177,8 @@ def load_data(config: DataConfig) -> Data:
     clean = views(train)
     exact = "blocks" if config.name.startswith("blocks") else ""
     parts = corrupted(clean, train, config), clean, views(splits.validation), views(splits.test)
-    path = functools.partial(video_views, clean, capture=splits.capture, spherified=config.spherify)
+    radius = BLENDER_RADIUS if config.name == "blender" else None
+    path = functools.partial(video_views, clean, capture=splits.capture, spherified=config.spherify, radius=radius)
     return Data(*parts, config.white, ndc, exact, path)
 
 

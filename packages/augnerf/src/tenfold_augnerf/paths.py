@@ -17,17 +17,26 @@ from tenfold_shared.scenes import (
 from tenfold_shared.scenes.llff import PATH_FRAMES
 
 CIRCLE_FRAMES = 40
+BLENDER_RADIUS = 4.0  # of the Blender video's circle; the scenes' own cameras are a little farther away
 
 
-def video_views(views: Views, frames: int = 0, capture: LLFFPoses | None = None, *, spherified: bool = False) -> Views:
+def video_views(
+    views: Views,
+    frames: int = 0,
+    capture: LLFFPoses | None = None,
+    *,
+    spherified: bool = False,
+    radius: float | None = None,
+) -> Views:
     """The video's cameras, with black pictures.
 
     Args:
         views: whose bounds, size and focal length the video has.
         frames: how many; 0: 120 for captures in the LLFF layout, else 40.
         capture: all cameras of a capture in the LLFF layout: two turns of a spiral, or for a spherified one a circle.
-            Without it, the Blender video's circle at the views' mean distance from the origin.
+            Without it, the Blender video's circle.
         spherified: see capture.
+        radius: of that circle; None: the views' mean distance from the origin.
 
     Raises:
         UserError: a negative number of frames.
@@ -36,7 +45,8 @@ def video_views(views: Views, frames: int = 0, capture: LLFFPoses | None = None,
     if frames < 0:
         raise UserError(f"--frames takes 0 or more, got {frames}")
     if capture is None:
-        poses = exhibit_path(frames or CIRCLE_FRAMES, radius=float(views.centres.norm(dim=-1).mean()))
+        own = float(views.centres.norm(dim=-1).mean()) if radius is None else radius
+        poses = exhibit_path(frames or CIRCLE_FRAMES, radius=own)
     else:
         poses = (spherical_path if spherified else spiral_path)(capture, frames or PATH_FRAMES)
     poses = opencv_from_opengl(poses)
