@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -23,6 +24,7 @@ from tenfold_augnerf.evaluate import (
     scores_of,
 )
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
+from tenfold_augnerf.geometry import grid_axes
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
 from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, budget_of, build, run_recipe
@@ -31,7 +33,7 @@ from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_shared.scenes import blocks_cameras, blocks_views, write_blender
+from tenfold_shared.scenes import blocks, blocks_cameras, blocks_views, write_blender
 
 TINY = ModelConfig(depth=3, width=16, octaves=4, view_octaves=1, density="softplus")
 DATA = DataConfig(name="blocks-tiny", near=2.4, far=5.6, views=2)
@@ -313,6 +315,25 @@ def test_aug_nerf_learns(tmp_path: Path) -> None:
     probe = sharpness.SharpnessConfig(out / "augnerf" / "export" / "00000150.ckpt", SAME, rays=32)
     sharpness.sharpness(probe, RunOptions(output=out, device="cpu"))
     assert (out / "augnerf" / "sharpness" / "sharpness.png").is_file()
+
+
+@pytest.mark.parametrize("extents", [[2.0, 2.0, 2.0], [1.2, 1.6, 1.4]])
+def test_a_mesh_is_compared_with_the_surface_inside_its_grid(
+    extents: list[float], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scene's own signed distance, cut at any extents, is as near to the truth as its samples are to one another."""
+    untrained = build(recipe("nerf"), load_data(DATA)).state_dict()
+    save_weights(tmp_path / "x.safetensors", untrained, {"sizes": dataclasses.asdict(TINY), "samples": [6, 5]})
+
+    def exact(field: object, extents: list[float], voxel: float) -> torch.Tensor:
+        points = np.stack(np.meshgrid(*grid_axes(extents, voxel), indexing="ij"), -1)
+        return torch.from_numpy(-blocks().signed_distance(points.reshape(-1, 3)).reshape(points.shape[:3]))
+
+    monkeypatch.setattr(export, "density_grid", exact)
+    config = ExportConfig(tmp_path / "x.safetensors", SAME, extents=extents, points=50, threshold=0.0)
+    export.export(config, options(tmp_path, "out"))
+    found = float(re.search(r"Chamfer distance ([\d.]+)", capsys.readouterr().out)[1])
+    assert found < 0.02
 
 
 def test_worst_case_curves_rise_above_random_ones() -> None:

@@ -21,7 +21,15 @@ from tenfold_augnerf.data import (
     write_prepared,
 )
 from tenfold_augnerf.evaluate import OtherData, Rendered, data_of, load_renderer, placed, render_view, views_of
-from tenfold_augnerf.geometry import chamfer, density_grid, extract_mesh, grid_axes, sample_triangles, write_obj
+from tenfold_augnerf.geometry import (
+    chamfer,
+    covered,
+    density_grid,
+    extract_mesh,
+    grid_axes,
+    sample_triangles,
+    write_obj,
+)
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import atomic_write, write_text
 from tenfold_shared.errors import UserError
@@ -104,7 +112,9 @@ class ExportConfig:
 
 
 def export(config: ExportConfig, options: RunOptions) -> None:
-    """Write `density.npy`, `mesh.obj` and `<step>.ckpt` in the released layout; blocks also get the Chamfer distance."""
+    """Write `density.npy`, `mesh.obj` and `<step>.ckpt` in the released layout; blocks also get the Chamfer distance, in
+    world units and to the part of their surface that the grid covers.
+    """
     if len(config.extents) != 3 or not all(0 < e < math.inf for e in config.extents) or config.points < 2:
         raise UserError(
             f"--extents takes three positive sizes and --points 2 or more, got {config.extents}, {config.points}"
@@ -123,13 +133,15 @@ def export(config: ExportConfig, options: RunOptions) -> None:
             density = density_grid(field, config.extents, voxel).float().cpu().numpy()
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "density.npy", density)
-    vertices, faces = extract_mesh(density, grid_axes(config.extents, voxel), config.threshold)
+    axes = grid_axes(config.extents, voxel)
+    vertices, faces = extract_mesh(density, axes, config.threshold)
     write_text(folder / "mesh.obj", write_obj(vertices, faces))
     with atomic_write(folder / f"{config.step:08d}.ckpt") as file:
         torch.save(to_official(renderer.cpu(), step=config.step), file)
     line = f"{len(vertices)} vertices, {len(faces)} triangles, grid {density.shape}"
     if data.scene and len(faces):
-        distance = chamfer(sample_triangles(vertices, faces, SURFACE_POINTS), blocks().sample_surface(SURFACE_POINTS))
+        truth = covered(blocks().sample_surface(SURFACE_POINTS), axes)  # the mesh ends where the grid does
+        distance = chamfer(sample_triangles(vertices, faces, SURFACE_POINTS), truth)
         line += f", Chamfer distance {distance:.4f}"
     print(f"{line}; written to {folder}")
 

@@ -82,6 +82,12 @@ def sample_triangles(vertices: np.ndarray, faces: np.ndarray, count: int, seed: 
     return corner[chosen] + u * (first - corner)[chosen] + v * (second - corner)[chosen]
 
 
+def covered(points: np.ndarray, axes: Sequence[np.ndarray]) -> np.ndarray:
+    """Those of the points [n, 3] that lie inside a grid of `grid_axes` or on its faces."""
+    low, high = np.array([(axis[0], axis[-1]) for axis in axes]).T
+    return points[((points >= low) & (points <= high)).all(-1)]
+
+
 def chamfer(first: np.ndarray, second: np.ndarray) -> float:
     """Mean distance to the nearest point of the other set, both ways, averaged. Sets [n, 3]; nan for an empty one."""
     from scipy.spatial import cKDTree  # noqa: PLC0415 - slow to import

@@ -17,7 +17,7 @@ from tenfold_shared.scenes import (
 from tenfold_shared.scenes.llff import PATH_FRAMES
 
 CIRCLE_FRAMES = 40
-BLENDER_RADIUS = 4.0  # of the Blender video's circle; the scenes' own cameras are a little farther away
+BLENDER_RADIUS = 4.0  # of the Blender video's circle, in world units
 
 
 def video_views(
