@@ -24,7 +24,7 @@ from tenfold_augnerf.evaluate import (
     scores_of,
 )
 from tenfold_augnerf.export import ExportConfig, PrepareConfig, RenderConfig
-from tenfold_augnerf.geometry import grid_axes
+from tenfold_augnerf.geometry import grid_axes, grid_variation
 from tenfold_augnerf.models import ModelConfig
 from tenfold_augnerf.reproduce import sweep
 from tenfold_augnerf.train import Attack, Method, Optimisation, Recipe, Trainer, budget_of, build, run_recipe
@@ -332,8 +332,10 @@ def test_a_mesh_is_compared_with_the_surface_inside_its_grid(
     monkeypatch.setattr(export, "density_grid", exact)
     config = ExportConfig(tmp_path / "x.safetensors", SAME, extents=extents, points=50, threshold=0.0)
     export.export(config, options(tmp_path, "out"))
-    found = float(re.search(r"Chamfer distance ([\d.]+)", capsys.readouterr().out)[1])
-    assert found < 0.02
+    out = capsys.readouterr().out
+    assert float(re.search(r"Chamfer distance ([\d.]+)", out)[1]) < 0.02
+    density = torch.from_numpy(np.load(tmp_path / "augnerf" / "out" / "density.npy"))
+    assert f"total variation {grid_variation(density):.4g}," in out
 
 
 def test_worst_case_curves_rise_above_random_ones() -> None:

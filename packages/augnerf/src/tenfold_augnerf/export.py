@@ -27,6 +27,7 @@ from tenfold_augnerf.geometry import (
     density_grid,
     extract_mesh,
     grid_axes,
+    grid_variation,
     sample_triangles,
     write_obj,
 )
@@ -112,8 +113,8 @@ class ExportConfig:
 
 
 def export(config: ExportConfig, options: RunOptions) -> None:
-    """Write `density.npy`, `mesh.obj` and `<step>.ckpt` in the released layout; blocks also get the Chamfer distance, in
-    world units and to the part of their surface that the grid covers.
+    """Write `density.npy`, `mesh.obj` and `<step>.ckpt` in the released layout; print the grid's total variation and,
+    for blocks, the Chamfer distance in world units to the part of their surface that the grid covers.
     """
     if len(config.extents) != 3 or not all(0 < e < math.inf for e in config.extents) or config.points < 2:
         raise UserError(
@@ -130,7 +131,8 @@ def export(config: ExportConfig, options: RunOptions) -> None:
     with Run.evaluation("augnerf", options) as run:
         field = placed(renderer, run).nerf_fine
         with run.accelerator.autocast():
-            density = density_grid(field, config.extents, voxel).float().cpu().numpy()
+            grid = density_grid(field, config.extents, voxel).float().cpu()
+    density = grid.numpy()
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "density.npy", density)
     axes = grid_axes(config.extents, voxel)
@@ -138,7 +140,7 @@ def export(config: ExportConfig, options: RunOptions) -> None:
     write_text(folder / "mesh.obj", write_obj(vertices, faces))
     with atomic_write(folder / f"{config.step:08d}.ckpt") as file:
         torch.save(to_official(renderer.cpu(), step=config.step), file)
-    line = f"{len(vertices)} vertices, {len(faces)} triangles, grid {density.shape}"
+    line = f"{len(vertices)} vertices, {len(faces)} triangles, grid {density.shape}, total variation {grid_variation(grid):.4g}"
     if data.scene and len(faces):
         truth = covered(blocks().sample_surface(SURFACE_POINTS), axes)  # the mesh ends where the grid does
         distance = chamfer(sample_triangles(vertices, faces, SURFACE_POINTS), truth)
