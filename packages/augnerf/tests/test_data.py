@@ -248,8 +248,9 @@ def test_broken_layouts_are_named(folders: Path, tmp_path: Path) -> None:
     (scene / "transforms_train.json").write_text("{")
     with pytest.raises(UserError, match=r"transforms_train.json is not valid JSON"):
         load_data(config)
-    with pytest.raises(UserError, match=r"drive.google.com"):
-        load_data(DataConfig(name="blender", root=tmp_path, scene="lego"))
+    for name, licence in (("blender", "variants of Creative Commons"), ("llff", "for research use")):
+        with pytest.raises(UserError, match=rf"drive\.google\.com\S+ \(.*{licence}"):
+            load_data(DataConfig(name=name, root=tmp_path, scene="lego"))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ Kind = Literal[
 ]
 
 SOURCE = "https://drive.google.com/drive/folders/128yBriW1IG_3NJ5Rp7APSTZsJqdJdfc1"
+LICENCES = {
+    "blender": " (models under variants of Creative Commons; not to be redistributed)",
+    "llff": " (for research use; not to be redistributed)",
+}
 LLFF_SCENES = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 DEEPVOXELS_SCENES = ("armchair", "cube", "greek", "vase")
@@ -267,7 +271,8 @@ def dataset_folder(config: DataConfig, default: str, layout: str) -> Path:
             f"no prepared rays at {folder}/{layout}: write them with `prepare`, or name them by --data.root"
         )
     if not folder.is_dir():
-        raise missing(f"scene {config.scene or '(--data.scene)'} of {config.name}", SOURCE, f"{folder}/{layout}")
+        source = SOURCE + LICENCES.get(config.name, "")
+        raise missing(f"scene {config.scene or '(--data.scene)'} of {config.name}", source, f"{folder}/{layout}")
     return folder
 
 
