@@ -103,6 +103,12 @@ def test_every_method_goes_with_every_recipe(name: str, tmp_path: Path) -> None:
             assert (trainer.renderer.variant.branch == "auxiliary") == (method == "auxiliary")
 
 
+def test_the_papers_recipes_look_at_held_out_views_as_published() -> None:
+    chosen = [load_recipe("tenfold_augnerf", name, Recipe) for name in recipes("tenfold_augnerf")]
+    looks = [r.optim.validate_every for r in chosen if r.data.name in ("llff", "blender") and r.optim.steps == 500_000]
+    assert looks == [50_000] * 26
+
+
 VARIANTS = {
     "nerf": recipe("nerf"),
     "random": recipe("random"),
