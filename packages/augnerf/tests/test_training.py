@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold_augnerf import export, sharpness
+from tenfold_augnerf import Losses, export, sharpness, train
 from tenfold_augnerf.data import Data, DataConfig, load_data
 from tenfold_augnerf.evaluate import (
     EvalConfig,
@@ -365,6 +365,24 @@ def test_a_collapsed_run_is_noticed(tmp_path: Path) -> None:
     for field in (trainer.renderer.nerf, trainer.renderer.nerf_fine):
         torch.nn.init.constant_(field.mlp.alpha_linear.bias, -100.0)
     assert scores_of(trainer.renderer, data.test, exact=True)["collapsed"]
+
+
+def test_a_collapse_is_told_of_whenever_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, at the next look: after the first one too, and in a run that was resumed beyond it."""
+    step = Trainer.step
+
+    def emptied(self: Trainer, number: int) -> Losses:
+        return step(self, number)._replace(acc=torch.tensor(float(number < 3)))
+
+    monkeypatch.setattr(Trainer, "step", emptied)
+    monkeypatch.setattr(train, "GUARD_STEPS", 2)
+    chosen = recipe("nerf", steps=8)
+    with Run("augnerf", chosen, options(tmp_path)) as run:
+        run_recipe(run, chosen)
+    (told,) = caplog.messages
+    assert told.startswith("the scene is empty after 4 steps: start again with another --seed")
 
 
 def test_checkpoints_are_read_in_the_precision_that_is_asked_for(

@@ -36,7 +36,7 @@ from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 logger = logging.getLogger(__name__)
 Method = Literal["nerf", "aug", "random", "unadv", "awp", "awp-aug", "sam", "auxiliary"]
 PERTURBED_WEIGHTS = ("awp", "awp-aug")
-GUARD_STEP = 200  # from here on an empty scene is a collapse
+GUARD_STEPS = 200  # between looks at whether the scene is empty: so rarely that waiting for the device costs nothing
 
 
 @dataclasses.dataclass
@@ -463,9 +463,13 @@ def run_recipe(run: Run, recipe: Recipe, data: Data | None = None) -> tuple[Rend
         if optim.validate_every and (step + 1) % optim.validate_every == 0:
             scores = scores_of(renderer, data.validation, run=run)
             run.log(validation_psnr=scores["psnr"])
-        if step + 1 == GUARD_STEP and not warned and float(losses.acc) < COLLAPSED:
+        if (step + 1) % GUARD_STEPS == 0 and not warned and float(losses.acc) < COLLAPSED:
             warned = True
-            logger.warning("the scene is empty after %d steps: lower --optim.lr or the radii, or warm up", GUARD_STEP)
+            logger.warning(
+                "the scene is empty after %d steps: start again with another --seed, a lower --optim.lr, smaller radii or "
+                "a longer --attack.warmup",
+                step + 1,
+            )
     exact = bool(data.scene)
     about = {
         "sizes": dataclasses.asdict(recipe.model),
