@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold_augnerf.corruptions import CORRUPTIONS, corrupt_view, denoise, pose_noise, salt_and_pepper, view_generator
-from tenfold_augnerf.data import BLOCKS, DataConfig, load_data, write_prepared
+from tenfold_augnerf.data import BLOCKS, DataConfig, load_data, load_to_choose, write_prepared
 from tenfold_augnerf.export import PrepareConfig, path_views, prepare
 from tenfold_augnerf.views import RayBatches, Views
 from tenfold_shared.errors import UserError
@@ -85,6 +85,23 @@ def test_llff_holds_out_every_eighth(folders: Path, monkeypatch: pytest.MonkeyPa
     assert (warped.train.near, warped.train.far) == (0.0, 1.0)
     reduced = load_data(DataConfig(name="llff", scene="blocks", factor=2, white=False))
     assert reduced.train.size == (SIZE // 2, SIZE // 2)
+
+
+def test_values_are_not_chosen_on_test_views(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 8th training view is held out where validation and test are the same; other data stay as they are."""
+    monkeypatch.setenv("TENFOLD_DATA", str(folders))
+    own = DataConfig(name="llff", scene="blocks", factor=1, white=False, corruption="saltpepper")
+    data, found = load_data(own), load_to_choose(own)
+    assert (len(found.train), len(found.clean), len(found.validation), len(found.test)) == (6, 6, 1, 2)
+    for views, of, rows in ((found.train, data.train, slice(1, None)), (found.validation, data.clean, slice(1))):
+        assert torch.equal(views.colours, of.colours[rows])
+        assert torch.equal(views.turns, of.turns[rows])
+        assert torch.equal(views.centres, of.centres[rows])
+    assert torch.equal(found.test.colours, data.test.colours)
+    exact = load_to_choose(DataConfig(name="blocks-tiny"))
+    assert (len(exact.train), len(exact.validation)) == BLOCKS["blocks-tiny"][1:3]
+    with pytest.raises(UserError, match="one training view"):
+        load_to_choose(dataclasses.replace(own, views=1))
 
 
 def test_half_resolution(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

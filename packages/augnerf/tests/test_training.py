@@ -33,7 +33,7 @@ from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
-from tenfold_shared.scenes import blocks, blocks_cameras, blocks_views, write_blender
+from tenfold_shared.scenes import blocks, blocks_cameras, blocks_views, write_blender, write_llff
 
 TINY = ModelConfig(depth=3, width=16, octaves=4, view_octaves=1, density="softplus")
 DATA = DataConfig(name="blocks-tiny", near=2.4, far=5.6, views=2)
@@ -462,6 +462,17 @@ def test_sweeps_are_judged_on_validation_views(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "augnerf" / "sweep-grid" / "sweep.json").read_text())
     assert found["metric"] == "validation PSNR, dB"
     assert len(found["points"]) == 2
+
+
+def test_sweeps_of_captures_hold_training_views_out(tmp_path: Path) -> None:
+    write_llff(tmp_path / "capture", blocks_views(9, 12, forward=True))  # two test views
+    own = DataConfig(name="llff", root=tmp_path, scene="capture", factor=1, white=False)
+    swept = dataclasses.replace(recipe("nerf", steps=1), data=own)
+    sweep(swept, options(tmp_path, "grid"), {"optim.lr": [1e-3]}, seeds=1, jobs=1)
+    (arm,) = (tmp_path / "augnerf" / "sweep-grid" / "arms").rglob("*.json")
+    kept = json.loads(arm.read_text())
+    assert len(kept["extras"]["validation"]["mse"]) == 1
+    assert kept["value"] == kept["extras"]["validation"]["psnr"]
 
 
 @pytest.mark.parametrize("layout", ["rays", "blender", "llff"])

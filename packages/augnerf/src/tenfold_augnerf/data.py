@@ -52,6 +52,7 @@ BLOCKS = {  # size, views for training, validation, test
     "blocks-medium": (200, 60, 10, 20),
     "blocks-full": (400, 100, 13, 25),
 }
+HELD_OUT = 8
 VALIDATION_OFFSET, TEST_OFFSET = 23.0, 68.0  # degrees
 
 
@@ -184,6 +185,27 @@ def load_data(config: DataConfig) -> Data:
     radius = BLENDER_RADIUS if config.name == "blender" else None
     path = functools.partial(video_views, clean, capture=splits.capture, spherified=config.spherify, radius=radius)
     return Data(*parts, config.white, ndc, exact, path)
+
+
+def load_to_choose(config: DataConfig) -> Data:
+    """The data set for choosing values: where its validation views are its test views, as LLFF captures have it, every
+    8th training view is a validation view instead, without corruption.
+
+    Raises:
+        UserError: see `load_data`; one training view cannot be shared out.
+
+    """
+    data = load_data(config)
+    if not torch.equal(data.validation.colours, data.test.colours):
+        return data
+    held = torch.arange(len(data.train)) % HELD_OUT == 0
+    if held.all():
+        raise UserError(
+            f"{config.name} {config.scene} has one training view, of which none can be held out to choose values on"
+        )
+    return data._replace(
+        train=data.train.chosen(~held), clean=data.clean.chosen(~held), validation=data.clean.chosen(held)
+    )
 
 
 def _check_options(config: DataConfig) -> None:
@@ -453,9 +475,7 @@ def _prepared(config: DataConfig) -> Data:
 
     clean, validation, test = (split(name) for name in ("train", "val", "test"))
     if config.views:
-        index = spread(config.views, len(clean), str(folder))
-        assert clean.stored is not None
-        clean = stored(clean.colours[index], clean.stored[index])
+        clean = clean.chosen(torch.from_numpy(spread(config.views, len(clean), str(folder))))
     path = exhibit if (folder / "rays_exhibit.npy").exists() else None
     white = bool(meta.get("white_bkgd", config.white))
     return Data(corrupted(clean, None, config), clean, validation, test, white, path=path)

@@ -1,14 +1,15 @@
 """The paper's claims: which arms are run, which numbers are compared, and the pictures its reader knows."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tenfold_augnerf.data import load_data
+from tenfold_augnerf.data import Data, DataConfig, load_data, load_to_choose
 from tenfold_augnerf.evaluate import load_renderer, render_view, truth_of
 from tenfold_augnerf.sharpness import curves
 from tenfold_augnerf.train import Recipe, run_recipe
@@ -47,19 +48,27 @@ VALUES = {
 """Name of a claim's metric -> where it is among a run's scores."""
 
 
-def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
+def measure(
+    claim: Claim,
+    arm: Arm,
+    seed: int,
+    *,
+    options: RunOptions,
+    folder: Path,
+    load: Callable[[DataConfig], Data] = load_data,
+) -> Measurement:
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{arm.name}-{arm.key}-seed{seed}"
-    measured = once(name, folder, lambda: _run_arm(arm, name, options, folder))
+    measured = once(name, folder, lambda: _run_arm(arm, name, options, folder, load))
     value: Any = measured.extras
     for key in VALUES[claim.metric.name]:
         value = value[key]
     return dataclasses.replace(measured, value=value)
 
 
-def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurement:
+def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path, load: Callable[[DataConfig], Data]) -> Measurement:
     recipe = load_recipe("tenfold_augnerf", str(arm.recipe), Recipe, **arm.options)
-    data = load_data(recipe.data)
+    data = load(recipe.data)
     with Run("augnerf", recipe, dataclasses.replace(options, name=name), parent=folder / "runs") as run:
         renderer, result = run_recipe(run, recipe, data)
         usage = run.usage()
@@ -73,12 +82,14 @@ def _run_arm(arm: Arm, name: str, options: RunOptions, folder: Path) -> Measurem
 
 
 def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds: int = 1, jobs: int = 0) -> None:
-    """Run a recipe at every point of a grid of its values, judged on the validation views; the test views never count.
+    """Run a recipe at every point of a grid of its values, judged on the validation views; the test views never count:
+    of LLFF captures, whose validation views they are, every 8th training view is held out instead.
 
     The result, best point first, is printed and written to ``sweep.json`` in the run's folder.
     """
     metric, request = Metric("validation PSNR", "dB"), Request(seeds=seeds, jobs=jobs)
-    compare_points("augnerf", "sweep", recipe, grid_points(grid), metric, request, options, measure, _collapses)
+    judged = functools.partial(measure, load=load_to_choose)
+    compare_points("augnerf", "sweep", recipe, grid_points(grid), metric, request, options, judged, _collapses)
 
 
 def _collapses(found: Sequence[Measurement]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from tenfold_augnerf.cameras import Rays
@@ -71,6 +71,11 @@ class Views:
             None if self.depth is None else self.depth.to(device),
             None if self.stored is None else self.stored.to(device),
         )
+
+    def chosen(self, index: Int[Tensor, " chosen"] | Bool[Tensor, " views"]) -> "Views":
+        """Some of the views."""
+        depth, stored = (None if x is None else x[index] for x in (self.depth, self.stored))
+        return Views(self.colours[index], self.turns[index], self.centres[index], self.near, self.far, depth, stored)
 
     def __len__(self) -> int:
         """How many views."""
