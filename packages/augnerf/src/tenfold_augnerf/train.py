@@ -127,7 +127,8 @@ class Optimisation:
     noise_std: float = 0.0
     """Standard deviation of noise on the raw density while training."""
     jitter: bool = True
-    """Jitter the samples of the clean rendering."""
+    """Jitter the samples of the clean rendering; false leaves noise_std out too. Method auxiliary has neither, as released,
+    whatever is given here."""
     loss: Literal["mse", "huber", "trimmed"] = "mse"
     """The photometric loss: squared, or a robust rival; trimmed takes one process."""
     chunk: int = 0
