@@ -21,7 +21,8 @@ from tenfold_cilqud import (
     worst_cases,
 )
 from tenfold_cilqud.ensemble import fab, square, square_share, to_plane, withstands_ensemble, wrong_class
-from tenfold_cilqud.evaluate import Evaluation, withstood
+from tenfold_cilqud.evaluate import Evaluation, robust_accuracies, withstood
+from tenfold_cilqud.protocol import Samples
 from tenfold_shared.attacks import held, input_gradient
 from tenfold_shared.errors import UserError
 
@@ -144,6 +145,27 @@ def test_no_room_no_harm(attack) -> None:
     chosen = Evaluation(attack=attack, eps=0.0, step_size=0.0, **SMALL)
     expected = model.scores(images(), 2).argmax(1) == y
     assert torch.equal(withstood(model, images(), y, 2, chosen, 0), expected)
+
+
+def test_every_class_of_a_task_is_attacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test sets list their images class after class: the first ones of every class in turn, and all where there are fewer."""
+    asked: list[int] = []
+
+    def recorded(net, x, y, *rest):
+        asked.extend(y.tolist())
+        return torch.ones(len(y), dtype=torch.bool)
+
+    monkeypatch.setattr("tenfold_cilqud.evaluate.withstood", recorded)
+    sets = [Samples(images(7), torch.tensor([0, 0, 0, 0, 1, 1, 1])), Samples(images(5), torch.tensor([2, 2, 2, 2, 3]))]
+    for count, expected in (
+        (4, [0, 0, 1, 1, 2, 2, 2, 3]),
+        (5, [0, 0, 0, 1, 1, 2, 2, 2, 2, 3]),
+        (9, [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3]),
+        (0, [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3]),
+    ):
+        asked.clear()
+        assert robust_accuracies(net(), sets, 2, Evaluation(images=count, batch_size=3), 0) == [100.0, 100.0]
+        assert asked == expected
 
 
 def undecided(n: int = 40) -> tuple[SmallNet, torch.Tensor]:

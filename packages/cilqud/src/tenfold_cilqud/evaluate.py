@@ -47,7 +47,7 @@ class Evaluation:
     queries: int = 5000
     """Queries of the ensemble's Square."""
     images: int = 0
-    """Test images of each task that are attacked, the first ones; 0 attacks all."""
+    """Test images of each task that are attacked, the first ones of every class in equal shares; 0 attacks all."""
     batch_size: int = 500
     """Images at a time."""
 
@@ -153,15 +153,26 @@ def robust_accuracies(net: IncrementalNet, sets: Sets, tasks_seen: int, settings
     """Accuracy under attack in per cent on each task's images."""
     rows = []
     for task, (images, labels) in enumerate(sets):
-        number = settings.images or len(images)
+        attacked = shared_out(labels, settings.images) if settings.images else torch.arange(len(labels))
         right = 0
-        for part, rows_of_part in enumerate(torch.arange(min(number, len(images))).split(settings.batch_size)):
+        for part, rows_of_part in enumerate(attacked.split(settings.batch_size)):
             x, own = pixels_as(net, images[rows_of_part]), labels[rows_of_part]
             right += int(
                 withstood(net, x, own.to(x.device), tasks_seen, settings, derived_seed(seed, task, part)).sum()
             )
-        rows.append(100.0 * right / min(number, len(images)))
+        rows.append(100.0 * right / len(attacked))
     return rows
+
+
+def shared_out(labels: Int[Tensor, " n"], count: int) -> Int[Tensor, " m"]:
+    """Which `count` rows (all where there are fewer) are taken, ascending: the first of every class, then the second of
+    every class, and so on, since a test set lists its images class after class.
+    """
+    turn = torch.empty_like(labels)
+    for label in labels.unique():
+        own = labels == label
+        turn[own] = torch.arange(int(own.sum()))
+    return turn.argsort(stable=True)[:count].sort().values
 
 
 # --- the verb ------------------------------------------------------------------------------------------------------------
