@@ -208,6 +208,13 @@ def test_sources_that_are_none_are_refused(source: str, words: str) -> None:
         open_pool(PoolConfig(source=source), data_of(), 0)
 
 
+@pytest.mark.parametrize(("classes", "name"), [(10, "cifar10_80m_150k"), (100, "cifar100_80m_150k")])
+def test_the_released_pool_is_that_of_the_data_set(classes, name, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tenfold_cilqud.pools.data_root", lambda: tmp_path)
+    with pytest.raises(UserError, match=f"cil-qud/{name}.pkl"):
+        open_pool(PoolConfig(source="official150k"), data_of((3, 4, 4), classes), 0)
+
+
 def test_broken_pools_are_named(tmp_path: Path) -> None:
     (tmp_path / "tiny.bin").write_bytes(b"\0" * 3000)
     with pytest.raises(UserError, match="truncated"):

@@ -223,7 +223,8 @@ def _file(where: str, name: str, what: str, url: str) -> Path:
 
 def _pickled(key: str, name: str, what: str, url: str) -> Callable[[str, ClassData, int], Pool]:
     def read(where: str, data: ClassData, seed: int) -> Pool:
-        path = _file(where, name, f"{what} ({WITHDRAWN})", url)
+        # The bundle has a pool for each of the two data sets.
+        path = _file(where, name.format(100 if len(data.names) == 100 else 10), f"{what} ({WITHDRAWN})", url)
         content = restricted_pickle_load(path, encoding="latin1")
         if not isinstance(content, dict) or key not in content:
             raise UserError(f"{path} has no entry {key!r}: it is no {what}")
@@ -327,7 +328,7 @@ SOURCES: dict[str, Callable[..., Pool]] = {
     "patches": _patches,
     "official150k": _pickled(
         "data",
-        "cil-qud/cifar10_80m_150k.pkl",
+        "cil-qud/cifar{}_80m_150k.pkl",
         "the released 150k tiny images",
         "https://www.dropbox.com/sh/hrugy5qb7y80tyl/AAB9THdb7-Kk_I-RIFsL_ywxa?dl=0",
     ),
