@@ -1,5 +1,6 @@
 """The verbs beside training: query, audit, repeat, sweep, and what eval refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -133,3 +134,24 @@ def test_evaluation_of_a_released_state(tmp_path: Path, capsys: pytest.CaptureFi
         evaluate(EvalConfig(tmp_path / "colour.pt"), options(tmp_path))
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate(EvalConfig(tmp_path / "none.pt"), options(tmp_path))
+
+
+def test_a_released_file_is_tested_on_the_tasks_of_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its later heads are untrained; how the file is read stands in the result."""
+    torch.manual_seed(0)
+    net = PreActResNet(2, 5, width=2, in_channels=1)
+    with torch.no_grad():
+        net.linear_main[2].bias += 100.0
+    to_official(net, tmp_path / "task1_best_model.pt")
+    loud = dataclasses.replace(options(tmp_path), quiet=False)
+    for asked, seen in ((0, 2), (5, 5)):
+        evaluate(EvalConfig(tmp_path / "task1_best_model.pt", seen=asked), loud)
+        out, told = capsys.readouterr()
+        found = json.loads(out)
+        assert found["seen"] == len(found["per_task"]) == seen
+        assert ("task1_best_model.pt has seen 2 of 5 tasks" in told) == (not asked)
+        layout = {"classes_per_task": 2, "tasks": 5, "width": 2, "block": "basic", "pruned": False}
+        assert layout.items() <= found["layout"].items()
+    to_official(net, tmp_path / "task7_best_model.pt")
+    with pytest.raises(UserError, match="8 tasks are asked for"):
+        evaluate(EvalConfig(tmp_path / "task7_best_model.pt"), options(tmp_path))

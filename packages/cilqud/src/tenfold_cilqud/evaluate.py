@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -189,7 +191,7 @@ class EvalConfig:
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     """How to test."""
     seen: int = 0
-    """Tasks that the state has seen; 0: what the checkpoint says, or all."""
+    """Tasks that the state has seen; 0: what the checkpoint or a released file's name, task{k}_*, says, or all."""
 
 
 def load_checkpoint(
@@ -232,7 +234,7 @@ def load_checkpoint(
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the accuracy of a checkpoint on every task seen, their mean, the accuracy on all images together, and that of
-    each class, as one JSON line.
+    each class, as one JSON line; of a released state also its layout, as its keys and shapes tell it.
     """
     net, about = load_checkpoint(config.checkpoint)
     # The split of the images and the number of tasks are the run's.
@@ -240,7 +242,9 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
     if "mean" not in about:
         net, about = load_checkpoint(config.checkpoint, data.mean, data.std)
     order = tuple(about.get("class_order", data.order))
-    seen = config.seen or about.get("seen", net.tasks)
+    named = re.match(r"task(\d+)_", config.checkpoint.name)
+    named_seen = int(named[1]) + 1 if named and "seen" not in about else 0
+    seen = config.seen or named_seen or about.get("seen", net.tasks)
     per_task = net.classes_per_task
     if sorted(order) != list(range(len(data.names))) or not 1 <= seen <= net.tasks:
         raise UserError(
@@ -260,6 +264,12 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             "--data.name"
         )
     with Run.evaluation("cilqud", options) as run:
+        if named_seen and not config.seen and run.is_main and not run.options.quiet:
+            print(
+                f"note: {config.checkpoint.name} has seen {seen} of {net.tasks} tasks by its name and is tested on these; "
+                "--seen takes another number",
+                file=sys.stderr,
+            )
         net = net.to(run.device)
         split = data.test if config.data.evaluate_on == "test" else data.validation
         sets = [new_samples(split, order, task, per_task) for task in range(seen)]
@@ -267,6 +277,8 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         rows = [percent(own) for own in right]
         every, labels = torch.cat(right), torch.cat([labels.cpu() for _, labels in sets])
         found = {"arch": about["arch"], "seen": seen, "per_task": rows, "accuracy": sum(rows) / len(rows)}
+        if "pruned" in about:
+            found["layout"] = {name: value for name, value in about.items() if name != "arch"}
         found["pooled_accuracy"] = percent(every)
         found["per_class"] = {data.names[order[k]]: percent(every[labels == k]) for k in range(seen * per_task)}
         for name, attack in (("robust", config.evaluation.attack), ("final", config.evaluation.final)):
