@@ -103,8 +103,17 @@ def test_image_folders_make_classes(tmp_path: Path) -> None:
 
 
 def test_the_bundle_is_written_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenfold_cilqud.data.load_data", lambda config, seed: data_of())
+    asked = []
+
+    def load(config: DataConfig, seed: int) -> ClassData:
+        asked.append(config.validation)
+        return data_of()
+
+    monkeypatch.setattr("tenfold_cilqud.data.load_data", load)
+    prepare(DataConfig(name="cifar100", tasks=2, anchors=2, validation=7), tmp_path, 0)
+    prepare(DataConfig(name="cifar100", tasks=2, anchors=2), tmp_path, 0)
     prepare(DataConfig(name="cifar10", tasks=2, anchors=2), tmp_path, 0)
+    assert asked == [7, 50, 500]
     monkeypatch.undo()
     data = load_data(
         DataConfig(name="official10", root=tmp_path, tasks=2, class_order=str(tmp_path / "cifar10_order.txt")), 0

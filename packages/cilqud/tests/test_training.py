@@ -193,6 +193,19 @@ def test_recipes_that_cannot_run_are_refused(changes: dict, words: str) -> None:
         Recipe(**changes)
 
 
+def test_the_best_epoch_needs_validation_images_of_every_class(tmp_path: Path, monkeypatch) -> None:
+    """A bundle may come without them, which is told of before anything is learned."""
+    recipe = short(select="best", data=DataConfig(name="official10", anchors=1))
+    data = generated(recipe)
+    data.validation[3:] = [data.validation[3][:0]]
+    monkeypatch.setattr(tenfold_cilqud.train, "load_data", lambda config, seed: data)
+    with (
+        Run("cilqud", recipe, options(tmp_path)) as run,
+        pytest.raises(UserError, match="of which class 3 has none"),
+    ):
+        run_recipe(run, recipe)
+
+
 class Stopped(Exception):
     """A run was stopped on purpose."""
 

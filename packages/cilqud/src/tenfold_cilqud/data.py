@@ -35,6 +35,7 @@ NORMALISATION = {  # those of the released code; its CIFAR deviations are means 
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)),
 }
+BUNDLE_VALIDATION = {"cifar10": 500, "cifar100": 50}  # images of a class, section 5
 OFFICIAL_URL = "https://www.dropbox.com/sh/hrugy5qb7y80tyl/AAB9THdb7-Kk_I-RIFsL_ywxa?dl=0"
 
 
@@ -304,7 +305,8 @@ def write_bundle(data: ClassData, folder: Path, name: str, anchors: int, seed: i
 
 
 def prepare(data: DataConfig, folder: Path, seed: int = 0) -> None:
-    """Write a data set in the layout of the released bundle.
+    """Write a data set in the layout of the released bundle; of CIFAR, 500 images of each class (50 of CIFAR-100's) are for
+    validation unless --validation takes another number.
 
     Raises:
         UserError: the data set is not there, or its images are not of three channels.
@@ -312,6 +314,7 @@ def prepare(data: DataConfig, folder: Path, seed: int = 0) -> None:
     """
     if data.anchor_rule != "random" or data.anchors_total:
         raise UserError("the bundle's anchors are --anchors random images of each class: leave the other options out")
+    data = dataclasses.replace(data, validation=data.validation or BUNDLE_VALIDATION.get(data.name, 0))
     loaded = load_data(data, seed)
     if loaded.shape[0] != 3 or loaded.train[0].dtype != torch.uint8:
         raise UserError(f"the bundle holds colour images of 8 bits; {data.name} has {loaded.shape[0]} channel")

@@ -84,6 +84,13 @@ def run_recipe(run: Run, recipe: Recipe) -> Result:
     """
     seed = run.options.seed
     data = load_data(recipe.data, seed)
+    validated = {label for label, images in enumerate(data.validation) if len(images)}
+    if recipe.select == "best" and len(validated) < len(data.names):
+        label = min(set(range(len(data.names))) - validated)
+        raise UserError(
+            f"--select best chooses by validation images, of which class {data.names[label]} has none: take --select last, "
+            "or write the data set with some"
+        )
     pool = None
     if recipe.uses_pool and recipe.query.strategy != "anchors":
         pool = open_pool(recipe.pool, data, seed, download=recipe.data.download)
