@@ -19,6 +19,7 @@ from tenfold_cilqud.robust import Robust
 from tenfold_cilqud.session import Session, frozen_copy
 from tenfold_cilqud.streams import Stream, class_weights
 from tenfold_cilqud.train import learn, new_network, place, run_recipe
+from tenfold_shared.claims import load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import Flip, RandomCrop
@@ -68,6 +69,19 @@ def test_every_recipe_is_built_and_stepped(name: str, tmp_path: Path) -> None:
     assert len(session.matrix) == 2
     assert session.queries[0]["taken"] == data.classes_per_task
     assert all(torch.isfinite(value).all() for value in session.net.state_dict().values())
+
+
+def test_the_papers_claims_compare_with_what_is_not_the_method() -> None:
+    """The same learner without queried data is among the baselines, a variant of RCIL-QUD is not."""
+    claims = load_claims("tenfold_cilqud")
+    for name in ("c10-final", "c100-final"):
+        assert claims[name].arms["replay-balanced"].options == {"distill": "none"}
+    robust = [claim for claim in claims.claims if claim.id.startswith("r10-")]
+    assert {claim.method for claim in robust} == {"rkd", "rft", "rkd-rtc", "rft-rtc"}
+    for claim in robust:
+        for arm in claim.baselines:
+            settings = load_recipe("tenfold_cilqud", str(arm.recipe), Recipe, **arm.options).robust
+            assert (settings.lwf, settings.gamma2) == ("clean", 0.0)
 
 
 def short(method: str = "cil-qud", **changes: object) -> Recipe:
