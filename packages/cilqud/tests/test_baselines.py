@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tenfold_cilqud import SmallNet
+from tenfold_cilqud.anchors import choose_anchors
 from tenfold_cilqud.baselines import (
     Walk,
     align_weights,
@@ -23,7 +24,7 @@ from tenfold_cilqud.methods import align_heads, at_worst, baseline, fit_bias
 from tenfold_cilqud.protocol import Samples
 from tenfold_cilqud.recipe import Recipe
 from tenfold_cilqud.robust import Robust, worst_cases
-from tenfold_cilqud.session import Session, make_task, update_anchors
+from tenfold_cilqud.session import Session, features_of, make_task, update_anchors
 from tenfold_cilqud.train import new_network, run_recipe, validation_accuracy
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -123,6 +124,20 @@ def session_of(recipe: Recipe, tmp_path: Path) -> Session:
     data = load_data(recipe.data, 0)
     net = new_network(recipe, data.classes_per_task, data.tasks, data.shape, data.mean, data.std, 0)
     return Session(run, recipe, data, net)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "rule"),
+    [("icarl", None, "herding"), ("icarl", "random", "random"), ("replay", None, "random")],
+)
+def test_anchors_are_chosen_as_the_method_does(method, asked, rule, tmp_path: Path) -> None:
+    """Herding is iCaRL's own, unless the data say otherwise."""
+    data = DataConfig(per_class=10, anchors=3, anchor_rule=asked)
+    session = session_of(Recipe(method=method, batch_size=8, width=2, data=data), tmp_path)
+    update_anchors(session, 0)
+    for label in session.data.order[:2]:
+        features = features_of(session.net, session.data.train[label])
+        assert session.anchors[label] == choose_anchors(rule, 10, 3, 0, label, features).tolist()
 
 
 def test_bias_corrections_are_applied_once(tmp_path: Path) -> None:

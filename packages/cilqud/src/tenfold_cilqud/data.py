@@ -65,8 +65,9 @@ class DataConfig:
     """Images of a class that are remembered after its task."""
     anchors_total: int = 0
     """Images remembered in all, shared by the classes seen so far; 0 for no such limit."""
-    anchor_rule: AnchorRule = "random"
-    """How the remembered images are chosen: random, herding (the class mean's best approximation), kcenter."""
+    anchor_rule: AnchorRule | None = None
+    """How the remembered images are chosen: random, herding (the class mean's best approximation), kcenter; default: as
+    the method does, herding for iCaRL and random for all others."""
     evaluate_on: Literal["test", "validation"] = "test"
     """The images that accuracies are about; validation for choosing values."""
 
@@ -81,7 +82,7 @@ class DataConfig:
             raise UserError(f"--data.anchors is {self.anchors}: fewer anchors than classes; keep 1 or more of each")
         if self.name.startswith("official"):
             own = [name for name in ("per_class", "validation", "held_back", "anchors_total") if getattr(self, name)]
-            own += ["anchor_rule"] * (self.anchor_rule != "random")
+            own += ["anchor_rule"] * (self.anchor_rule not in (None, "random"))
             if own:
                 raise UserError(f"--data.{own[0]}: the released bundle comes with its splits and anchors; leave it out")
         elif self.evaluate_on == "validation" and not self.validation:
@@ -312,7 +313,7 @@ def prepare(data: DataConfig, folder: Path, seed: int = 0) -> None:
         UserError: the data set is not there, or its images are not of three channels.
 
     """
-    if data.anchor_rule != "random" or data.anchors_total:
+    if data.anchor_rule not in (None, "random") or data.anchors_total:
         raise UserError("the bundle's anchors are --anchors random images of each class: leave the other options out")
     data = dataclasses.replace(data, validation=data.validation or BUNDLE_VALIDATION.get(data.name, 0))
     loaded = load_data(data, seed)

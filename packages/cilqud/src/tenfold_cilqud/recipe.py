@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from tenfold_cilqud.anchors import AnchorRule
 from tenfold_cilqud.data import DataConfig
 from tenfold_cilqud.evaluate import Evaluation
 from tenfold_cilqud.objective import Distance, Weights
@@ -130,6 +131,11 @@ class Recipe:
     def uses_pool(self) -> bool:
         """Whether unlabeled images are needed."""
         return (self.method == "cil-qud" and self.distill != "none") or self.method == "dmc"
+
+    @property
+    def anchor_rule(self) -> AnchorRule:
+        """How anchors are chosen: as the data say, or as the method does (section 8)."""
+        return self.data.anchor_rule or ("herding" if self.method == "icarl" else "random")
 
     @property
     def weights(self) -> Weights:

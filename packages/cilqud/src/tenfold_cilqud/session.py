@@ -86,13 +86,14 @@ def pool_features(net: IncrementalNet, pool: Pool, what: str = "penultimate", ta
 
 def update_anchors(session: Session, task: int) -> None:
     """Remember images of a task's classes, and forget some of the earlier ones where the memory is shared."""
-    config, data, seed = session.recipe.data, session.data, session.run.options.seed
+    config, rule = session.recipe.data, session.recipe.anchor_rule
+    data, seed = session.data, session.run.options.seed
     seen = (task + 1) * data.classes_per_task
     count = config.anchors_total // seen if config.anchors_total else config.anchors
     for label in classes_of(data.order, task, data.classes_per_task):
         images = data.train[label]
-        features = None if config.anchor_rule == "random" else features_of(session.net, images).cpu()
-        chosen = choose_anchors(config.anchor_rule, len(images), count, seed, label, features)
+        features = None if rule == "random" else features_of(session.net, images).cpu()
+        chosen = choose_anchors(rule, len(images), count, seed, label, features)
         session.anchors[label] = chosen.tolist()
     for label in session.anchors:
         session.anchors[label] = session.anchors[label][:count]
