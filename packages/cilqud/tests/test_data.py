@@ -10,6 +10,7 @@ from PIL import Image
 
 from tenfold_cilqud.data import ClassData, DataConfig, load_data, pixels, prepare, read_classes
 from tenfold_cilqud.pools import PoolConfig, audited, find_duplicates, memory_pool, mixed, open_pool, read_excluded
+from tenfold_cilqud.recipe import Recipe
 from tenfold_shared.errors import UserError
 from tenfold_shared.images import ImageSet
 
@@ -222,6 +223,21 @@ def test_the_released_pool_is_that_of_the_data_set(classes, name, tmp_path: Path
     monkeypatch.setattr("tenfold_cilqud.pools.data_root", lambda: tmp_path)
     with pytest.raises(UserError, match=f"cil-qud/{name}.pkl"):
         open_pool(PoolConfig(source="official150k"), data_of((3, 4, 4), classes), 0)
+
+
+def test_a_pool_may_say_which_fraction_of_the_training_set_it_is() -> None:
+    """A fifth of each digit's images that are not for the test, as --data.held_back 0.2 takes them."""
+    for pool in (PoolConfig("split:0.2+patches:5"), PoolConfig("split")):
+        recipe = Recipe(data=DataConfig(held_back=0.2 if pool.source == "split" else 0), pool=pool)
+        found = open_pool(recipe.pool, load_data(recipe.data, 0), 0)
+        assert (
+            int((found.labels >= 0).sum()) == sum(len(images) for images in load_data(recipe.data, 0).held_back) > 240
+        )
+    for source in ("split:half", "split:0", "split:1.5", "split:nan"):
+        with pytest.raises(UserError, match="a fraction between 0 and 1"):
+            Recipe(pool=PoolConfig(source))
+    with pytest.raises(UserError, match="differ"):
+        Recipe(data=DataConfig(held_back=30), pool=PoolConfig("split:0.5"))
 
 
 def test_broken_pools_are_named(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def test_an_audit_lists_what_to_exclude(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_an_audit_counts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    data = DataConfig(held_back=5)
-    audit(AuditTool(data, PoolConfig(source="split+patches:20")), options(tmp_path))
-    assert json.loads(capsys.readouterr().out)["test_images_in_it"] == 0
+    for data, source in ((DataConfig(held_back=5), "split+patches:20"), (DataConfig(), "split:0.2")):
+        audit(AuditTool(data, PoolConfig(source=source)), options(tmp_path))
+        assert json.loads(capsys.readouterr().out)["test_images_in_it"] == 0
 
 
 def short(**changes: object) -> Recipe:

@@ -1,8 +1,8 @@
 """Unlabeled pools (section 5): where the images come from, how they are read, and whether test images are among them.
 
-A pool is named by its source: `split` (what the data set holds back), `patches:N` (squares of two photographs),
-`official150k:FILE`, `ti500k:FILE`, `tinyimages-bin:FILE`, `imagenet32:FOLDER`, `imagenet64:FOLDER`, `cifar10`,
-`cifar100`, `svhn`, `folder:PATH`, `npy:PATH`, and any of them joined by `+`.
+A pool is named by its source: `split` (what the data set holds back; `split:FRACTION` says how much), `patches:N`
+(squares of two photographs), `official150k:FILE`, `ti500k:FILE`, `tinyimages-bin:FILE`, `imagenet32:FOLDER`,
+`imagenet64:FOLDER`, `cifar10`, `cifar100`, `svhn`, `folder:PATH`, `npy:PATH`, and any of them joined by `+`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tenfold_cilqud.data import ClassData, pixels
+from tenfold_cilqud.data import ClassData, DataConfig, pixels
 from tenfold_cilqud.protocol import draws
 from tenfold_shared.download import data_root, missing, restricted_pickle_load
 from tenfold_shared.errors import UserError
@@ -32,8 +32,9 @@ class PoolConfig:
     """The unlabeled images."""
 
     source: str = "split+patches:3000"
-    """Where they come from: split, patches:N, official150k:FILE, ti500k:FILE, tinyimages-bin:FILE, imagenet32:FOLDER,
-    imagenet64:FOLDER, cifar10, cifar100, svhn, folder:PATH, npy:PATH; several joined by +."""
+    """Where they come from: split (what --data.held_back is) or split:FRACTION (which sets it), patches:N,
+    official150k:FILE, ti500k:FILE, tinyimages-bin:FILE, imagenet32:FOLDER, imagenet64:FOLDER, cifar10, cifar100, svhn,
+    folder:PATH, npy:PATH; several joined by +."""
     duplicates: Literal["refuse", "drop", "keep"] = "refuse"
     """Pool images that are test images, found by their hash: stop, leave them out, or (for measuring the harm) keep."""
     near: float = 0.0
@@ -48,6 +49,28 @@ class PoolConfig:
         """Refuse what is no pool."""
         if self.near < 0 or self.limit < 0:
             raise UserError(f"--pool.near and --pool.limit take 0 or more, got {self.near} and {self.limit}")
+
+    def holding_back(self, data: DataConfig) -> DataConfig:
+        """The data with what a source `split:FRACTION` says that each class holds back of its training images.
+
+        Raises:
+            UserError: it is no fraction, or the data say another.
+
+        """
+        for name in self.source.split("+"):
+            kind, _, where = name.strip().partition(":")
+            if kind != "split" or not where:
+                continue
+            try:
+                fraction = float(where)
+            except ValueError:
+                fraction = 0.0
+            if not 0 < fraction < 1:
+                raise UserError(f"--pool.source {name}: a fraction between 0 and 1 is held back, such as split:0.5")
+            if data.held_back not in (0, fraction):
+                raise UserError(f"--pool.source {name} and --data.held_back {data.held_back} differ: leave one out")
+            data = dataclasses.replace(data, held_back=fraction)
+        return data
 
 
 class Pool:

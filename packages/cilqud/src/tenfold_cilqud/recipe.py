@@ -98,6 +98,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before anything is."""
+        self.data = self.pool.holding_back(self.data)
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} takes 1 or more, got {getattr(self, name)}")

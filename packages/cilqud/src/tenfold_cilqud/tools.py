@@ -105,6 +105,10 @@ class AuditTool:
     show: Literal["count", "indices"] = "count"
     """Print how many were found, or their pool indices, one a line, for --pool.exclude."""
 
+    def __post_init__(self) -> None:
+        """Hold back what the pool says."""
+        self.data = self.pool.holding_back(self.data)
+
 
 def audit(tool: AuditTool, options: RunOptions) -> None:
     """Count the test images in a pool, by hash and, with --pool.near, by distance."""
