@@ -50,6 +50,12 @@ def test_architectures_by_name(name: str) -> None:
         net(x, 4)
 
 
+@pytest.mark.parametrize("name", model_names())
+def test_images_need_not_be_square(name: str) -> None:
+    net = create_model(name, 2, 3, shape=(1, 16, 21), width=2).eval()
+    assert net(torch.rand(2, 1, 16, 21), 2).shape == (2, 4)
+
+
 @pytest.mark.parametrize("name", ["preact19", "fcn_resnet50"])
 def test_unknown_names_are_refused(name: str) -> None:
     """And networks of torchvision that are no classifiers, which would fetch weights."""

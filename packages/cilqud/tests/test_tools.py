@@ -12,10 +12,12 @@ from PIL import Image
 from tenfold_cilqud import PreActResNet, to_official
 from tenfold_cilqud.data import NORMALISATION, DataConfig, load_data
 from tenfold_cilqud.evaluate import EvalConfig, Evaluation, evaluate
+from tenfold_cilqud.models import create_model
 from tenfold_cilqud.pools import SOURCES, PoolConfig
 from tenfold_cilqud.recipe import QueryConfig, Recipe
 from tenfold_cilqud.studies import repeat, sweep
 from tenfold_cilqud.tools import AuditTool, QueryTool, _only_shape, audit, query
+from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import RunOptions
 
@@ -130,10 +132,20 @@ def test_evaluation_of_a_released_state(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match="4 classes"):
         evaluate(EvalConfig(tmp_path / "net.pt"), options(tmp_path))
     to_official(PreActResNet(5, 2, width=2), tmp_path / "colour.pt")
-    with pytest.raises(UserError, match="3 channels"):
+    with pytest.raises(UserError, match=r"images of \(3, 8, 8\)"):
         evaluate(EvalConfig(tmp_path / "colour.pt"), options(tmp_path))
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate(EvalConfig(tmp_path / "none.pt"), options(tmp_path))
+
+
+def test_a_network_for_images_of_another_size_is_refused(tmp_path: Path) -> None:
+    about = {"arch": "small", "width": 2, "shape": [1, 28, 28], "mean": [0.0], "std": [1.0]}
+    about |= {"classes_per_task": 2, "tasks": 5, "seen": 5}
+    save_weights(
+        tmp_path / "net.safetensors", create_model("small", 2, 5, shape=(1, 28, 28), width=2).state_dict(), about
+    )
+    with pytest.raises(UserError, match=r"images of \(1, 28, 28\) .* those of digits are \(1, 8, 8\)"):
+        evaluate(EvalConfig(tmp_path / "net.safetensors"), options(tmp_path))
 
 
 def test_a_released_file_is_tested_on_the_tasks_of_its_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -257,11 +257,12 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         raise UserError(
             f"the checkpoint is about {net.tasks * per_task} classes, {config.data.name} has {len(data.names)}"
         )
-    channels = about["shape"][0] if "shape" in about else about["in_channels"]
-    if channels != data.shape[0]:
+    # A released state tells the number of channels alone.
+    shape = tuple(about["shape"]) if "shape" in about else (about["in_channels"], *data.shape[1:])
+    if shape != data.shape:
         raise UserError(
-            f"the network takes images of {channels} channels and {config.data.name} has {data.shape[0]}: choose another "
-            "--data.name"
+            f"the network takes images of {shape} (channels, height, width), those of {config.data.name} are {data.shape}: "
+            "choose another --data.name"
         )
     with Run.evaluation("cilqud", options) as run:
         if named_seen and not config.seen and run.is_main and not run.options.quiet:

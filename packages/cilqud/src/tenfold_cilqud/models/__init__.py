@@ -59,6 +59,6 @@ def create_model(
         )
     if name == "small":
         return SmallNet(
-            classes_per_task, tasks, width=width or 16, in_channels=shape[0], size=shape[1], mean=mean, std=std
+            classes_per_task, tasks, width=width or 16, in_channels=shape[0], size=shape[1:], mean=mean, std=std
         )
     return TorchvisionNet(name, classes_per_task, tasks, mean, std)

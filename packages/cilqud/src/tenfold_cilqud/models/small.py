@@ -10,7 +10,7 @@ from tenfold_shared.errors import UserError
 
 
 class SmallNet(IncrementalNet):
-    """Three convolutions and a hidden layer for small images; features are 4 x width behind a ReLU (section 12)."""
+    """Three convolutions and a hidden layer for small images of `size` (height, width); features are 4 x width behind a ReLU (section 12)."""
 
     def __init__(
         self,
@@ -19,16 +19,16 @@ class SmallNet(IncrementalNet):
         *,
         width: int = 16,
         in_channels: int = 1,
-        size: int = 8,
+        size: tuple[int, ...] = (8, 8),
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
     ):
         super().__init__(classes_per_task, tasks, mean, std)
-        side = (size + 3) // 4  # two strides of 2, each rounded up
+        rows, columns = ((side + 3) // 4 for side in size)  # two strides of 2, each rounded up
         layers: list[nn.Module] = []
         for channels, out, stride in ((in_channels, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        hidden = nn.Linear(4 * width * side * side, 4 * width)
+        hidden = nn.Linear(4 * width * rows * columns, 4 * width)
         self.backbone = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU())
         self.add_heads(4 * width)
 
