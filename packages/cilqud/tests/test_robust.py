@@ -1,6 +1,9 @@
 """The worst cases of RCIL-QUD, and how accuracy under attack is counted."""
 
 import copy
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +148,37 @@ def test_no_room_no_harm(attack) -> None:
     chosen = Evaluation(attack=attack, eps=0.0, step_size=0.0, **SMALL)
     expected = model.scores(images(), 2).argmax(1) == y
     assert torch.equal(withstood(model, images(), y, 2, chosen, 0), expected)
+
+
+@pytest.mark.parametrize("option", ["attack", "final"])
+def test_autoattack_is_missed_before_training(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "autoattack", None)
+    with pytest.raises(UserError, match=f"--evaluation.{option} autoattack needs the package"):
+        Evaluation(**{option: "autoattack"})
+
+
+def test_autoattack_aims_at_the_classes_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At all wrong ones of a state of few classes; the ensemble takes its place where its losses need more classes."""
+    made = []
+
+    class AutoAttack:
+        def __init__(self, score, **settings):
+            self.apgd_targeted, self.fab = SimpleNamespace(), SimpleNamespace()
+            made.append(self)
+
+        def run_standard_evaluation(self, x, y, bs):
+            return x
+
+    module = ModuleType("autoattack")
+    module.AutoAttack, module.__spec__ = AutoAttack, ModuleSpec("autoattack", None)
+    monkeypatch.setitem(sys.modules, "autoattack", module)
+    model = net().eval()
+    for tasks, targets in ((1, []), (2, [3]), (3, [3, 5])):
+        y = model.scores(images(), tasks).argmax(1)
+        alive = withstood(model, images(), y, tasks, Evaluation(attack="autoattack", eps=0.0, **SMALL), 0)
+        assert alive.all()
+        assert [adversary.apgd_targeted.n_target_classes for adversary in made] == targets
+        assert [adversary.fab.n_target_classes for adversary in made] == targets
 
 
 def test_every_class_of_a_task_is_attacked(monkeypatch: pytest.MonkeyPatch) -> None:

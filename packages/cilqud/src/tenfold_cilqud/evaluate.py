@@ -1,6 +1,7 @@
 """Accuracy on the tasks seen, clean and under attack (section 9), and the verb `eval` on a checkpoint."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import sys
@@ -33,7 +34,8 @@ class Evaluation:
 
     attack: Literal["none", "pgd", "ensemble", "autoattack"] = "none"
     """Robust accuracy after every task: PGD on the cross entropy; the ensemble of AutoAttack's four parts (Auto-PGD on
-    two losses, FAB, Square); or AutoAttack from the package autoattack."""
+    two losses, FAB, Square); or AutoAttack from the package autoattack, which needs four classes: with fewer the ensemble
+    takes its place."""
     final: Literal["none", "ensemble", "autoattack"] = "none"
     """A stronger attack besides, after the last task."""
     eps: float = 8 / 255
@@ -61,6 +63,11 @@ class Evaluation:
             raise UserError(
                 f"--evaluation.restarts and batch_size take 1 or more, got {self.restarts} and {self.batch_size}"
             )
+        for name in ("attack", "final"):
+            if getattr(self, name) == "autoattack" and importlib.util.find_spec("autoattack") is None:
+                raise UserError(
+                    f"--evaluation.{name} autoattack needs the package autoattack: install it, or take ensemble"
+                )
 
 
 @torch.no_grad()
@@ -104,9 +111,10 @@ def withstood(
 
     with held(net), torch.no_grad():
         alive = score(x).argmax(1) == y
-        if settings.attack == "autoattack":
-            return alive & _autoattack(score, x, y, settings, seed)
-        if settings.attack == "ensemble":
+        classes = tasks * net.classes_per_task
+        if settings.attack == "autoattack" and classes >= 4:
+            return alive & _autoattack(score, x, y, classes, settings, seed)
+        if settings.attack in ("ensemble", "autoattack"):
             from tenfold_cilqud.ensemble import withstands_ensemble  # noqa: PLC0415
 
             return withstands_ensemble(
@@ -137,15 +145,13 @@ def withstood(
     return alive
 
 
-def _autoattack(score, x: Tensor, y: Tensor, settings: Evaluation, seed: int) -> Tensor:
-    try:
-        from autoattack import AutoAttack  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise UserError(
-            "--evaluation.attack autoattack needs the package autoattack: install it, or take ensemble"
-        ) from error
+def _autoattack(score, x: Tensor, y: Tensor, classes: int, settings: Evaluation, seed: int) -> Tensor:
+    from autoattack import AutoAttack  # noqa: PLC0415 - optional
+
     adversary = AutoAttack(score, norm="Linf", eps=settings.eps, version="standard", device=x.device, verbose=False)
     adversary.seed = seed
+    # Its nine targets are for ten classes and more.
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
     with torch.enable_grad():
         attacked = adversary.run_standard_evaluation(x, y, bs=len(x))
     return score(attacked).argmax(1) == y
