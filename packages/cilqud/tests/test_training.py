@@ -12,6 +12,7 @@ import tenfold_cilqud.train
 from tenfold_cilqud.data import ClassData, DataConfig
 from tenfold_cilqud.evaluate import EvalConfig, Evaluation, evaluate, load_checkpoint, predictions
 from tenfold_cilqud.models import create_model
+from tenfold_cilqud.objective import Answered, distillation_terms
 from tenfold_cilqud.pools import memory_pool
 from tenfold_cilqud.protocol import Samples
 from tenfold_cilqud.recipe import QueryConfig, Recipe
@@ -19,6 +20,7 @@ from tenfold_cilqud.robust import Robust
 from tenfold_cilqud.session import Session, frozen_copy
 from tenfold_cilqud.streams import Stream, class_weights
 from tenfold_cilqud.train import learn, new_network, place, run_recipe
+from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.claims import load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -152,6 +154,39 @@ def test_all_of_a_pool_has_a_limit_too(tmp_path: Path) -> None:
     recipe = short(steps=1, query=QueryConfig(strategy="all", max_total=7))
     with Run("cilqud", recipe, options(tmp_path)) as run:
         assert run_recipe(run, recipe).queries[0]["taken"] == 7
+
+
+@pytest.mark.parametrize("at", [None, 1])
+def test_a_query_is_described(at: int | None, tmp_path: Path) -> None:
+    """Distances from the nearest to the farthest, and how much of it the task before took; also where a run went on."""
+    data = DataConfig(tasks=5, per_class=12, held_back=5, anchors=4)
+    recipe = short(steps=2, data=data, query=QueryConfig(per_anchor=3))
+    if at is not None:
+        with pytest.raises(Stopped):
+            run_until(recipe, tmp_path, "task-2", at)
+    with Run("cilqud", recipe, options(tmp_path, checkpoint_every=1, resume=True)) as run:
+        queries = run_recipe(run, recipe).queries
+    assert all(query["distance_deciles"] == sorted(query["distance_deciles"]) for query in queries)
+    assert all(len(query["distance_deciles"]) == 11 for query in queries)
+    taken = [
+        set(load_weights(tmp_path / "cilqud" / "x" / "checkpoints" / f"task-{k}.safetensors")[1]["taken"])
+        for k in range(1, 5)
+    ]
+    assert "taken_before" not in queries[0]
+    for before, now, query in zip(taken, taken[1:], queries[1:], strict=False):
+        assert query["taken_before"] == pytest.approx(100 * len(before & now) / len(now))
+
+
+def test_distillation_may_leave_the_square_of_the_temperature_out() -> None:
+    recipe = short(temperature=3.0)
+    x, answers = torch.rand(4, 1, 8, 8), torch.randn(4, 2)
+    net = create_model("small", 2, 2, shape=(1, 8, 8)).eval()
+    batch = Answered(x, answers, answers, torch.zeros(4, 64), 4)
+    with_it, without = (
+        distillation_terms(net, batch, 1, dataclasses.replace(recipe, kd_T2=kept).weights) for kept in (True, False)
+    )
+    for name, value in with_it.items():
+        torch.testing.assert_close(value, 9 * without[name])
 
 
 def test_the_stronger_attack_follows_the_last_task_alone(tmp_path: Path) -> None:

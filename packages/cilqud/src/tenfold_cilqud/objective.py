@@ -106,6 +106,8 @@ class Weights:
     main: float = 0.5
     lwf: float = 1.0
     temperature: float = 2.0
+    kd_factor: float | None = None
+    """What distillation is multiplied with in place of T^2."""
     distance: Distance = "mse"
     trades: float = 6.0
 
@@ -179,7 +181,8 @@ def distillation_terms(
     terms: Terms = {}
     for head in heads:
         answers = batch.aux if head == "aux" else batch.main
-        values = knowledge_distillation(net.logits(features, old_tasks, head), answers, weights.temperature)
+        student = net.logits(features, old_tasks, head)
+        values = knowledge_distillation(student, answers, weights.temperature, weights.kd_factor)
         scale = weights.lwf * (weights.aux if head == "aux" else weights.main)
         terms[f"kd_{head}"] = scale * values.sum() / batch.total
     return terms

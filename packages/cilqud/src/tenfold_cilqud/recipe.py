@@ -74,7 +74,9 @@ class Recipe:
     lambda_lwf: float = 1.0
     """Weight lambda of learning without forgetting."""
     temperature: float = 2.0
-    """Temperature T of the distillation, which is multiplied by T^2."""
+    """Temperature T of the distillation."""
+    kd_T2: bool = True
+    """Multiply the distillation by T^2 (as released)."""
     distance: Distance = "mse"
     """Feature transfer's distance."""
     reaugment: bool = False
@@ -145,6 +147,7 @@ class Recipe:
             main=self.primary_weight if self.heads == "two" else 1.0,
             lwf=self.lambda_lwf * (self.robust.gamma1 if self.robust.lwf == "attacked" else 1.0),
             temperature=self.temperature,
+            kd_factor=None if self.kd_T2 else 1.0,
             distance=self.distance,
             trades=self.robust.trades_beta,
         )

@@ -46,6 +46,8 @@ class Session:
     """Accuracies under the stronger attack after the last task."""
     queries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """What each task's query took."""
+    taken: list[int] = dataclasses.field(default_factory=list)
+    """Pool indices that the latest task took."""
 
     def anchor_images(self, label: int) -> Tensor:
         """The remembered images of an original class."""
@@ -179,7 +181,9 @@ class Answers:
 def choose_unlabeled(
     session: Session, teacher: IncrementalNet, task: int, anchors: Samples
 ) -> tuple[Int[Tensor, " n"], dict[str, Any]]:
-    """The pool indices that a task uses, ascending, and a report on them."""
+    """The pool indices that a task uses, ascending, and a report on them (section 9): their distances from the anchors that
+    took them, and in per cent how many the task before took too, how many are the data set's, and how many are of old classes.
+    """
     config, pool, seed = session.recipe.query, session.pool, session.run.options.seed
     if config.strategy == "anchors":
         return torch.arange(len(anchors)), {"strategy": "anchors", "taken": len(anchors)}
@@ -205,8 +209,11 @@ def choose_unlabeled(
         else:
             taken = query(found, features, config.per_anchor, **how)
         indices = taken.chosen
-        about |= {"seconds": taken.seconds, "median_distance": float(taken.distance.median().sqrt())}
+        deciles = taken.distance.double().sqrt().quantile(torch.linspace(0, 1, 11, dtype=torch.float64))
+        about |= {"seconds": taken.seconds, "distance_deciles": deciles.tolist()}
     about["taken"] = len(indices)
+    if session.taken:
+        about["taken_before"] = 100.0 * float(torch.isin(indices, torch.tensor(session.taken)).double().mean())
     if pool.labels is not None:
         labels = pool.labels[indices]
         old = torch.tensor(session.data.order[: task * session.data.classes_per_task])

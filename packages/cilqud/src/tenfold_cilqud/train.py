@@ -186,7 +186,10 @@ def learn(session: Session, index: int) -> None:
         finish(task, session.remembered(index + 1))
         outcome = test(session, index)
         outcome |= {"anchors": {str(label): chosen for label, chosen in session.anchors.items()}}
-        outcome |= {"query": task.answers.about if task.answers is not None else {}}
+        outcome |= {"query": {}, "taken": []}
+        if task.answers is not None:
+            assert task.answers.indices is not None
+            outcome |= {"query": task.answers.about, "taken": task.answers.indices.tolist()}
         outcome |= describe(session, index + 1, outcome["row"])
     outcome = run.complete(phase, session.net, **outcome)
     session.anchors = {int(label): list(chosen) for label, chosen in outcome["anchors"].items()}
@@ -198,6 +201,7 @@ def learn(session: Session, index: int) -> None:
         session.auxiliary.append(outcome["auxiliary_row"])
     if outcome["query"]:
         session.queries.append(outcome["query"])
+        session.taken = outcome["taken"]
     if session.walk is not None:
         load_walk(session, phase)
 
