@@ -312,6 +312,15 @@ def test_near_duplicates_are_found_by_distance() -> None:
     assert find_duplicates(pool, test, near=0.1).tolist() == [0]
 
 
+def test_small_distances_of_bright_images_are_told_apart() -> None:
+    """One pixel of each image is a level away from a test image's, or two."""
+    test = data_of(classes=15).test
+    images = torch.cat(list(test)) | 128
+    pool = images.clone().repeat(2, 1, 1, 1)
+    pool[:, 0, 0, 0] ^= torch.tensor([1] * len(images) + [2] * len(images), dtype=torch.uint8)
+    assert find_duplicates(memory_pool(pool, "mine"), images, near=1.5 / 255).tolist() == list(range(len(images)))
+
+
 def test_excluded_indices(tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("3\n1\n")
     assert read_excluded(tmp_path / "some.txt", 5).tolist() == [3, 1]

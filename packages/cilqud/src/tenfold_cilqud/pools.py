@@ -384,13 +384,14 @@ def digests(images: Tensor) -> list[bytes]:
 def find_duplicates(pool: Pool, test: Tensor, near: float = 0.0) -> Int[Tensor, " d"]:
     """Pool indices that are test images [n, c, h, w] by their hash, or closer than `near` in pixel distance."""
     known = set(digests(test))
-    flat = pixels(test).flatten(1) if near else None
+    # In double precision: cdist expands the square, which loses small distances in single.
+    flat = pixels(test).flatten(1).double() if near else None
     found = []
     for first in range(0, len(pool), CHUNK):
         images = pool[torch.arange(first, min(first + CHUNK, len(pool)))]
         same = torch.tensor([digest in known for digest in digests(images)])
         if flat is not None:
-            same |= torch.cdist(pixels(images).flatten(1), flat).amin(1) < near
+            same |= torch.cdist(pixels(images).flatten(1).double(), flat).amin(1) < near
         found.append(same.nonzero().squeeze(1) + first)
     return torch.cat(found)
 
