@@ -295,6 +295,20 @@ def test_a_run_stopped_between_and_within_tasks_goes_on(method: str, tmp_path: P
         shutil.rmtree(folder)
 
 
+def test_importances_leave_later_heads_alone(tmp_path: Path) -> None:
+    """Not even weight decay moves a head before its task comes, whatever the penalty on the others."""
+    data = DataConfig(tasks=5, per_class=12, anchors=4)
+    recipe = short("rwalk", data=data, weight_decay=0.1)
+    with Run("cilqud", recipe, options(tmp_path)) as run:
+        run_recipe(run, recipe)
+    first, second = (
+        load_checkpoint(tmp_path / "cilqud" / "x" / "checkpoints" / f"task-{k}.safetensors")[0] for k in (0, 1)
+    )
+    for head in ("linear_main.1", "linear_main.2", "linear_main.4", "linear.0"):
+        same = torch.equal(first.get_submodule(head).weight, second.get_submodule(head).weight)
+        assert same == (head != "linear_main.1")
+
+
 def test_importances_end_a_task_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RWalk, stopped when a closed task's state was kept and its weights were not yet."""
     recipe = short("rwalk")

@@ -94,16 +94,19 @@ class Walk:
         )
         self.old = [parameter.detach().clone() for parameter in net.parameters()]
         self.before = [parameter.detach().clone() for parameter in net.parameters()]
+        self.held = [False] * len(zeros)
 
     def penalty(self, net: nn.Module) -> Tensor:
-        """Sum (F + s)(theta - theta_old)^2."""
-        parts = [
-            ((fisher + score) * (parameter - old).square()).sum()
-            for parameter, old, fisher, score in zip(
-                net.parameters(), self.old, self.kept_fisher, self.kept_score, strict=True
-            )
-        ]
-        return torch.stack(parts).sum()
+        """Sum (F + s)(theta - theta_old)^2, over what has importance alone: a gradient of zero in place of none would let
+        weight decay move the heads of later tasks.
+        """
+        total = self.old[0].new_zeros(())
+        for held, parameter, old, fisher, score in zip(
+            self.held, net.parameters(), self.old, self.kept_fisher, self.kept_score, strict=True
+        ):
+            if held:
+                total = total + ((fisher + score) * (parameter - old).square()).sum()
+        return total
 
     @torch.no_grad()
     def note(self, net: nn.Module) -> None:
@@ -130,6 +133,13 @@ class Walk:
             self.gain[i].zero_()
             self.old[i].copy_(parameter)
             self.before[i].copy_(parameter)
+        self._find_held()
+
+    def _find_held(self) -> None:
+        """Which parameters have importance; asked once a task, since it waits for the device."""
+        self.held = [
+            bool((fisher + score).any()) for fisher, score in zip(self.kept_fisher, self.kept_score, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Everything, for a checkpoint."""
@@ -141,5 +151,6 @@ class Walk:
             own = getattr(self, name)
             for mine, saved in zip(own, state[name], strict=True):
                 mine.copy_(saved)
+        self._find_held()
 
     _PARTS = ("fisher", "gain", "kept_fisher", "kept_score", "old", "before")
