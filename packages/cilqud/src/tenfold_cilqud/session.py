@@ -181,8 +181,9 @@ class Answers:
 def choose_unlabeled(
     session: Session, teacher: IncrementalNet, task: int, anchors: Samples
 ) -> tuple[Int[Tensor, " n"], dict[str, Any]]:
-    """The pool indices that a task uses, ascending, and a report on them (section 9): their distances from the anchors that
-    took them, and in per cent how many the task before took too, how many are the data set's, and how many are of old classes.
+    """The pool indices that a task uses, ascending, and a report on them (section 9): deciles of their distances from the
+    anchors that took them; in per cent, how many the task before took too, and how many are the data set's and of old
+    classes.
     """
     config, pool, seed = session.recipe.query, session.pool, session.run.options.seed
     if config.strategy == "anchors":

@@ -10,7 +10,9 @@ from tenfold_shared.errors import UserError
 
 
 class SmallNet(IncrementalNet):
-    """Three convolutions and a hidden layer for small images of `size` (height, width); features are 4 x width behind a ReLU (section 12)."""
+    """Three convolutions and a hidden layer for small images of `size` (height, width); features are 4 x width behind a
+    ReLU (section 12).
+    """
 
     def __init__(
         self,
