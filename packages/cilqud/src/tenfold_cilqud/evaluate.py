@@ -179,7 +179,7 @@ def shared_out(labels: Int[Tensor, " n"], count: int) -> Int[Tensor, " m"]:
     turn = torch.empty_like(labels)
     for label in labels.unique():
         own = labels == label
-        turn[own] = torch.arange(int(own.sum()))
+        turn[own] = torch.arange(int(own.sum()), device=labels.device)
     return turn.argsort(stable=True)[:count].sort().values
 
 
