@@ -59,6 +59,13 @@ def test_drawn_sources_are_distinct_near_and_not_the_target(seed, name, count):
     assert set(chosen) <= set(pool)
 
 
+def test_one_source_at_least_is_drawn():
+    poses = tabletop_cameras(12, 8).camera_to_world
+    rule = SOURCE_RULES["llff"]  # draws up to two fewer than are wanted
+    drawn = {len(rule.draw(np.random.default_rng(seed), poses[0], poses, 1, 0)) for seed in range(30)}
+    assert min(drawn) == 1
+
+
 def test_nearest_views_are_ordered_by_their_distance():
     poses = tabletop_cameras(12, 8).camera_to_world
     order = nearest_views(poses[3], poses, 11, "dist", target_index=3)

@@ -204,8 +204,12 @@ def test_configurations_that_cannot_be(kind: type, values: dict, words: str) -> 
 
 def test_too_few_views_for_the_sources(tmp_path: Path) -> None:
     """More sources than the scene has views, and pictures too small for the features."""
+    few = dataclasses.replace(TINY, sources=9)
+    with pytest.raises(UserError, match=r"9 source views .* has 6 .* lower --data\.sources"):
+        judged_targets(few)
     with pytest.raises(UserError, match="source views"):
-        trained(tmp_path, data=dataclasses.replace(TINY, sources=9))
+        trained(tmp_path, data=few)
+    assert not (tmp_path / "gnt" / "run").exists()  # refused before a step
     with pytest.raises(UserError, match="at least 5 pixels for these features, got 4x4"):
         trained(tmp_path, data=dataclasses.replace(TINY, size=4))
 

@@ -105,6 +105,20 @@ def target_views(
     )
 
 
+def refuse_few_views(pool: Scene, count: int, besides: int = 0) -> None:
+    """Refuse to render from more source views than there are.
+
+    Raises:
+        UserError: fewer than `count` views without the `besides` ones that may not be used.
+
+    """
+    if len(pool) - besides < count:
+        raise UserError(
+            f"{count} source views were asked for, and {pool.name} has {len(pool) - besides} besides the target: "
+            "lower --data.sources"
+        )
+
+
 def evaluation_views(scene: Scene, target: int, count: int, method: Distance, pool: Scene | None = None) -> TargetViews:
     """A target with its `count` nearest sources; a target of the pool itself is never among them.
 
@@ -121,9 +135,7 @@ def evaluation_views(scene: Scene, target: int, count: int, method: Distance, po
     """
     own = pool is None
     pool = scene if pool is None else pool
-    available = len(pool) - own
-    if available < count:
-        raise UserError(f"{count} source views were asked for, and {pool.name} has {available} besides the target")
+    refuse_few_views(pool, count, besides=int(own))
     pose = scene.cameras.camera_to_world[target]
     poses = pool.cameras.camera_to_world
     if own:

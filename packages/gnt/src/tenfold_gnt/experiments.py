@@ -16,7 +16,7 @@ from tenfold_gnt.collections import (
     scene_folders,
     widened,
 )
-from tenfold_gnt.data import Mixture, TargetViews, TrainingViews, evaluation_views
+from tenfold_gnt.data import Mixture, TargetViews, TrainingViews, evaluation_views, refuse_few_views
 from tenfold_gnt.views import SOURCE_RULES, Distance, SourceRule
 from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
@@ -116,7 +116,7 @@ class Target(NamedTuple):
 
     scene: Scene
     view: int
-    pool: Scene | None
+    pool: Scene
     method: Distance
 
     def views(self, sources: int) -> TargetViews:
@@ -153,19 +153,23 @@ def judged_targets(config: DataConfig) -> list[Target]:
     """The views an experiment is judged on, each with the views it may be rendered from.
 
     Raises:
-        UserError: as `training_set`.
+        UserError: as `training_set`; or there are fewer views to render one from than sources are asked for.
 
     """
     if config.name == "tabletop":
-        return table_targets(config)
-    if config.name == "capture":
+        targets = table_targets(config)
+    elif config.name == "capture":
         pool, test = capture(config)
-        return [Target(test, i, pool, "dist") for i in range(len(test))]
-    return [
-        Target(test, i, pool, method)
-        for pool, test, method in held_out(replace(config, name=config.judged_name))
-        for i in range(len(test))
-    ]
+        targets = [Target(test, i, pool, "dist") for i in range(len(test))]
+    else:
+        targets = [
+            Target(test, i, pool, method)
+            for pool, test, method in held_out(replace(config, name=config.judged_name))
+            for i in range(len(test))
+        ]
+    for target in targets:  # here, and not when the training that they judge is done
+        refuse_few_views(target.pool, config.sources)
+    return targets
 
 
 def tables(config: DataConfig) -> list[Scene]:

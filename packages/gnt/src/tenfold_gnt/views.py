@@ -100,7 +100,7 @@ class SourceRule:
         factors: the pool is the nearest `N · s` views, s one of these,
         chances: with these probabilities.
         most: bound on the pool.
-        spread: the number drawn from the pool is N + U{low..high}.
+        spread: the number drawn from the pool is N + U{low..high}, at least one.
 
     """
 
@@ -130,7 +130,7 @@ class SourceRule:
         size = count * int(generator.choice(self.factors, p=self.chances))
         size = min(size, self.most or size)
         pool = nearest_views(target, poses, size, self.method, target_index=target_index)
-        wanted = count + int(generator.integers(self.spread[0], self.spread[1] + 1))
+        wanted = max(1, count + int(generator.integers(self.spread[0], self.spread[1] + 1)))
         return generator.choice(pool, size=min(wanted, len(pool)), replace=False)
 
 
