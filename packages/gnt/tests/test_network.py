@@ -33,7 +33,9 @@ from tenfold_gnt.projection import ViewSamples, source_views
 from tenfold_gnt.ray_transformer import RayAttention
 from tenfold_gnt.render import Model, prepare_views, rays_per_chunk, render_picture, render_pixels, render_rays
 from tenfold_gnt.seen_views import seen_views
+from tenfold_gnt.train import Recipe
 from tenfold_gnt.view_transformer import SubtractionAttention
+from tenfold_shared.cli import load_recipe
 from tenfold_shared.scenes import tabletop_views
 
 RAYS, SAMPLES, VIEWS, CHANNELS = 3, 6, 5, 8
@@ -261,6 +263,19 @@ def test_every_arm_renders_and_learns(make):
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("seed", [4, 11])
+def test_nerf_has_density_to_begin_with(seed):
+    """A rectifier that is zero everywhere would never learn, as these seeds' would."""
+    torch.manual_seed(seed)
+    network = NeRF()
+    points = torch.rand(16, 12, 3, generator=torch.Generator().manual_seed(0)) * 3 - 1.5
+    samples = ViewSamples(torch.zeros(16, 12, 1, 3), torch.zeros(16, 12, 1, 4), torch.ones(16, 12, 1, 1))
+    rays = network(samples, points.sort(1).values, torch.ones(16, 3), return_weights=True)
+    assert (rays.weights[:, :-1] > 0).any()
+    rays.rgb.sum().backward()
+    assert network.density.weight.grad.any()
+
+
 @pytest.mark.usefixtures("double")
 def test_compositing_against_a_loop():
     rgb, sigma = torch.rand(2, 7, 3), torch.rand(2, 7) * 2
@@ -419,6 +434,19 @@ def test_training_lowers_the_loss(views):
     losses = torch.stack(losses)
     assert losses[-10:].mean() < 0.6 * losses[:5].mean()
     assert optimiser.param_groups[0]["lr"] == 2.5e-3
+
+
+def test_the_exponential_schedule_decays_at_every_step():
+    """NeRF's: a step schedule over as many steps as it is trained for would never decay."""
+    network = Model(TinyFeatures(), NeRF())
+    settings = load_recipe("tenfold_gnt", "llff-nerf", Recipe).optimisation
+    optimiser, scheduler = build_optimiser(network, settings)
+    rates = []
+    for _ in range(3):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        scheduler.step()
+    assert rates == pytest.approx([5e-4 * 0.1 ** (step / 250_000) for step in range(3)], rel=1e-12)
 
 
 def test_pixels_are_distinct_and_central():

@@ -51,11 +51,12 @@ class Optimisation:
     network_rate: float = 5e-4
     """Learning rate of the rendering network."""
     decay_every: int = 50_000
-    """Steps between two decays of the step schedule."""
+    """Steps between two decays of the step schedule, or over which the exponential one decays."""
     decay: float = 0.5
     """Factor of a decay."""
-    schedule: Literal["step", "cosine"] = "step"
-    """Halved every so often as in the paper, or a cosine down to a tenth over all steps."""
+    schedule: Literal["step", "exponential", "cosine"] = "step"
+    """Halved every so often as in the paper, decayed a little at every step as NeRF is, or a cosine down to a tenth over
+    all steps."""
 
     def __post_init__(self) -> None:
         """Refuse what no optimiser takes."""
@@ -91,6 +92,10 @@ def build_optimiser(
             return 0.1 + 0.45 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
         return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    if settings.schedule == "exponential":
+        return optimiser, torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: settings.decay ** (step / settings.decay_every)
+        )
     return optimiser, torch.optim.lr_scheduler.StepLR(optimiser, settings.decay_every, settings.decay)
 
 
