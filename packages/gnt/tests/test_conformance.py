@@ -6,11 +6,11 @@ SMALL = ["--data.size", "24", "--data.scenes", "1", "--data.views", "8", "--data
 
 
 class TestConformance(Conformance):
-    """GNT on one small table; two targets a step, one for each of two processes, and no dropout, which they would draw apart."""
+    """GNT on one small table; two targets a step, one for each of two processes."""
 
     package = "tenfold_gnt"
     train = [
-        *("--config", "tabletop-single-gnt", *SMALL, "--network.width", "16", "--network.dropout", "0"),
+        *("--config", "tabletop-single-gnt", *SMALL, "--network.width", "16"),
         *("--rays.count", "64", "--rays.samples", "8", "--rays.judged_samples", "8"),
         *("--targets", "2", "--steps", "60", "--judge_every", "60"),
     ]

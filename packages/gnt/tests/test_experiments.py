@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from tenfold_gnt.compat import save_official_checkpoint
-from tenfold_gnt.evaluate import EvalConfig, Scores, evaluate, load_model, mean_scores
+from tenfold_gnt.evaluate import EvalConfig, Scores, evaluate, load_model, mean_scores, score_picture
 from tenfold_gnt.experiments import OFFSETS, UNSEEN, DataConfig, capture, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.network import parameter_count
 from tenfold_gnt.objective import Optimisation
+from tenfold_gnt.render import Picture
 from tenfold_gnt.reproduce import measure, sweep
 from tenfold_gnt.train import Rays, Recipe, run_recipe
 from tenfold_gnt.video import RenderConfig, claim_folder, path_frames, read_poses, render, write_ply, write_video
 from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.claims import Metric, load_claims
 from tenfold_shared.cli import load_recipe, recipes
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_shared.scenes import (
     LLFFPoses,
@@ -185,7 +186,11 @@ def test_missing_captures_and_scenes_are_named(tmp_path: Path) -> None:
         (Recipe, {"network": NetworkConfig(fine=True)}, r"rays\.importance"),
         (NetworkConfig, {"width": 12}, "multiple of 8"),
         (NetworkConfig, {"dropout": 1.0}, "dropout"),
-        (Rays, {"samples": 1}, "samples"),
+        (Rays, {"samples": 1}, r"rays\.samples takes 2"),
+        (Rays, {"samples": 2, "importance": 3}, r"rays\.samples takes 3 or more with importance"),
+        (Rays, {"judged_samples": 2, "importance": 3}, r"rays\.judged_samples takes 3"),
+        (EvalConfig, {"checkpoint": Path("x"), "samples": 2, "importance": 3}, "--samples takes 3"),
+        (RenderConfig, {"checkpoint": Path("x"), "samples": 2, "importance": 3}, "--samples takes 3"),
         (Rays, {"centre": 1.5}, "centre"),
         (Recipe, {"steps": 0}, "steps"),
         (RenderConfig, {"checkpoint": Path("x"), "path": "poses"}, "--poses"),
@@ -225,6 +230,27 @@ def test_scores_are_averaged_over_the_views_that_have_them() -> None:
     uneven = mean_scores([rows[0], rows[1], rows[1]], ["a", "b", "b"])  # every scene counts once
     assert uneven.psnr == 21.0
     assert uneven.depth_error == 0.3
+
+
+def test_renderings_that_are_no_numbers_are_no_score(tmp_path: Path) -> None:
+    """They would be left out of the mean: the evaluation fails instead."""
+    model = create_model(NetworkConfig(width=16, depth=1, features="small"))
+    torch.nn.init.constant_(model.coarse.to_rgb.bias, float("nan"))
+    about = {"network": {"width": 16, "depth": 1, "features": "small"}}
+    save_weights(tmp_path / "w.safetensors", model.state_dict(), about)
+    with pytest.raises(RunFailure, match=r"the rendering of view 0 of .* is not finite"):
+        evaluate(EvalConfig(tmp_path / "w.safetensors", TINY, samples=4), RunOptions(output=tmp_path, device="cpu"))
+
+
+def test_a_view_without_foreground_has_no_foreground_score() -> None:
+    """An empty mask has no error, which is not 60 dB."""
+    target = judged_targets(TINY)[0]
+    views = target.views(3)
+    picture = Picture(views.rgb, torch.ones(20, 20), torch.ones(20, 20), None)
+    assert "foreground_psnr" in score_picture(picture, target, views)
+    transparent = [np.concatenate([image[..., :3], np.zeros_like(image[..., :1])], -1) for image in target.scene.images]
+    bare = target._replace(scene=dataclasses.replace(target.scene, images=transparent))
+    assert "foreground_psnr" not in score_picture(picture, bare, views)
 
 
 def test_fine_tuning_starts_from_a_checkpoint(tmp_path: Path) -> None:

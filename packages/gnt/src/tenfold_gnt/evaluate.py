@@ -17,8 +17,9 @@ from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.metrics import constant_depth_error, depth_scores, lpips, psnr, ssim
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.render import Model, Picture, prepare_views, render_picture
+from tenfold_gnt.sampling import refuse_few_samples
 from tenfold_shared.checkpoint import load_weights
-from tenfold_shared.errors import UserError
+from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.run import Run, RunOptions
 
 
@@ -75,8 +76,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        if self.samples < 2 or self.importance < 0 or self.stride < 1:
-            raise UserError("--samples takes 2 or more, --importance 0 or more, --stride 1 or more")
+        if self.importance < 0 or self.stride < 1:
+            raise UserError("--importance takes 0 or more, --stride 1 or more")
+        refuse_few_samples(self.samples, self.importance, "--samples")
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
@@ -164,7 +166,12 @@ def score_targets(
     stride: int = 1,
     with_lpips: bool = False,
 ) -> list[Scores]:
-    """Scores of every target, shared out over the processes."""
+    """Scores of every target, shared out over the processes.
+
+    Raises:
+        RunFailure: a rendering is not finite.
+
+    """
     names = [field.name for field in dataclasses.fields(Scores)]
     table = torch.zeros(len(targets), len(names), dtype=torch.float64, device=run.device)
     for number in range(run.rank, len(targets), run.world):
@@ -172,6 +179,11 @@ def score_targets(
         views = target.views(sources).to(run.device)
         with run.accelerator.autocast():
             picture = render_target(model, views, samples, importance, inverse=inverse, stride=stride)
+        if not (picture.rgb.isfinite().all() and picture.depth.isfinite().all()):  # no score to leave out of a mean
+            raise RunFailure(
+                f"the rendering of view {target.view} of {target.scene.name} is not finite: the network's weights are "
+                "damaged, or --precision is too low for them"
+            )
         found = score_picture(picture, target, views, stride, with_lpips=with_lpips)
         for column, name in enumerate(names):
             table[number, column] = found.get(name, math.nan)
@@ -207,8 +219,8 @@ def score_picture(
         "nearest_psnr": psnr(nearest_view(views.camera, views.images, views.cameras)[::stride, ::stride], truth),
     }
     alpha = target.scene.alpha(target.view)
-    if alpha is not None:
-        row["foreground_psnr"] = psnr(rgb, truth, torch.from_numpy(alpha[::stride, ::stride] > 0).to(truth))
+    if alpha is not None and (covered := alpha[::stride, ::stride] > 0).any():
+        row["foreground_psnr"] = psnr(rgb, truth, torch.from_numpy(covered).to(truth))
     if target.scene.depth is not None:
         true_depth = torch.from_numpy(target.scene.depth[target.view][::stride, ::stride]).to(truth)
         row["depth_error"], row["depth_correlation"] = depth_scores(depth, true_depth)

@@ -4,7 +4,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tenfold_shared.errors import UserError
+
 SMALLEST_STEP = 1e-5
+
+
+def refuse_few_samples(samples: int, importance: int, option: str) -> None:
+    """Refuse fewer depths a ray than the passes need; importance samples lie between the midpoints of the others.
+
+    Raises:
+        UserError: fewer than two depths, or than three before an importance pass; `option` is named.
+
+    """
+    least = 3 if importance else 2
+    if samples < least:
+        raise UserError(f"{option} takes {least} or more{' with importance samples' * (least > 2)}, got {samples}")
 
 
 def depth_samples(

@@ -12,6 +12,7 @@ from tenfold_gnt.experiments import DataConfig, Target, judged_targets, training
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.objective import Optimisation, accumulate_gradients, build_optimiser
 from tenfold_gnt.render import Model
+from tenfold_gnt.sampling import refuse_few_samples
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 
@@ -35,8 +36,10 @@ class Rays:
 
     def __post_init__(self) -> None:
         """Refuse what no ray has."""
-        if self.count < 1 or min(self.samples, self.judged_samples) < 2 or self.importance < 0:
-            raise UserError("--rays.count takes 1 or more, --rays.samples and --rays.judged_samples 2 or more")
+        if self.count < 1 or self.importance < 0:
+            raise UserError("--rays.count takes 1 or more, --rays.importance 0 or more")
+        for name in ("samples", "judged_samples"):
+            refuse_few_samples(getattr(self, name), self.importance, f"--rays.{name}")
         if not 0.0 <= self.centre <= 1.0:
             raise UserError(f"--rays.centre is a fraction of the image in [0, 1], got {self.centre}")
 
@@ -122,6 +125,9 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[Model, Result]:
         for number in range(run.rank, recipe.targets, run.world):
             key = derived_seed(run.options.seed, "target", step, number)
             draw, chosen = np.random.default_rng(key), torch.Generator(run.device).manual_seed(key)
+            # Dropout is the target's own where processes may share targets; a lone one draws on from the run's stream.
+            if recipe.targets > 1:
+                seed_everything(run.options.seed, "dropout", step, number)
             target = views.draw(draw).to(run.device)
             batch = target.rays(
                 recipe.rays.count, chosen, wanted_views=recipe.data.sources, centre=recipe.rays.centre or None

@@ -23,6 +23,7 @@ from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.features import FeatureMaps
 from tenfold_gnt.projection import source_views
 from tenfold_gnt.render import Model, Sampling, Views, readable_maps, render_pixels, surface_points
+from tenfold_gnt.sampling import refuse_few_samples
 from tenfold_gnt.views import nearest_views
 from tenfold_shared.checkpoint import atomic_write, write_json
 from tenfold_shared.errors import UserError
@@ -82,10 +83,11 @@ class RenderConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be rendered."""
-        if self.frames < 1 or self.samples < 2 or self.tile_rows < 1 or self.fps < 1:
-            raise UserError("--frames, --tile_rows and --fps take 1 or more, --samples 2 or more")
+        if self.frames < 1 or self.tile_rows < 1 or self.fps < 1:
+            raise UserError("--frames, --tile_rows and --fps take 1 or more")
         if self.importance < 0 or self.memory_mb < 0:
             raise UserError(f"--importance and --memory_mb take 0 or more, got {self.importance} and {self.memory_mb}")
+        refuse_few_samples(self.samples, self.importance, "--samples")
         if self.resize <= 0 or self.radius <= 0:
             raise UserError(f"--resize and --radius are positive, got {self.resize} and {self.radius}")
         if not -90 < self.elevation < 90:
