@@ -31,6 +31,7 @@ from tenfold_shared.scenes import (
     tabletop,
     tabletop_cameras,
     tabletop_views,
+    views,
     write_blender,
     write_colmap,
     write_image,
@@ -475,6 +476,20 @@ def test_images_are_decoded_once_and_travel_to_workers(tmp_path, table):
     strict = ImageFiles([tmp_path / "train" / "r_0.png"], (8, 8))
     with pytest.raises(UserError, match="24x24, its camera says 8x8"):
         strict[0]
+
+
+def test_the_oldest_pictures_are_forgotten(tmp_path, table, monkeypatch):
+    write_blender(tmp_path, table)
+    monkeypatch.setattr(views, "_KEPT", views._Kept())
+    monkeypatch.setattr(views, "KEPT_BYTES", 3 * 24 * 24 * 4)  # of all scenes together
+    one, other = read_blender(tmp_path).images, read_blender(tmp_path).images
+    first, second = one[0], one[1]
+    assert other[0] is not first
+    assert one[0] is first  # three are kept; the one asked for again is no longer the oldest
+    other[1]
+    assert one[0] is first
+    assert one[1] is not second
+    np.testing.assert_array_equal(one[1], second)
 
 
 def test_scene_counts_must_match(table):

@@ -286,6 +286,7 @@ def test_spaces_centres_small_views(tmp_path, scene):
     (tmp_path / "models.json").write_text(json.dumps([views]))
     back = read_spaces_scene(tmp_path)
     assert back.rgb(1).shape == (24, 24, 3)
+    assert back.images[1] is back.images[1]
     np.testing.assert_allclose(back.rgb(1)[:2], 1)
     np.testing.assert_allclose(back.rgb(1)[2:22], scene.rgb(1)[:20], atol=1 / 255)
     assert back.cameras.intrinsics[1, 1, 2] == 14.0

@@ -176,7 +176,8 @@ def spaces_camera(view: dict[str, Any]) -> tuple[Float[np.ndarray, "3 3"], Float
 class CentredImages(ImageFiles):
     """Images on a white canvas of one size, smaller ones in its middle."""
 
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
+    def decode(self, index: int) -> np.ndarray:
+        """Picture `index` on its canvas."""
         image = read_image(self.paths[index])[..., :3]
         canvas = np.full((*self.size, 3), 255, dtype=np.uint8)
         top, left = ((full - part) // 2 for full, part in zip(self.size, image.shape[:2], strict=True))

@@ -1,8 +1,10 @@
-"""Images with their cameras: the `Scene` type, decode-once image files, reading and writing of pictures."""
+"""Images with their cameras: the `Scene` type, image files that are decoded once while they fit, reading and writing of pictures."""
 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 from tenfold_shared.errors import UserError
 from tenfold_shared.scenes.cameras import CameraSet
 
+# Decoded pictures that a process keeps: a scene of hundreds of photographs whole, but not a collection of a thousand scenes.
+KEPT_BYTES = 2 * 2**30
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -132,7 +136,7 @@ def common_size(paths: Sequence[Path]) -> tuple[int, int]:
 
 
 class ImageFiles(Sequence[np.ndarray]):
-    """Pictures on disk as a sequence of uint8 arrays [H, W, 3 or 4]; each is decoded once and kept.
+    """Pictures on disk as a sequence of uint8 arrays [H, W, 3 or 4]; the last ones decoded are kept (`KEPT_BYTES`).
 
     Args:
         paths: the files, in the order of the cameras.
@@ -152,22 +156,61 @@ class ImageFiles(Sequence[np.ndarray]):
     def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]
         index = range(len(self.paths))[index]
         with self._lock:
-            if index not in self._decoded:
-                image = read_image(self.paths[index], self.size if self.resize else None)
-                if image.shape[:2] != self.size:
-                    height, width = image.shape[:2]
-                    raise UserError(
-                        f"the image {self.paths[index]} is {width}x{height}, "
-                        f"its camera says {self.size[1]}x{self.size[0]}"
-                    )
-                self._decoded[index] = image
-            return self._decoded[index]
+            image = self._decoded.get(index)
+            if image is None:
+                image = self._decoded[index] = self.decode(index)
+        _KEPT.note(self, index, image.nbytes)
+        return image
+
+    def decode(self, index: int) -> np.ndarray:
+        """Picture `index` from its file.
+
+        Raises:
+            UserError: it cannot be read, or is of another size.
+
+        """
+        image = read_image(self.paths[index], self.size if self.resize else None)
+        if image.shape[:2] != self.size:
+            height, width = image.shape[:2]
+            raise UserError(
+                f"the image {self.paths[index]} is {width}x{height}, its camera says {self.size[1]}x{self.size[0]}"
+            )
+        return image
+
+    def forget(self, index: int) -> None:
+        """Decode picture `index` anew when it is asked for again."""
+        self._decoded.pop(index, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_decoded")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _decoded={})
+
+
+class _Kept:
+    """Which pictures were asked for last, of all sequences; the oldest beyond `KEPT_BYTES` are forgotten.
+
+    Those of a sequence that is gone count until they are the oldest: too few are kept then, never too many.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: OrderedDict[tuple[weakref.ref[ImageFiles], int], int] = OrderedDict()
+        self.total, self.lock = 0, threading.Lock()
+
+    def note(self, files: ImageFiles, index: int, size: int) -> None:
+        key = weakref.ref(files), index
+        with self.lock:
+            self.total += size - self.sizes.pop(key, 0)
+            self.sizes[key] = size
+            while self.total > KEPT_BYTES:
+                (owner, oldest), freed = self.sizes.popitem(last=False)
+                self.total -= freed
+                if (holder := owner()) is not None:
+                    holder.forget(oldest)
+
+
+_KEPT = _Kept()
 
 
 @dataclass(frozen=True)
