@@ -20,7 +20,7 @@ from tenfold_gnt.render import Picture
 from tenfold_gnt.reproduce import measure, sweep
 from tenfold_gnt.train import Rays, Recipe, run_recipe
 from tenfold_gnt.video import RenderConfig, claim_folder, path_frames, read_poses, render, write_ply, write_video
-from tenfold_shared.checkpoint import save_weights
+from tenfold_shared.checkpoint import load_weights, save_weights
 from tenfold_shared.claims import Metric, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
@@ -136,7 +136,7 @@ def test_the_factor_is_that_of_the_option_or_the_published_one(tmp_path: Path) -
     rows = raw[:, :15].reshape(-1, 3, 5)
     np.save(folder / "poses_bounds.npy", np.concatenate([rows[:, :, :4].reshape(-1, 12), raw[:, 15:]], 1))
     np.save(folder / "hwf_cxcy.npy", rows[0, :, 4] * 8)
-    config = DataConfig(name="shiny", root=tmp_path, scene="cd")
+    config = DataConfig(name="shiny", root=tmp_path, scene="cd", sources=3)
     for factor in (0, 2):
         (folder / "images").rename(folder / f"images_{factor or 8}")
         cameras = judged_targets(dataclasses.replace(config, factor=factor))[0].scene.cameras
@@ -232,6 +232,16 @@ def test_scores_are_averaged_over_the_views_that_have_them() -> None:
     assert uneven.depth_error == 0.3
 
 
+def test_published_rows_are_of_their_own_metric() -> None:
+    """A row of SSIM or LPIPS quotes no decibels; users' runs of the released file are the realistic target."""
+    claims = load_claims("tenfold_gnt")
+    for claim in claims.claims:
+        if claim.scale == "paper" and claim.metric.name != "PSNR":
+            assert "dB" not in claim.statement, claim.id
+    assert claims["released-llff-psnr"].arms["gnt"].paper == 25.53
+    assert "below GPNR .880" in claims["cross-llff-ssim-ibrnet"].statement
+
+
 def test_renderings_that_are_no_numbers_are_no_score(tmp_path: Path) -> None:
     """They would be left out of the mean: the evaluation fails instead."""
     model = create_model(NetworkConfig(width=16, depth=1, features="small"))
@@ -305,6 +315,13 @@ def test_rendering_is_resumed_by_tile(tmp_path: Path) -> None:
     np.testing.assert_array_equal(resumed["rgb"][7:], whole["rgb"][7:])
     with pytest.raises(UserError, match="differs"):
         render(dataclasses.replace(config, samples=7), again)
+    with pytest.raises(UserError, match="or the precision given"):
+        render(config, dataclasses.replace(again, precision="bf16"))
+    file = run / "checkpoints" / "last.safetensors"
+    state, about = load_weights(file)
+    save_weights(file, {name: 2 * tensor for name, tensor in state.items()}, about)
+    with pytest.raises(UserError, match="the weights"):
+        render(config, again)
 
 
 def test_the_authors_checkpoint_is_rendered(tmp_path: Path) -> None:
@@ -349,11 +366,18 @@ def test_the_spiral_is_that_of_the_captures_bounds(tmp_path: Path) -> None:
     data = DataConfig(name="llff_test", root=tmp_path, scene="fern", sources=3, factor=1)
     frames = path_frames(RenderConfig(Path("x"), data, path="spiral", frames=5))
     scene = read_llff(folder, 1)
-    bounds, train = np.array(scene.cameras.bounds), scene.split()[0].cameras
-    poses = LLFFPoses(opengl_from_opencv(train.camera_to_world), np.tile(bounds, (len(train), 1)), np.ones(len(train)))
+    bounds, cameras = np.array(scene.cameras.bounds), scene.cameras
+    poses = LLFFPoses(opengl_from_opencv(cameras.camera_to_world), np.tile(bounds, (16, 1)), np.ones(16))
     expected = opencv_from_opengl(spiral_path(poses, 5))
     np.testing.assert_allclose([frame.camera[18:].view(4, 4).numpy() for frame in frames], expected, atol=1e-5)
     np.testing.assert_allclose([frames[0].near, frames[0].far], bounds * [0.9, 1.5], rtol=1e-6)
+    assert frames[0].pool.cameras.names == tuple(np.delete(cameras.names, poses.middle_view))  # judged views among them
+    assert path_frames(RenderConfig(Path("x"), dataclasses.replace(data, sources=15), path="spiral", frames=1))
+    with pytest.raises(UserError, match="16 source views were asked for, and fern has 15"):
+        path_frames(RenderConfig(Path("x"), dataclasses.replace(data, sources=16), path="spiral", frames=1))
+    capture_data = dataclasses.replace(data, name="capture", root=folder)
+    own = path_frames(RenderConfig(Path("x"), capture_data, path="spiral", frames=1))
+    assert len(own[0].pool) == 15
 
 
 class SecondOfTwo(Run):
@@ -369,7 +393,7 @@ def test_a_second_process_renders_its_share(tmp_path: Path, monkeypatch: pytest.
     run = trained(tmp_path)
     config = RenderConfig(run, TINY, path="circle", frames=2, samples=4, video="none")
     options = RunOptions(output=tmp_path, name="shared", device="cpu", quiet=True)
-    claim_folder(tmp_path / "gnt" / "shared", config, resume=False)
+    claim_folder(tmp_path / "gnt" / "shared", config, "fp32", resume=False)
     with monkeypatch.context() as patched:
         patched.setattr("tenfold_gnt.video.Run", SecondOfTwo)
         render(config, options)

@@ -118,6 +118,11 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             print(json.dumps({**about, **protocol, **found}))
 
 
+def checkpoint_file(checkpoint: Path) -> Path:
+    """The file of a checkpoint's weights; of a run's folder, those that it ended with."""
+    return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
+
+
 def load_model(checkpoint: Path) -> tuple[Model, dict[str, Any]]:
     """The network of a checkpoint, and what the checkpoint says about itself.
 
@@ -125,7 +130,7 @@ def load_model(checkpoint: Path) -> tuple[Model, dict[str, Any]]:
         UserError: unreadable, or of no known network (the keys that do not fit are named).
 
     """
-    path = checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
+    path = checkpoint_file(checkpoint)
     if path.suffix in (".pth", ".pt"):
         official = load_official_checkpoint(path)
         return Model(official.features, official.coarse, official.fine), {"step": official.step, "inverse": True}

@@ -1,6 +1,5 @@
 """What an experiment trains on and is judged on: the embedded tables, the paper's sets, or a capture of one's own."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -202,19 +201,50 @@ def cross_scene(config: DataConfig) -> Mixture:
     return Mixture(sets, [*weights, REALESTATE_WEIGHT])
 
 
-def held_out(config: DataConfig) -> list[tuple[Scene, Scene, Distance]]:
-    """(training views, judged views, view distance) of the scenes of a test set; every 8th view is judged on."""
+def chosen_folders(config: DataConfig) -> list[Path]:
+    """Folders of the scenes of a test set: the one that is named, or all.
+
+    Raises:
+        UserError: the data set or the scene is not there.
+
+    """
     folders = scene_folders(config.root or data_root(), config.name)
     if config.scene:
         known = [folder.name for folder in folders]
         folders = [folder for folder in folders if folder.name == config.scene]
         if not folders:
             raise UserError(f"{config.name} has no scene {config.scene!r}; there are {', '.join(known)}")
+    return folders
+
+
+def held_out(config: DataConfig) -> list[tuple[Scene, Scene, Distance]]:
+    """(training views, judged views, view distance) of the scenes of a test set; every 8th view is judged on."""
+    folders = chosen_folders(config)
     if config.name == "nerf_synthetic":
         skip = 8 if config.split == "val" else 1
         return [(read_blender(f, "train"), read_blender(f, config.split, skip=skip), "vector") for f in folders]
-    read: Callable[[Path, int], Scene] = read_shiny_scene if config.name == "shiny" else read_llff_scene
-    return [(*read(folder, config.reduction).split(), "dist") for folder in folders]
+    return [(*read_forward(folder, config).split(), "dist") for folder in folders]
+
+
+def read_forward(folder: Path, config: DataConfig) -> Scene:
+    """All views of a scene of llff_test or shiny."""
+    return (read_shiny_scene if config.name == "shiny" else read_llff_scene)(folder, config.reduction)
+
+
+def whole_capture(config: DataConfig) -> Scene:
+    """All views of the scene, those judged among them: what a capture's video is made from.
+
+    Where training and judged views come from different files, the training views.
+
+    Raises:
+        UserError: as `training_set`.
+
+    """
+    if config.name in ("llff_test", "shiny"):
+        return read_forward(chosen_folders(config)[0], config)
+    if config.name == "capture" and (scene := undivided(capture_folder(config), config)) is not None:
+        return _with_bounds(scene, config)
+    return judged_targets(config)[0].pool
 
 
 def capture(config: DataConfig) -> tuple[Scene, Scene]:
@@ -224,21 +254,13 @@ def capture(config: DataConfig) -> tuple[Scene, Scene]:
         UserError: no folder, no known layout, no depths, or images of different sizes.
 
     """
-    if config.root is None:
-        raise UserError("--data.root: name the capture's folder, here or in the data root")
-    folder = config.root if config.root.exists() else data_root() / config.root
-    if (folder / "transforms_train.json").is_file():
+    folder = capture_folder(config)
+    scene = undivided(folder, config)
+    if scene is None:
         judged = "test" if (folder / "transforms_test.json").is_file() else "val"
-        parts = [read_blender(folder, "train"), read_blender(folder, judged)]
-    elif (folder / "poses_bounds.npy").is_file():
-        parts = list(read_llff_scene(folder, config.reduction).split())
-    elif (folder / "transforms.json").is_file():
-        parts = list(read_nerfstudio(folder).split())
-    elif folder.is_dir():
-        scene = read_colmap(folder)
-        parts = list((scene if scene.cameras.bounds is None else widened(scene, 0.9, 1.5)).split())
+        parts = read_blender(folder, "train"), read_blender(folder, judged)
     else:
-        raise UserError(f"the capture {folder} is no folder")
+        parts = scene.split()
     train, judged_views = (_with_bounds(part, config) for part in parts)
     sizes = [f"{part.cameras.width}x{part.cameras.height}" for part in (train, judged_views)]
     if sizes[0] != sizes[1]:
@@ -247,6 +269,33 @@ def capture(config: DataConfig) -> tuple[Scene, Scene]:
             "in those judged"
         )
     return train, judged_views
+
+
+def capture_folder(config: DataConfig) -> Path:
+    """The folder of a capture, given as a path or as a place in the data root.
+
+    Raises:
+        UserError: none is given, or there is none.
+
+    """
+    if config.root is None:
+        raise UserError("--data.root: name the capture's folder, here or in the data root")
+    folder = config.root if config.root.exists() else data_root() / config.root
+    if not folder.is_dir():
+        raise UserError(f"the capture {folder} is no folder")
+    return folder
+
+
+def undivided(folder: Path, config: DataConfig) -> Scene | None:
+    """All views of a capture; None in the NeRF-synthetic layout, which divides them itself."""
+    if (folder / "transforms_train.json").is_file():
+        return None
+    if (folder / "poses_bounds.npy").is_file():
+        return read_llff_scene(folder, config.reduction)
+    if (folder / "transforms.json").is_file():
+        return read_nerfstudio(folder)
+    scene = read_colmap(folder)
+    return scene if scene.cameras.bounds is None else widened(scene, 0.9, 1.5)
 
 
 def _with_bounds(scene: Scene, config: DataConfig) -> Scene:

@@ -5,6 +5,7 @@ of a source image is computed once, whatever the number of frames.
 """
 
 import dataclasses
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from tenfold_gnt.cameras import pack_cameras, pixel_grid, resize_camera
 from tenfold_gnt.collections import LLFF_FAR, LLFF_NEAR, LLFF_VIDEO_FAR
-from tenfold_gnt.data import packed_cameras
-from tenfold_gnt.evaluate import load_model, refuse_idle_network
-from tenfold_gnt.experiments import DataConfig, Target, judged_targets
+from tenfold_gnt.data import packed_cameras, refuse_few_views
+from tenfold_gnt.evaluate import checkpoint_file, load_model, refuse_idle_network
+from tenfold_gnt.experiments import DataConfig, Target, judged_targets, whole_capture
 from tenfold_gnt.features import FeatureMaps
 from tenfold_gnt.projection import source_views
 from tenfold_gnt.render import Model, Sampling, Views, readable_maps, render_pixels, surface_points
 from tenfold_gnt.sampling import refuse_few_samples
-from tenfold_gnt.views import nearest_views
+from tenfold_gnt.views import Distance, nearest_views
 from tenfold_shared.checkpoint import atomic_write, write_json
 from tenfold_shared.errors import UserError
 from tenfold_shared.progress import Progress
@@ -105,8 +106,7 @@ class Frame(NamedTuple):
     near: float
     far: float
     pool: Scene
-    method: Literal["dist", "vector", "matrix"]
-    skip: int | None  # a view of the pool that is the target itself
+    method: Distance
 
 
 class SourceCache:
@@ -141,7 +141,7 @@ def render(config: RenderConfig, options: RunOptions) -> None:
     folder = options.output / "gnt" / (options.name or f"render-{config.path}")
     with Run.evaluation("gnt", options) as run:
         if run.is_main:
-            claim_folder(folder, config, resume=options.resume)
+            claim_folder(folder, config, options.precision, resume=options.resume)
         run.accelerator.wait_for_everyone()
         model = model.to(run.device).eval()
         progress = Progress(enabled=run.is_main and not options.quiet)
@@ -160,8 +160,8 @@ def render(config: RenderConfig, options: RunOptions) -> None:
             print(f"{len(frames)} frames in {folder}: rgb, depth, confidence, occlusion{written}")
 
 
-def claim_folder(folder: Path, config: RenderConfig, *, resume: bool) -> None:
-    """Start a folder, or go on with one of the same configuration.
+def claim_folder(folder: Path, config: RenderConfig, precision: str, *, resume: bool) -> None:
+    """Start a folder, or go on with one of the same configuration, weights and precision.
 
     Raises:
         UserError: it cannot be used, holds frames and `resume` is off, or holds frames of another configuration.
@@ -173,11 +173,16 @@ def claim_folder(folder: Path, config: RenderConfig, *, resume: bool) -> None:
         raise UserError(f"cannot use {folder}: {error.strerror}; choose another --output") from error
     about = folder / "render.json"
     text: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    # A path to weights stays the same when a longer training writes others there.
+    weights = hashlib.sha256(checkpoint_file(config.checkpoint).read_bytes()).hexdigest()
+    text |= {"weights": weights, "precision": precision}
     if about.exists():
         if not resume:
             raise UserError(f"{folder} holds frames already; add --resume to go on with them or choose another --name")
         if json.loads(about.read_text(encoding="utf-8")) != text:
-            raise UserError(f"{about} differs from the configuration given; choose another --name")
+            raise UserError(
+                f"{about} differs from the configuration, the weights or the precision given; choose another --name"
+            )
     write_json(about, text)
 
 
@@ -188,30 +193,50 @@ def path_frames(config: RenderConfig) -> list[Frame]:
         UserError: the poses are no file of matrices, or the scene has fewer views than sources are asked for.
 
     """
+    if config.path == "spiral":
+        return _spiral_frames(config)
     targets = judged_targets(config.data)
     if config.path == "judged":
         return [_judged_frame(target, config) for target in targets]
-    pool = targets[0].pool or targets[0].scene
-    cameras = pool.cameras
-    bounds = cameras.bounds
-    assert bounds is not None
-    near, far = bounds
-    if config.path == "spiral":
-        own = near, far
-        if config.data.name in ("llff_test", "shiny"):  # the path follows from the capture's bounds, not the sampler's
-            own = near / LLFF_NEAR, far / LLFF_FAR
-            far = own[1] * LLFF_VIDEO_FAR
-        poses = LLFFPoses(
-            opengl_from_opencv(cameras.camera_to_world), np.tile(own, (len(pool), 1)), cameras.intrinsics[:, 0, 0]
-        )
-        path = opencv_from_opengl(spiral_path(poses, config.frames))
-    elif config.path == "circle":
+    if config.path == "circle":
         path = circle_path(config.frames, config.radius, config.elevation)
     else:
         path = read_poses(config.poses)
+    pool = targets[0].pool
+    return _frames(path, _bounds(pool), pool, targets[0].method, config)
+
+
+def _spiral_frames(config: RenderConfig) -> list[Frame]:
+    """The layout's video: a path that follows from the whole capture, rendered from all of its views but the middle one."""
+    whole = whole_capture(config.data)
+    near, far = own = _bounds(whole)
+    if config.data.name in ("llff_test", "shiny"):  # the path follows from the capture's bounds, not the sampler's
+        own = near / LLFF_NEAR, far / LLFF_FAR
+        far = own[1] * LLFF_VIDEO_FAR
+    cameras = whole.cameras
+    poses = LLFFPoses(
+        opengl_from_opencv(cameras.camera_to_world), np.tile(own, (len(whole), 1)), cameras.intrinsics[:, 0, 0]
+    )
+    pool = whole.subset(np.delete(np.arange(len(whole)), poses.middle_view))
+    refuse_few_views(pool, config.data.sources)
+    path = opencv_from_opengl(spiral_path(poses, config.frames))
+    return _frames(path, (near, far), pool, "dist", config)
+
+
+def _bounds(scene: Scene) -> tuple[float, float]:
+    bounds = scene.cameras.bounds
+    assert bounds is not None
+    return bounds
+
+
+def _frames(
+    path: np.ndarray, bounds: tuple[float, float], pool: Scene, method: Distance, config: RenderConfig
+) -> list[Frame]:
+    """Frames at the poses of a path with the intrinsics of the pool's first view."""
+    cameras = pool.cameras
     matrix = torch.from_numpy(cameras.intrinsics[:1]).float().expand(len(path), 3, 3)
     packed = pack_cameras(matrix, torch.from_numpy(path).float(), cameras.height, cameras.width)
-    return [Frame(_resized(camera, config), near, far, pool, targets[0].method, None) for camera in packed]
+    return [Frame(_resized(camera, config), *bounds, pool, method) for camera in packed]
 
 
 def _judged_frame(target: Target, config: RenderConfig) -> Frame:
@@ -220,8 +245,7 @@ def _judged_frame(target: Target, config: RenderConfig) -> Frame:
     assert cameras.far is not None
     near, far = float(cameras.near[target.view]), float(cameras.far[target.view])
     camera = _resized(packed_cameras(target.scene)[target.view], config)
-    own = target.view if target.pool is None else None
-    return Frame(camera, near, far, target.pool or target.scene, target.method, own)
+    return Frame(camera, near, far, target.pool, target.method)
 
 
 def _resized(camera: Tensor, config: RenderConfig) -> Tensor:
@@ -254,12 +278,9 @@ def render_frame(
     if done.exists():
         return
     pool, pose = frame.pool.cameras.camera_to_world, frame.camera[18:34].reshape(4, 4).double().numpy()
-    available = len(pool) - (frame.skip is not None)
-    if available < config.data.sources:
-        raise UserError(f"--data.sources {config.data.sources}: the scene has {available} views to render from")
-    chosen = np.arange(available)
-    if available > config.data.sources or frame.skip is not None:
-        chosen = nearest_views(pose, pool, config.data.sources, frame.method, target_index=frame.skip)
+    chosen = np.arange(len(pool))
+    if len(pool) > config.data.sources:
+        chosen = nearest_views(pose, pool, config.data.sources, frame.method)
     views = cache.views(chosen)
     camera, sampling = frame.camera.to(cache.device), Sampling(frame.near, frame.far, config.samples, config.importance)
     sampling = dataclasses.replace(sampling, inverse=inverse)
