@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from tenfold_gnt.compat import save_official_checkpoint
-from tenfold_gnt.evaluate import EvalConfig, Scores, evaluate, load_model, mean_scores, score_picture
+from tenfold_gnt.evaluate import (
+    EvalConfig,
+    Scores,
+    depth_of_target,
+    evaluate,
+    load_model,
+    mean_picture,
+    mean_scores,
+    score_picture,
+    untrained_model,
+)
 from tenfold_gnt.experiments import OFFSETS, UNSEEN, DataConfig, capture, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.network import parameter_count
@@ -34,6 +44,7 @@ from tenfold_shared.scenes import (
     tabletop_views,
     write_blender,
     write_colmap,
+    write_image,
     write_llff,
 )
 
@@ -226,7 +237,7 @@ def test_scores_are_averaged_over_the_views_that_have_them() -> None:
     mean = mean_scores(rows, ["a", "a"])
     assert mean.psnr == 21.0
     assert mean.depth_error == 0.3
-    assert "correlation 0.50" in mean.sentence()
+    assert "correlation 0.50 (untrained" in mean.sentence()
     uneven = mean_scores([rows[0], rows[1], rows[1]], ["a", "b", "b"])  # every scene counts once
     assert uneven.psnr == 21.0
     assert uneven.depth_error == 0.3
@@ -430,10 +441,57 @@ def test_evaluation_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert told["judged_views"] == 3
     assert (told["split"], told["importance"]) == ("test", 0)
     assert np.isfinite(told["psnr"])
+    assert 5 < told["mean_psnr"] < 30  # the floors and what depth is worth without training stand beside the scores
+    before = untrained_model(NetworkConfig(**told["network"]), 0)
+    save_weights(tmp_path / "before.safetensors", before.state_dict(), {"network": told["network"], "inverse": False})
+    evaluate(EvalConfig(tmp_path / "before.safetensors", TINY, samples=6, stride=2), RunOptions(device="cpu"))
+    start = json.loads(capsys.readouterr().out)
+    assert told["untrained_depth_error"] == start["depth_error"] == start["untrained_depth_error"]
+    assert told["untrained_depth_correlation"] == start["depth_correlation"]
+    assert told["depth_error"] != start["depth_error"]
     assert dataclasses.replace(TINY, judge="validation").judged_split == "validation"
     cross = DataConfig(name="cross-scene", judged="nerf_synthetic")
     assert (cross.judged_name, cross.judged_split) == ("nerf_synthetic", "every 8th view of val")
     assert DataConfig(name="llff_test", scene="fern").judged_split == "held-out views"
+
+
+def test_the_mean_view_is_a_floor(tmp_path: Path) -> None:
+    """Better at the true depth than on a plane; an arm of that name reads it from what another run measured."""
+    target = judged_targets(TINY)[0]
+    views = target.views(3)
+    errors = [
+        float((mean_picture(views, 2, depth) - views.rgb[::2, ::2]).square().mean())
+        for depth in (depth_of_target(target, 2), None)
+    ]
+    assert errors[0] < errors[1]
+    claim = load_claims("tenfold_gnt")["tables-unseen"]
+    small = {"steps": 1, "judge_every": 1, "data.size": 20, "data.views": 7, "rays.count": 8, "rays.judged_samples": 6}
+    arms = [dataclasses.replace(claim.arms[name], options=small) for name in ("gnt", "mean")]
+    options = RunOptions(output=tmp_path, device="cpu", quiet=True)
+    learned, floor = (measure(claim, arm, 0, options=options, folder=tmp_path) for arm in arms)
+    assert floor.value == learned.extras["scores"]["mean_psnr"]
+    assert learned.extras["run"] == floor.extras["run"]
+
+
+@pytest.mark.parametrize("name", ["nmr", "deepvoxels"])
+def test_objects_are_judged_on_held_out_views(name: str, tmp_path: Path) -> None:
+    """The extra sets of objects, in their layouts; sources are chosen by the angle seen from the object."""
+    scene = tabletop_views(0, 9, 20)
+    folders = {"nmr": ["nmr/chair"], "deepvoxels": [f"deepvoxels/{split}/chair" for split in ("train", "test")]}[name]
+    matrices = {f"world_mat_{i}": pose for i, pose in enumerate(np.linalg.inv(scene.cameras.camera_to_world))}
+    for folder in (tmp_path / part for part in folders):
+        for view in range(9):
+            write_image(folder / {"nmr": "image"}.get(name, "rgb") / f"{view}.png", scene.rgb(view))
+            (folder / "pose").mkdir(exist_ok=True)
+            np.savetxt(folder / "pose" / f"{view}.txt", scene.cameras.camera_to_world[view])
+        (folder / "intrinsics.txt").write_text("30 10 10\n0 0 0\n1\n1\n20 20\n")
+        np.savez(folder / "cameras.npz", **matrices, **{f"camera_mat_{i}": np.eye(4) for i in range(9)})
+    config = DataConfig(name=name, root=tmp_path, scene="chair", sources=3)
+    targets, training = judged_targets(config), training_set(config)
+    assert len(targets) == 2  # every 8th of nine
+    assert len(training) == (7 if name == "nmr" else 9)
+    assert {target.method for target in targets} == {training.rule.method} == {"vector"}
+    assert trained(tmp_path, data=config, judge_stride=8).is_dir()
 
 
 def test_a_second_network_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

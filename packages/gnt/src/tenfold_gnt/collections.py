@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tenfold_shared.errors import UserError
-from tenfold_shared.scenes import CameraSet, ImageFiles, Scene, normalise_llff, read_blender, read_llff
+from tenfold_shared.scenes import CameraSet, ImageFiles, Scene, normalise_llff, read_blender, read_deepvoxels, read_llff
 from tenfold_shared.scenes.blender import read_json, read_matrix
 from tenfold_shared.scenes.llff import llff_cameras
 from tenfold_shared.scenes.views import common_size, image_size, list_images, read_image
@@ -233,6 +233,16 @@ def read_nmr_scene(folder: Path) -> Scene:
     return Scene(folder.name, cameras.with_bounds(2.0, 4.0), ImageFiles(paths, (height, width)))
 
 
+def read_deepvoxels_scene(folder: Path, split: str = "train", *, skip: int = 1) -> Scene:
+    """A split of an object of DeepVoxels, given the folder of its training views; every `skip`-th view.
+
+    Raises:
+        UserError: missing or damaged files.
+
+    """
+    return read_deepvoxels(folder.parent.parent, folder.name, split, skip=skip)
+
+
 def inverse_depth_planes(near: float, far: float, count: int) -> Float[np.ndarray, " planes"]:
     """`count` depths uniform in inverse depth, farthest first, both ends included."""
     return 1.0 / np.linspace(1.0 / far, 1.0 / near, count)
@@ -284,6 +294,9 @@ COLLECTIONS = {
         "nerf_synthetic", read_blender, drive("18JxhpWD-4ZmuFKLzKlAw-w5PpzZxXOcG"), "Creative Commons variants"
     ),
     "shiny": Collection("shiny", read_shiny_scene, "https://nex-mpi.github.io", UNKNOWN),
+    "deepvoxels": Collection(
+        "deepvoxels/train", read_deepvoxels_scene, "https://github.com/vsitzmann/deepvoxels", UNKNOWN
+    ),
     "nmr": Collection(
         "nmr", read_nmr_scene, "https://github.com/autonomousvision/differentiable_volumetric_rendering", UNKNOWN
     ),

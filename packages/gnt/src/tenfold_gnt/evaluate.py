@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold_gnt.baselines import nearest_view
+from tenfold_gnt.baselines import mean_view, nearest_view
+from tenfold_gnt.cameras import pixel_grid, rays_through
 from tenfold_gnt.compat import load_official_checkpoint, refuse_misfits
 from tenfold_gnt.data import TargetViews
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets
 from tenfold_gnt.metrics import constant_depth_error, depth_scores, lpips, psnr, ssim
 from tenfold_gnt.models import NetworkConfig, create_model
+from tenfold_gnt.projection import source_views
 from tenfold_gnt.render import Model, Picture, prepare_views, render_picture
 from tenfold_gnt.sampling import refuse_few_samples
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import RunFailure, UserError
-from tenfold_shared.run import Run, RunOptions
+from tenfold_shared.run import Run, RunOptions, seed_everything
+
+RAYS_AT_ONCE = 2**16  # of the mean view
 
 
 @dataclasses.dataclass
@@ -45,14 +49,22 @@ class Scores:
     """LPIPS (VGG)."""
     lpips_01: float = math.nan
     """LPIPS as the published numbers were made, on images in the wrong range."""
+    mean_psnr: float = math.nan
+    """dB of the other floor: the sources' mean colour at the true depth, or on a plane where none is known."""
+    untrained_depth_error: float = math.nan
+    """`depth_error` of the network before training."""
+    untrained_depth_correlation: float = math.nan
+    """`depth_correlation` of the network before training."""
 
     def sentence(self) -> str:
         """The scores that exist, in words."""
-        parts = [f"PSNR {self.psnr:.2f} dB (nearest view {self.nearest_psnr:.2f}), SSIM {self.ssim:.3f}"]
+        floors = f"nearest view {self.nearest_psnr:.2f}, mean view {self.mean_psnr:.2f}"
+        parts = [f"PSNR {self.psnr:.2f} dB ({floors}), SSIM {self.ssim:.3f}"]
         if not math.isnan(self.depth_error):
             parts.append(
-                f"depth error {self.depth_error:.3f} (a constant {self.constant_depth_error:.3f}), "
-                f"correlation {self.depth_correlation:.2f}"
+                f"depth error {self.depth_error:.3f} (a constant {self.constant_depth_error:.3f}, untrained "
+                f"{self.untrained_depth_error:.3f}), correlation {self.depth_correlation:.2f} (untrained "
+                f"{self.untrained_depth_correlation:.2f})"
             )
         return ", ".join(parts)
 
@@ -99,6 +111,7 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
             inverse=about.get("inverse", True),
             stride=config.stride,
             with_lpips=config.lpips,
+            untrained=untrained_model(NetworkConfig(**about["network"]), options.seed).to(run.device),
         )
         if run.is_main:
             scores = mean_scores(table, [target.scene.name for target in targets])
@@ -133,7 +146,12 @@ def load_model(checkpoint: Path) -> tuple[Model, dict[str, Any]]:
     path = checkpoint_file(checkpoint)
     if path.suffix in (".pth", ".pt"):
         official = load_official_checkpoint(path)
-        return Model(official.features, official.coarse, official.fine), {"step": official.step, "inverse": True}
+        coarse = official.coarse
+        config = NetworkConfig(
+            width=coarse.width, depth=coarse.depth, channels=coarse.feature_channels, fine=official.fine is not None
+        )
+        released = {"step": official.step, "inverse": True, "network": dataclasses.asdict(config)}
+        return Model(official.features, coarse, official.fine), released
     state, about = load_weights(path)
     known = {field.name for field in dataclasses.fields(NetworkConfig)}
     network = about.get("network")
@@ -143,6 +161,12 @@ def load_model(checkpoint: Path) -> tuple[Model, dict[str, Any]]:
     refuse_misfits(state, model.state_dict(), str(path), f"{network.get('name')} network that it names")
     model.load_state_dict(state)
     return model, about
+
+
+def untrained_model(network: NetworkConfig, seed: int) -> Model:
+    """The network as training from scratch starts it: an error of depth says little unless beside that of this one."""
+    seed_everything(seed, "init")
+    return create_model(network)
 
 
 def refuse_idle_network(model: Model, importance: int, checkpoint: Path) -> None:
@@ -170,6 +194,7 @@ def score_targets(
     inverse: bool = True,
     stride: int = 1,
     with_lpips: bool = False,
+    untrained: Model | None = None,
 ) -> list[Scores]:
     """Scores of every target, shared out over the processes.
 
@@ -190,6 +215,11 @@ def score_targets(
                 "damaged, or --precision is too low for them"
             )
         found = score_picture(picture, target, views, stride, with_lpips=with_lpips)
+        if untrained is not None and (true_depth := depth_of_target(target, stride)) is not None:
+            with run.accelerator.autocast():
+                picture = render_target(untrained, views, samples, importance, inverse=inverse, stride=stride)
+            scores = depth_scores(picture.depth.to(views.rgb), true_depth.to(views.rgb))
+            found["untrained_depth_error"], found["untrained_depth_correlation"] = scores
         for column, name in enumerate(names):
             table[number, column] = found.get(name, math.nan)
     return [Scores(**dict(zip(names, row, strict=True))) for row in run.reduce(table).tolist()]
@@ -223,16 +253,47 @@ def score_picture(
         "ssim": ssim(rgb, truth),
         "nearest_psnr": psnr(nearest_view(views.camera, views.images, views.cameras)[::stride, ::stride], truth),
     }
+    true_depth = depth_of_target(target, stride)
+    row["mean_psnr"] = psnr(mean_picture(views, stride, true_depth), truth)
     alpha = target.scene.alpha(target.view)
     if alpha is not None and (covered := alpha[::stride, ::stride] > 0).any():
         row["foreground_psnr"] = psnr(rgb, truth, torch.from_numpy(covered).to(truth))
-    if target.scene.depth is not None:
-        true_depth = torch.from_numpy(target.scene.depth[target.view][::stride, ::stride]).to(truth)
+    if true_depth is not None:
+        true_depth = true_depth.to(truth)
         row["depth_error"], row["depth_correlation"] = depth_scores(depth, true_depth)
         row["constant_depth_error"] = constant_depth_error(true_depth)
     if with_lpips:
         row["lpips"], row["lpips_01"] = lpips(rgb, truth), lpips(rgb, truth, as_published=True)
     return row
+
+
+def depth_of_target(target: Target, stride: int = 1) -> Tensor | None:
+    """The true depth of every `stride`-th pixel [H, W], inf where nothing is met; None where it is not known."""
+    if target.scene.depth is None:
+        return None
+    return torch.from_numpy(target.scene.depth[target.view][::stride, ::stride])
+
+
+def mean_picture(views: TargetViews, stride: int = 1, true_depth: Tensor | None = None) -> Tensor:
+    """The floor `mean_view` for every `stride`-th pixel, [H, W, 3].
+
+    Args:
+        views: the target and its sources.
+        stride: every n-th pixel of both directions.
+        true_depth: of these pixels; where it is not finite, the farthest depth. None takes the plane in the middle of
+            the inverse depths.
+
+    """
+    rgb = views.rgb[::stride, ::stride]
+    if true_depth is None:
+        depth = torch.full(rgb.shape[:2], 2 / (1 / views.near + 1 / views.far)).to(rgb)
+    else:
+        depth = true_depth.to(rgb).nan_to_num(posinf=views.far)
+    height, width = views.rgb.shape[:2]
+    origins, directions = rays_through(views.camera, pixel_grid(height, width, stride).to(rgb.device))
+    sources = source_views(views.images, views.cameras)
+    parts = zip(*(x.split(RAYS_AT_ONCE) for x in (origins, directions, depth.flatten())), strict=True)
+    return torch.cat([mean_view(o, d, z, sources) for o, d, z in parts]).view(rgb.shape)
 
 
 def mean_scores(table: Sequence[Scores], scenes: Sequence[str]) -> Scores:

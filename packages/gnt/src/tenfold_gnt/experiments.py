@@ -9,14 +9,16 @@ import numpy as np
 from tenfold_gnt.collections import (
     COLLECTIONS,
     REALESTATE_WEIGHT,
+    read_deepvoxels_scene,
     read_llff_scene,
+    read_nmr_scene,
     read_shiny_scene,
     realestate_scenes,
     scene_folders,
     widened,
 )
 from tenfold_gnt.data import Mixture, TargetViews, TrainingViews, evaluation_views, refuse_few_views
-from tenfold_gnt.views import SOURCE_RULES, Distance, SourceRule
+from tenfold_gnt.views import SOURCE_RULES, Distance
 from tenfold_shared.download import data_root
 from tenfold_shared.errors import UserError
 from tenfold_shared.scenes import (
@@ -30,13 +32,14 @@ from tenfold_shared.scenes import (
     tabletop_views,
 )
 
-DataName = Literal["tabletop", "cross-scene", "llff_test", "nerf_synthetic", "shiny", "capture"]
+DataName = Literal["tabletop", "cross-scene", "llff_test", "nerf_synthetic", "shiny", "nmr", "deepvoxels", "capture"]
 Part = Literal["test", "validation"]
 # Scene seeds and camera offsets of the embedded tables: training, validation (for choosing values) and test never meet.
 UNSEEN = {"validation": (50, 51, 52), "test": (100, 101, 102)}
 OFFSETS = {"validation": 0.21, "test": 0.13}
 TEST_POSES = 3
-TABLETOP_RULE = SourceRule("vector", (1, 2, 3), (0.3, 0.5, 0.2))
+OBJECT_RULE = SOURCE_RULES["nerf_synthetic"]
+AROUND = ("nmr", "deepvoxels")  # an object with cameras all around, for which the paper gives no rule
 CAPTURE_RULE = SOURCE_RULES["llff_test"]
 LEAST_SOURCES = 2
 
@@ -52,7 +55,7 @@ class DataConfig:
     """Folder of the data set (capture: the capture itself); default: the data root ($TENFOLD_DATA or the platform's
     cache)."""
     scene: str = ""
-    """One scene of llff_test, nerf_synthetic or shiny; for cross-scene and evaluation: all when none is named."""
+    """One scene of a data set of several; for cross-scene and evaluation: all when none is named."""
     judged: Literal["llff_test", "nerf_synthetic"] = "llff_test"
     """Cross-scene: the scenes judged on."""
     split: Literal["val", "test"] = "val"
@@ -136,7 +139,7 @@ def training_set(config: DataConfig) -> TrainingViews | Mixture:
 
     """
     if config.name == "tabletop":
-        return TrainingViews("tabletop", tables(config), config.sources, TABLETOP_RULE, augment=False)
+        return TrainingViews("tabletop", tables(config), config.sources, OBJECT_RULE, augment=False)
     if config.name == "cross-scene":
         return cross_scene(config)
     if config.name == "capture":
@@ -145,7 +148,7 @@ def training_set(config: DataConfig) -> TrainingViews | Mixture:
     pools = [pool for pool, _, _ in held_out(config)]
     if config.name != "nerf_synthetic" and len(pools) != 1:
         raise UserError(f"--data.name {config.name} trains on one scene: name it with --data.scene")
-    return TrainingViews(config.name, pools, config.sources)
+    return TrainingViews(config.name, pools, config.sources, OBJECT_RULE if config.name in AROUND else None)
 
 
 def judged_targets(config: DataConfig) -> list[Target]:
@@ -223,6 +226,10 @@ def held_out(config: DataConfig) -> list[tuple[Scene, Scene, Distance]]:
     if config.name == "nerf_synthetic":
         skip = 8 if config.split == "val" else 1
         return [(read_blender(f, "train"), read_blender(f, config.split, skip=skip), "vector") for f in folders]
+    if config.name == "deepvoxels":
+        return [(read_deepvoxels_scene(f), read_deepvoxels_scene(f, "test", skip=8), "vector") for f in folders]
+    if config.name == "nmr":
+        return [(*read_nmr_scene(folder).split(), "vector") for folder in folders]
     return [(*read_forward(folder, config).split(), "dist") for folder in folders]
 
 

@@ -31,6 +31,8 @@ VALUES = {
     "depth correlation": "depth_correlation",
 }
 """Name of a claim's metric -> the score it is."""
+FLOORS = {"nearest": "nearest_psnr", "mean": "mean_psnr"}
+"""Name of an arm that learns nothing -> the score it is, in what another arm's run measured."""
 PICTURES = 3  # rows of the figure
 QUICK = ("mini-unseen", "mini-depth", "mini-one-table")
 """The claims that `reproduce` measures when it is told nothing, in three minutes; --seeds or names ask for longer ones."""
@@ -50,7 +52,7 @@ def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: P
     """What one arm gives with one seed; an arm that several claims share is run once."""
     name = f"{arm.key}-seed{seed}"
     measured = once(name, folder, lambda: _run_arm(arm, name, options, folder))
-    score = "nearest_psnr" if arm.name == "nearest" else VALUES[claim.metric.name]
+    score = FLOORS.get(arm.name, VALUES[claim.metric.name])
     if score == "lpips_01":  # not part of training, which shall not need its weights
         measured = once(f"{name}-lpips", folder, lambda: _with_lpips(arm, name, measured, options, folder))
     return dataclasses.replace(measured, value=measured.extras["scores"][score])
@@ -77,7 +79,7 @@ def _with_lpips(arm: Arm, name: str, measured: Measurement, options: RunOptions,
     with Run.evaluation("gnt", options) as run:
         scores = judge(run, model.to(run.device), recipe, judged_targets(recipe.data), stride=1, with_lpips=True)
     known = {key: value for key, value in dataclasses.asdict(scores).items() if not math.isnan(value)}
-    return dataclasses.replace(measured, extras={**measured.extras, "scores": known})
+    return dataclasses.replace(measured, extras={**measured.extras, "scores": {**measured.extras["scores"], **known}})
 
 
 def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], seeds: int = 1, jobs: int = 0) -> None:
@@ -107,7 +109,7 @@ def figures(
 
     chosen = max(outcomes, key=lambda outcome: len(outcome.arms))
     claim = next(claim for claim in claims if claim.id == chosen.claim)
-    runs = {arm: found[0]["run"] for arm in chosen.arms if (found := _extras(chosen, arm)) and arm != "nearest"}
+    runs = {arm: found[0]["run"] for arm in chosen.arms if (found := _extras(chosen, arm)) and arm not in FLOORS}
     if not runs:
         return []
     drawn = []
@@ -180,7 +182,7 @@ def _pictures(claim: Claim, runs: Mapping[str, str], folder: Path, device: torch
 
 
 def _courses(axes: "Axes", outcome: Outcome) -> None:
-    for arm, colour in zip((a for a in outcome.arms if a != "nearest"), COLOURS, strict=False):
+    for arm, colour in zip((a for a in outcome.arms if a not in FLOORS), COLOURS, strict=False):
         for number, extras in enumerate(_extras(outcome, arm)):
             steps, values = zip(*extras["history"], strict=True)
             axes.plot(steps, values, "o-", color=colour, alpha=0.8, label=None if number else arm)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tenfold_gnt.compat import refuse_misfits
-from tenfold_gnt.evaluate import Scores, load_model, mean_scores, score_targets
+from tenfold_gnt.evaluate import Scores, load_model, mean_scores, score_targets, untrained_model
 from tenfold_gnt.experiments import DataConfig, Target, judged_targets, training_set
 from tenfold_gnt.models import NetworkConfig, create_model
 from tenfold_gnt.objective import Optimisation, accumulate_gradients, build_optimiser
@@ -144,7 +144,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[Model, Result]:
         run.log(loss=run.reduce(torch.stack(losses).sum()) / recipe.targets)
         if (step + 1) % recipe.judge_every == 0 or step + 1 == recipe.steps:
             run.log(psnr=judge(run, model, recipe, judged, recipe.judge_stride).psnr)
-    scores = judge(run, model, recipe, judged, stride=1)
+    untrained = untrained_model(recipe.network, run.options.seed).to(run.device)
+    scores = judge(run, model, recipe, judged, stride=1, untrained=untrained)
     about = {"network": dataclasses.asdict(recipe.network), "inverse": recipe.rays.inverse, "psnr": scores.psnr}
     run.save_weights("last", model, **about)
     found = run.logged("train", "psnr")
@@ -182,7 +183,14 @@ def average_gradients(run: Run, model: Model, targets: int) -> None:
 
 
 def judge(
-    run: Run, model: Model, recipe: Recipe, targets: list[Target], stride: int, *, with_lpips: bool = False
+    run: Run,
+    model: Model,
+    recipe: Recipe,
+    targets: list[Target],
+    stride: int,
+    *,
+    with_lpips: bool = False,
+    untrained: Model | None = None,
 ) -> Scores:
     """Mean scores over the judged scenes."""
     rays = recipe.rays
@@ -196,5 +204,6 @@ def judge(
         inverse=rays.inverse,
         stride=stride,
         with_lpips=with_lpips,
+        untrained=untrained,
     )
     return mean_scores(table, [target.scene.name for target in targets])
