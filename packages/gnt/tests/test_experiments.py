@@ -386,6 +386,8 @@ def test_the_spiral_is_that_of_the_captures_bounds(tmp_path: Path) -> None:
     assert path_frames(RenderConfig(Path("x"), dataclasses.replace(data, sources=15), path="spiral", frames=1))
     with pytest.raises(UserError, match="16 source views were asked for, and fern has 15"):
         path_frames(RenderConfig(Path("x"), dataclasses.replace(data, sources=16), path="spiral", frames=1))
+    cross = RenderConfig(Path("x"), dataclasses.replace(data, name="cross-scene"), path="spiral", frames=5)
+    assert torch.equal(path_frames(cross)[3].camera, frames[3].camera)
     capture_data = dataclasses.replace(data, name="capture", root=folder)
     own = path_frames(RenderConfig(Path("x"), capture_data, path="spiral", frames=1))
     assert len(own[0].pool) == 15

@@ -247,6 +247,7 @@ def whole_capture(config: DataConfig) -> Scene:
         UserError: as `training_set`.
 
     """
+    config = replace(config, name=config.judged_name)
     if config.name in ("llff_test", "shiny"):
         return read_forward(chosen_folders(config)[0], config)
     if config.name == "capture" and (scene := undivided(capture_folder(config), config)) is not None:
