@@ -210,10 +210,8 @@ def _spiral_frames(config: RenderConfig) -> list[Frame]:
     """The layout's video: a path that follows from the whole capture, rendered from all of its views but the middle one."""
     whole = whole_capture(config.data)
     near, far = own = _bounds(whole)
-    if config.data.judged_name in (
-        "llff_test",
-        "shiny",
-    ):  # the path follows from the capture's bounds, not the sampler's
+    if config.data.judged_name in ("llff_test", "shiny"):
+        # The path follows from the capture's bounds, not the sampler's.
         own = near / LLFF_NEAR, far / LLFF_FAR
         far = own[1] * LLFF_VIDEO_FAR
     cameras = whole.cameras
