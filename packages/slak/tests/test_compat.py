@@ -200,6 +200,8 @@ def test_upernet_learns_and_slides() -> None:
     assert net(x).shape == (2, 4, 64, 96)
     assert net.slide(x, 64, 40).shape == (2, 4, 64, 96)
     torch.testing.assert_close(net.slide(x, 128, 100), net(x))
+    with pytest.raises(ValueError, match="leave pixels out"):
+        net.slide(x, 32, 48)
     assert _starts(100, 64, 40) == [0, 36]
     assert _starts(104, 64, 40) == [0, 40]
 

@@ -266,6 +266,7 @@ def test_damaged_files(segmented: Any, tmp_path: Path) -> None:
         ({"arch": "slak_huge"}, ("slak_huge",)),
         ({"arguments": {**NARROW, "dims": [4, 4, 8, 12]}}, ("keys do not fit", "stages.3")),
         ({"settings": {"stride": 0}}, ("stride",)),
+        ({"settings": {"crop": 64, "stride": 65}}, ("stride is 65", "leave pixels out")),
     ],
 )
 def test_files_that_do_not_say_what_they_hold(segmented: Any, change: dict, words: tuple, tmp_path: Path) -> None:

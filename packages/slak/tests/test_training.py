@@ -137,7 +137,15 @@ def test_every_segmenter_recipe_is_stepped(name: str, tmp_path: Path) -> None:
     recipe = ALL[name]
     generate_ade(tmp_path)
     settings = dataclasses.replace(
-        recipe.segmentation, root=tmp_path, iterations=2, batch_size=2, crop=64, channels=8, workers=0, warmup=1
+        recipe.segmentation,
+        root=tmp_path,
+        iterations=2,
+        batch_size=2,
+        crop=64,
+        stride=43,
+        channels=8,
+        workers=0,
+        warmup=1,
     )
     recipe = dataclasses.replace(recipe, pretrained=None, segmentation=settings, arguments=NARROW)
     with Run("slak", recipe, options(tmp_path)) as run:
@@ -335,6 +343,7 @@ def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
         (lambda: Recipe(task="segment", optim=Optimisation(lr=1.0)), "optim.lr is not read"),
         (lambda: Recipe(task="detect", sparse=Sparsity(growth="gradient")), "sparse.growth is not read"),
         (lambda: Recipe(task="segment", segmentation=Segmentation(stride=0)), "stride"),
+        (lambda: Recipe(task="segment", segmentation=Segmentation(crop=64)), "stride is 341 .* leave pixels out"),
         (lambda: Recipe(task="detect", detection=Detection(scales=[])), "scales"),
         (lambda: short(arch="vit_tiny_patch16_224", arguments={}), "vit_tiny_patch16_224"),
         (lambda: short(arch="slak_huge"), "slak_huge"),

@@ -187,7 +187,16 @@ class UPerNet(nn.Module):
     def slide(
         self, x: Float[Tensor, "batch channels height width"], window: int = 512, stride: int = 341
     ) -> Float[Tensor, "batch classes height width"]:
-        """Mean of the scores of overlapping windows that cover the image, as in the paper's evaluation."""
+        """Mean of the scores of overlapping windows that cover the image, as in the paper's evaluation.
+
+        Raises:
+            ValueError: the stride is larger than the window, so that pixels would lie in none.
+
+        """
+        if stride > window:
+            raise ValueError(
+                f"windows of {window} pixels every {stride} leave pixels out: the stride is at most the window"
+            )
         height, width = x.shape[2:]
         total = x.new_zeros(x.shape[0], self.num_classes, height, width)
         count = x.new_zeros(1, 1, height, width)
