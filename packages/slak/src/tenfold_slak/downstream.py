@@ -47,8 +47,8 @@ class SLaKBackbone(nn.Module):
     def apply_masks(self) -> None:
         """Zero the masked weights."""
         parameters = dict(self.named_parameters())
-        for name, mask in self._masks.items():
-            parameters[name].mul_(mask.to(parameters[name].device))
+        for name in self._masks.keys() & parameters.keys():  # the zeros of a merged layer are in its merged kernels
+            parameters[name].mul_(self._masks[name].to(parameters[name].device))
 
     def load(self, source: Path | str | Mapping[str, Any], sparse: bool = True) -> "SLaKBackbone":
         """Released weights: an ImageNet classifier's (its norm and head are left out) or a downstream backbone's.
