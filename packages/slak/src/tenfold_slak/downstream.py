@@ -176,12 +176,19 @@ class UPerNet(nn.Module):
             x: images.
             labels: (B, H, W) integers, `ignore_index` where nothing is known.
 
+        Returns:
+            The mean over the known pixels; 0 where there is none.
+
         """
         maps = list(self.backbone(x).values())
         main = _resize(self.decode_head(maps), x.shape[2:])
         auxiliary = _resize(self.auxiliary_head(maps[2]), x.shape[2:])
-        main_loss = F.cross_entropy(main, labels, ignore_index=self.ignore_index)
-        return main_loss + self.auxiliary_weight * F.cross_entropy(auxiliary, labels, ignore_index=self.ignore_index)
+        known = (labels != self.ignore_index).sum().clamp(min=1)  # PyTorch's mean over no pixel is not a number
+        main_loss, auxiliary_loss = (
+            F.cross_entropy(scores, labels, ignore_index=self.ignore_index, reduction="sum") / known
+            for scores in (main, auxiliary)
+        )
+        return main_loss + self.auxiliary_weight * auxiliary_loss
 
     @torch.inference_mode()
     def slide(
