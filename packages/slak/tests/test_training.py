@@ -19,6 +19,7 @@ from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_
 from tenfold_slak.detect import (
     Coco,
     Detection,
+    Voc,
     coco_precision,
     detector,
     predictions,
@@ -428,9 +429,18 @@ def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:
     assert target["boxes"].tolist() == [[10.0, 10.0, 40.0, 50.0]]
     with pytest.raises(UserError, match="COCO"):
         Coco(tmp_path / "nowhere", "val2017", training=False)
-    (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
+    annotations = tmp_path / "annotations" / "instances_val2017.json"
+    annotations.write_text(annotations.read_text().replace("[10, 10, 30, 40]", "[10, 10, 0.5, 40]", 1))
+    assert Coco(tmp_path, "val2017", training=True).ids == [1]  # nothing to learn from in the first
+    assert len(Coco(tmp_path, "val2017", training=False)) == 2
+    annotations.write_text("{")
     with pytest.raises(UserError, match="instances_val2017"):
         Coco(tmp_path, "val2017", training=False)
+
+
+def test_what_voc_is_got_from_is_named_with_its_checksums(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"VOCtest_06-Nov-2007\.tar, md5 b6e924de25625d8de591ea690078ad9f"):
+        Voc(tmp_path, "test", training=False)
 
 
 def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> None:
