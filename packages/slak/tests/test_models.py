@@ -250,14 +250,19 @@ def test_timm_classifier_conventions() -> None:
 
 
 def test_grad_checkpointing_changes_nothing() -> None:
-    gradients = []
+    """Neither the gradients nor, however often a block is recomputed, the running statistics."""
+    gradients, statistics = [], []
     for enable in (False, True):
         torch.manual_seed(1)
         model = tiny().train()
         model.set_grad_checkpointing(enable)
-        model(torch.ones(2, 3, 64, 64).cumsum(2) / 64).square().sum().backward()
+        loss = model(torch.ones(2, 3, 64, 64).cumsum(2) / 64).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
         gradients.append(model.downsample_layers[0][0].weight.grad)
+        statistics.append(dict(model.named_buffers()))
     torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*statistics, rtol=0, atol=0)
 
 
 def test_import_is_light_and_registers_later() -> None:
