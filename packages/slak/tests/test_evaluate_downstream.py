@@ -17,17 +17,17 @@ from tenfold_shared.checkpoint import load_weights, save_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_shared.testing import Conformance, flip
-from tenfold_slak.compat import CheckpointError, to_official
+from tenfold_slak.compat import CheckpointError
 from tenfold_slak.detect import Detection, train_detector
 from tenfold_slak.downstream import load_official_segmenter
 from tenfold_slak.evaluate import EvalConfig, EvalData, evaluate, load_model
-from tenfold_slak.models.slak import SLaK, create
+from tenfold_slak.models.slak import SLaK
 from tenfold_slak.segment import Segmentation, train_segmenter
 from tenfold_slak.train import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slak_folders import generate_ade, generate_coco, generate_voc
+from slak_folders import backbone_with_zeros, generate_ade, generate_coco, generate_voc
 from slak_processes import evaluate_as_rank
 
 NARROW = {"dims": [4, 4, 8, 8], "depths": [1, 1, 1, 1]}
@@ -51,17 +51,6 @@ def options(folder: Path, **changes: Any) -> RunOptions:
     return RunOptions(output=folder, **{"name": "x", "device": "cpu", "quiet": True, **changes})
 
 
-def backbone_with_zeros(file: Path) -> Path:
-    """A classifier in the released layout, 40 % of whose weights are zero."""
-    generator = torch.Generator().manual_seed(0)
-    model = create("slak_tiny", **NARROW)
-    for parameter in model.parameters():
-        if parameter.ndim in {2, 4}:
-            parameter.data *= torch.rand(parameter.shape, generator=generator) < 0.6
-    torch.save(to_official(model), file)
-    return file
-
-
 def train_small_segmenter(folder: Path, **changes: Any) -> float:
     """Two steps on two images of three classes; returns what the training's evaluation said."""
     torch.manual_seed(0)
@@ -70,7 +59,10 @@ def train_small_segmenter(folder: Path, **changes: Any) -> float:
         root=folder, classes=3, iterations=2, batch_size=2, crop=64, stride=43, channels=8, workers=0, warmup=1, lr=1e-3
     )
     recipe = Recipe(
-        task="segment", arguments=NARROW, segmentation=settings, pretrained=backbone_with_zeros(folder / "start.pth")
+        task="segment",
+        arguments=NARROW,
+        segmentation=settings,
+        pretrained=backbone_with_zeros(folder / "start.pth", **NARROW),
     )
     with Run("slak", recipe, options(folder, **changes)) as run:
         return train_segmenter(run, recipe)["miou"]
@@ -82,7 +74,10 @@ def train_small_detector(folder: Path, **changes: Any) -> dict[str, float]:
     settings = Detection(**{"root": folder, "workers": 0, **few, **changes})
     (generate_coco if settings.data == "coco" else generate_voc)(folder)
     recipe = Recipe(
-        task="detect", arguments=NARROW, detection=settings, pretrained=backbone_with_zeros(folder / "start.pth")
+        task="detect",
+        arguments=NARROW,
+        detection=settings,
+        pretrained=backbone_with_zeros(folder / "start.pth", **NARROW),
     )
     with Run("slak", recipe, options(folder)) as run:
         return train_detector(run, recipe)

@@ -33,7 +33,7 @@ from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, r
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slak_folders import generate_ade, generate_coco, generate_voc, photograph
+from slak_folders import backbone_with_zeros, generate_ade, generate_coco, generate_voc, photograph
 
 ALL = {name: load_recipe("tenfold_slak", name, Recipe) for name in recipes("tenfold_slak")}
 BY_TASK = {
@@ -99,11 +99,11 @@ def test_every_classifier_recipe_is_stepped(name: str, tmp_path: Path, monkeypat
     data = dataclasses.replace(
         recipe.data, size=size, workers=0, root=tmp_path if recipe.data.name == "imagenet" else None
     )
-    recipe = dataclasses.replace(recipe, optim=optim, arguments=arguments, data=data, pretrained=None)
+    start = backbone_with_zeros(tmp_path / "start.pth", **NARROW) if recipe.sparse.init == "resume" else None
+    recipe = dataclasses.replace(recipe, optim=optim, arguments=arguments, data=data, pretrained=start)
     _, result = classify(recipe, tmp_path)
     assert 0 <= result.accuracy <= 100
-    sparse = recipe.sparse.sparsity > 0 and recipe.sparse.init != "resume"
-    assert (result.costs["macs_nonzero"] < 0.95 * result.costs["macs"]) == sparse
+    assert (result.costs["macs_nonzero"] < 0.95 * result.costs["macs"]) == (recipe.sparse.sparsity > 0)
     assert (result.accuracy_ema is None) == (recipe.optim.ema == 0)
 
 
@@ -349,6 +349,8 @@ def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
         (lambda: short(arch="vit_tiny_patch16_224", arguments={}), "vit_tiny_patch16_224"),
         (lambda: short(arch="slak_huge"), "slak_huge"),
         (lambda: short(arguments={"stem_stride": 16}), "at least 128 x 128"),
+        (lambda: short(sparse=Sparsity(init="resume")), "no zeros to keep"),
+        (lambda: short(sparse=Sparsity(sparsity=0.001, init="uniform")), "99 % dense"),
         (lambda: short(pretrained=Path("slak_tiny_300.pth")), "drive.google.com"),
         (lambda: short(optim=Optimisation(steps=0, epochs=1, batch_size=900, accumulate=8)), "accumulate"),
     ],
