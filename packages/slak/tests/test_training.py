@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
 from tenfold_shared.run import Run, RunOptions
 from tenfold_shared.testing import shapes_alone
+from tenfold_slak.compat import to_official
 from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_data, transforms
 from tenfold_slak.detect import (
     Coco,
@@ -28,6 +30,7 @@ from tenfold_slak.detect import (
 )
 from tenfold_slak.evaluate import EvalConfig, EvalData, data_of, erf, evaluate, export, load_model, profile
 from tenfold_slak.models import create_network
+from tenfold_slak.models.slak import SLaK, create
 from tenfold_slak.segment import Segmentation, segmenter, train_segmenter
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
 
@@ -418,6 +421,26 @@ def test_augmentation_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         first, again, other = (next(iter(data.train.epoch(epoch)))[0] for epoch in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_evaluation_takes_its_batches_from_the_validation_images_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many images as are asked for; ImageNet's training images need not be there."""
+    _generate(monkeypatch, tmp_path)
+    torch.save(to_official(create("slak_tiny", **NARROW, num_classes=2)), tmp_path / "net.pth")
+    shutil.rmtree(tmp_path / "imagenet" / "train")
+    sizes, real = [], SLaK.forward
+    monkeypatch.setattr(SLaK, "forward", lambda self, x: sizes.append(len(x)) or real(self, x))
+    data = EvalData(name="imagenet", root=tmp_path, size=48, workers=0)
+    answers = []
+    for batch_size in (256, 3):
+        evaluate(EvalConfig(tmp_path / "net.pth", data, batch_size=batch_size), options(tmp_path))
+        answers.append(json.loads(capsys.readouterr().out))
+    assert sizes == [1, 10, 1, 3, 3, 3, 1]  # one image to count the multiply-adds
+    assert answers[0]["top1"] == answers[1]["top1"]
+    erf(tmp_path / "net.pth", tmp_path / "erf.png", "imagenet", tmp_path, size=64, images=3)
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["images"] == 3
 
 
 # -- segmentation and detection ----------------------------------------------------------------------------------------
