@@ -5,12 +5,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import tenfold_slak.data
+import tenfold_slak.export
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
@@ -29,6 +31,7 @@ from tenfold_slak.detect import (
     train_detector,
 )
 from tenfold_slak.evaluate import EvalConfig, EvalData, data_of, erf, evaluate, export, load_model, profile
+from tenfold_slak.layer import Branch
 from tenfold_slak.models import create_network
 from tenfold_slak.models.slak import SLaK, create
 from tenfold_slak.segment import Segmentation, segmenter, train_segmenter
@@ -286,6 +289,7 @@ def test_a_checkpoint_is_drawn_exported_and_evaluated_merged(tmp_path: Path, cap
     program = torch.export.load(tmp_path / "net.pt2").module()
     x = torch.rand(3, 1, 32, 32)
     torch.testing.assert_close(program(x), load_model(run)[0].eval()(x), rtol=1e-4, atol=1e-4)
+    assert float(capsys.readouterr().out.split("by ")[1].split()[0]) < 1e-4
     with pytest.raises(UserError, match="ending"):
         export(run, tmp_path / "net.txt", 32)
     with pytest.raises(UserError, match="at least 8 x 8"):
@@ -308,6 +312,29 @@ def test_a_checkpoint_is_drawn_exported_and_evaluated_merged(tmp_path: Path, cap
     assert data_of(trained, EvalData(name="imagenet")) == DataConfig(name="imagenet")
     with pytest.raises(UserError, match=r"--data\.name"):
         data_of({}, EvalData())
+
+
+def test_a_wrong_merge_is_seen_in_what_was_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not hidden by eval mode, which folds as merging does. ONNX files are run where onnxruntime is installed."""
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
+    classify(short(), tmp_path)
+
+    def differences() -> list[float]:
+        capsys.readouterr()
+        for name in ("net.pt2", "net.onnx"):
+            export(tmp_path / "slak" / "x", tmp_path / name, 32)
+        return [float(line.rsplit("by ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
+
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # sizes are tensors while a graph is traced
+    assert max(differences()) < 1e-5
+    run = SimpleNamespace(InferenceSession=lambda path, providers: reference.ReferenceEvaluator(path))
+    monkeypatch.setitem(sys.modules, "onnxruntime", run)
+    monkeypatch.setattr(tenfold_slak.export, "onnx_runs", lambda: True)
+    assert max(differences()) < 1e-5
+    monkeypatch.setattr(Branch, "folded", lambda self: (self.conv.weight, torch.zeros(self.conv.out_channels)))
+    assert min(differences()) > 1e-4
 
 
 def test_batches_are_mixed_as_asked() -> None:
