@@ -1,15 +1,30 @@
-"""Folders laid out as ADE20K, COCO and PASCAL VOC are published, of a few generated images."""
+"""Folders laid out as ADE20K, COCO and PASCAL VOC are published, of a few generated images; weights to start from."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+
+from tenfold_slak.compat import to_official
+from tenfold_slak.models.slak import create
 
 
 def photograph(size: int, seed: int) -> Image.Image:
     pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(pixels.numpy())
+
+
+def backbone_with_zeros(file: Path, **arguments: Any) -> Path:
+    """A classifier in the released layout, 40 % of whose weights are zero."""
+    generator = torch.Generator().manual_seed(0)
+    model = create("slak_tiny", **arguments)
+    for parameter in model.parameters():
+        if parameter.ndim in {2, 4}:
+            parameter.data *= torch.rand(parameter.shape, generator=generator) < 0.6
+    torch.save(to_official(model), file)
+    return file
 
 
 def generate_ade(folder: Path, classes: int = 150) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from tenfold_slak.compat import (
@@ -200,8 +201,28 @@ def test_upernet_learns_and_slides() -> None:
     assert net(x).shape == (2, 4, 64, 96)
     assert net.slide(x, 64, 40).shape == (2, 4, 64, 96)
     torch.testing.assert_close(net.slide(x, 128, 100), net(x))
+    with pytest.raises(ValueError, match="leave pixels out"):
+        net.slide(x, 32, 48)
     assert _starts(100, 64, 40) == [0, 36]
     assert _starts(104, 64, 40) == [0, 40]
+
+
+def test_the_segmentation_loss_is_the_mean_over_known_pixels() -> None:
+    """As PyTorch takes it, but for a batch without any, which is worth nothing."""
+    net = UPerNet(SLaKBackbone(SLaK(**SMALL)), 4, channels=16, auxiliary_channels=8).eval()
+    x, labels = torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64))
+    labels[:, :5] = 255
+    maps = list(net.backbone(x).values())
+    main, auxiliary = (
+        F.interpolate(scores, size=(64, 64), mode="bilinear")
+        for scores in (net.decode_head(maps), net.auxiliary_head(maps[2]))
+    )
+    losses = [F.cross_entropy(scores, labels, ignore_index=255) for scores in (main, auxiliary)]
+    assert torch.equal(net.loss(x, labels), losses[0] + 0.4 * losses[1])
+    nothing = net.loss(x, torch.full_like(labels, 255))
+    nothing.backward()
+    assert nothing == 0
+    assert not any(p.grad.any() for p in net.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("build", [faster_rcnn, mask_rcnn])

@@ -10,7 +10,7 @@ from tenfold_shared.claims import ArmResult, Outcome, load_claims
 from tenfold_shared.cli import load_recipe
 from tenfold_slak.detect import augmented, cropped, flipped, resized
 from tenfold_slak.precision import voc_precision
-from tenfold_slak.reproduce import figures
+from tenfold_slak.reproduce import VALUES, figures
 from tenfold_slak.segment import IGNORED, confusion, mean_iou, poly_rate, training_transform
 from tenfold_slak.train import Recipe
 
@@ -73,6 +73,10 @@ def test_voc_precision_by_hand() -> None:
     assert voc_precision(found, truth, 3, eleven_points=True) == pytest.approx((6 * 1 + 5 * 0.5) / 11)
     difficult = [{**truth[0], "difficult": torch.tensor([False, True])}]
     assert voc_precision(found, difficult, 3) == pytest.approx(1.0)
+
+
+def test_every_metric_is_measured() -> None:
+    assert {claim.metric.name for claim in load_claims("tenfold_slak").claims} == set(VALUES)
 
 
 def test_arms_of_one_name_in_two_claims_are_drawn_apart(tmp_path: Path) -> None:

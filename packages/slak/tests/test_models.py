@@ -15,8 +15,8 @@ from torch import nn
 
 import tenfold_slak
 from tenfold_slak.downstream import SLaKBackbone, UPerNet
-from tenfold_slak.export import export_onnx, export_program
-from tenfold_slak.layer import DilatedKernel, LargeKernel, SmallKernelStack, merge_large_kernels
+from tenfold_slak.export import branch_scores, export_onnx, export_program
+from tenfold_slak.layer import Branch, DilatedKernel, LargeKernel, SmallKernelStack, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters, macs_by_layer
 from tenfold_slak.masks import initial_masks, maskable_parameters
 from tenfold_slak.models.slak import VARIANTS, SLaK, create
@@ -250,14 +250,19 @@ def test_timm_classifier_conventions() -> None:
 
 
 def test_grad_checkpointing_changes_nothing() -> None:
-    gradients = []
+    """Neither the gradients nor, however often a block is recomputed, the running statistics."""
+    gradients, statistics = [], []
     for enable in (False, True):
         torch.manual_seed(1)
         model = tiny().train()
         model.set_grad_checkpointing(enable)
-        model(torch.ones(2, 3, 64, 64).cumsum(2) / 64).square().sum().backward()
+        loss = model(torch.ones(2, 3, 64, 64).cumsum(2) / 64).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
         gradients.append(model.downsample_layers[0][0].weight.grad)
+        statistics.append(dict(model.named_buffers()))
     torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*statistics, rtol=0, atol=0)
 
 
 def test_import_is_light_and_registers_later() -> None:
@@ -302,10 +307,21 @@ def _onnx(tmp_path) -> None:
     model = tiny().train()
     x = torch.randn(2, 3, 64, 64)
     path = tmp_path / "slak.onnx"
-    assert export_onnx(model, x, path) < 1e-3
+    twin = export_onnx(model, x, path)
     assert model.training
     (logits,) = onnx_reference.ReferenceEvaluator(str(path)).run(None, {"images": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), model.eval()(x).detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(logits), branch_scores(model, x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(logits), twin, rtol=1e-3, atol=1e-3)
+
+
+def test_exports_are_compared_with_the_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eval mode folds as merging does, so a mistake in it changes both alike."""
+    model, x = tiny(), torch.randn(2, 3, 64, 64)
+    expected = branch_scores(model, x)
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(Branch, "folded", lambda self: (self.conv.weight, torch.zeros(self.conv.out_channels)))
+    torch.testing.assert_close(branch_scores(model, x), expected, rtol=0, atol=0)
+    assert not torch.allclose(model(x), expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize(

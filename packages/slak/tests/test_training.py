@@ -2,23 +2,28 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import tenfold_slak.data
+import tenfold_slak.export
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
 from tenfold_shared.run import Run, RunOptions
 from tenfold_shared.testing import shapes_alone
+from tenfold_slak.compat import to_official
 from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, load_data, transforms
 from tenfold_slak.detect import (
     Coco,
     Detection,
+    Voc,
     coco_precision,
     detector,
     predictions,
@@ -26,13 +31,15 @@ from tenfold_slak.detect import (
     train_detector,
 )
 from tenfold_slak.evaluate import EvalConfig, EvalData, data_of, erf, evaluate, export, load_model, profile
+from tenfold_slak.layer import Branch
 from tenfold_slak.models import create_network
+from tenfold_slak.models.slak import SLaK, create
 from tenfold_slak.segment import Segmentation, segmenter, train_segmenter
 from tenfold_slak.train import Mixing, Optimisation, Recipe, Sparsity, mixing, run_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from slak_folders import generate_ade, generate_coco, generate_voc, photograph
+from slak_folders import backbone_with_zeros, generate_ade, generate_coco, generate_voc, photograph
 
 ALL = {name: load_recipe("tenfold_slak", name, Recipe) for name in recipes("tenfold_slak")}
 BY_TASK = {
@@ -98,11 +105,11 @@ def test_every_classifier_recipe_is_stepped(name: str, tmp_path: Path, monkeypat
     data = dataclasses.replace(
         recipe.data, size=size, workers=0, root=tmp_path if recipe.data.name == "imagenet" else None
     )
-    recipe = dataclasses.replace(recipe, optim=optim, arguments=arguments, data=data, pretrained=None)
+    start = backbone_with_zeros(tmp_path / "start.pth", **NARROW) if recipe.sparse.init == "resume" else None
+    recipe = dataclasses.replace(recipe, optim=optim, arguments=arguments, data=data, pretrained=start)
     _, result = classify(recipe, tmp_path)
     assert 0 <= result.accuracy <= 100
-    sparse = recipe.sparse.sparsity > 0 and recipe.sparse.init != "resume"
-    assert (result.costs["macs_nonzero"] < 0.95 * result.costs["macs"]) == sparse
+    assert (result.costs["macs_nonzero"] < 0.95 * result.costs["macs"]) == (recipe.sparse.sparsity > 0)
     assert (result.accuracy_ema is None) == (recipe.optim.ema == 0)
 
 
@@ -137,7 +144,15 @@ def test_every_segmenter_recipe_is_stepped(name: str, tmp_path: Path) -> None:
     recipe = ALL[name]
     generate_ade(tmp_path)
     settings = dataclasses.replace(
-        recipe.segmentation, root=tmp_path, iterations=2, batch_size=2, crop=64, channels=8, workers=0, warmup=1
+        recipe.segmentation,
+        root=tmp_path,
+        iterations=2,
+        batch_size=2,
+        crop=64,
+        stride=43,
+        channels=8,
+        workers=0,
+        warmup=1,
     )
     recipe = dataclasses.replace(recipe, pretrained=None, segmentation=settings, arguments=NARROW)
     with Run("slak", recipe, options(tmp_path)) as run:
@@ -274,6 +289,7 @@ def test_a_checkpoint_is_drawn_exported_and_evaluated_merged(tmp_path: Path, cap
     program = torch.export.load(tmp_path / "net.pt2").module()
     x = torch.rand(3, 1, 32, 32)
     torch.testing.assert_close(program(x), load_model(run)[0].eval()(x), rtol=1e-4, atol=1e-4)
+    assert float(capsys.readouterr().out.split("by ")[1].split()[0]) < 1e-4
     with pytest.raises(UserError, match="ending"):
         export(run, tmp_path / "net.txt", 32)
     with pytest.raises(UserError, match="at least 8 x 8"):
@@ -296,6 +312,29 @@ def test_a_checkpoint_is_drawn_exported_and_evaluated_merged(tmp_path: Path, cap
     assert data_of(trained, EvalData(name="imagenet")) == DataConfig(name="imagenet")
     with pytest.raises(UserError, match=r"--data\.name"):
         data_of({}, EvalData())
+
+
+def test_a_wrong_merge_is_seen_in_what_was_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not hidden by eval mode, which folds as merging does. ONNX files are run where onnxruntime is installed."""
+    reference = pytest.importorskip("onnx.reference", reason="onnx is not installed")
+    classify(short(), tmp_path)
+
+    def differences() -> list[float]:
+        capsys.readouterr()
+        for name in ("net.pt2", "net.onnx"):
+            export(tmp_path / "slak" / "x", tmp_path / name, 32)
+        return [float(line.rsplit("by ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
+
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # sizes are tensors while a graph is traced
+    assert max(differences()) < 1e-5
+    run = SimpleNamespace(InferenceSession=lambda path, providers: reference.ReferenceEvaluator(path))
+    monkeypatch.setitem(sys.modules, "onnxruntime", run)
+    monkeypatch.setattr(tenfold_slak.export, "onnx_runs", lambda: True)
+    assert max(differences()) < 1e-5
+    monkeypatch.setattr(Branch, "folded", lambda self: (self.conv.weight, torch.zeros(self.conv.out_channels)))
+    assert min(differences()) > 1e-4
 
 
 def test_batches_are_mixed_as_asked() -> None:
@@ -335,10 +374,13 @@ def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
         (lambda: Recipe(task="segment", optim=Optimisation(lr=1.0)), "optim.lr is not read"),
         (lambda: Recipe(task="detect", sparse=Sparsity(growth="gradient")), "sparse.growth is not read"),
         (lambda: Recipe(task="segment", segmentation=Segmentation(stride=0)), "stride"),
+        (lambda: Recipe(task="segment", segmentation=Segmentation(crop=64)), "stride is 341 .* leave pixels out"),
         (lambda: Recipe(task="detect", detection=Detection(scales=[])), "scales"),
         (lambda: short(arch="vit_tiny_patch16_224", arguments={}), "vit_tiny_patch16_224"),
         (lambda: short(arch="slak_huge"), "slak_huge"),
         (lambda: short(arguments={"stem_stride": 16}), "at least 128 x 128"),
+        (lambda: short(sparse=Sparsity(init="resume")), "no zeros to keep"),
+        (lambda: short(sparse=Sparsity(sparsity=0.001, init="uniform")), "99 % dense"),
         (lambda: short(pretrained=Path("slak_tiny_300.pth")), "drive.google.com"),
         (lambda: short(optim=Optimisation(steps=0, epochs=1, batch_size=900, accumulate=8)), "accumulate"),
     ],
@@ -408,6 +450,26 @@ def test_augmentation_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not torch.equal(first, other)
 
 
+def test_evaluation_takes_its_batches_from_the_validation_images_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many images as are asked for; ImageNet's training images need not be there."""
+    _generate(monkeypatch, tmp_path)
+    torch.save(to_official(create("slak_tiny", **NARROW, num_classes=2)), tmp_path / "net.pth")
+    shutil.rmtree(tmp_path / "imagenet" / "train")
+    sizes, real = [], SLaK.forward
+    monkeypatch.setattr(SLaK, "forward", lambda self, x: sizes.append(len(x)) or real(self, x))
+    data = EvalData(name="imagenet", root=tmp_path, size=48, workers=0)
+    answers = []
+    for batch_size in (256, 3):
+        evaluate(EvalConfig(tmp_path / "net.pth", data, batch_size=batch_size), options(tmp_path))
+        answers.append(json.loads(capsys.readouterr().out))
+    assert sizes == [1, 10, 1, 3, 3, 3, 1]  # one image to count the multiply-adds
+    assert answers[0]["top1"] == answers[1]["top1"]
+    erf(tmp_path / "net.pth", tmp_path / "erf.png", "imagenet", tmp_path, size=64, images=3)
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["images"] == 3
+
+
 # -- segmentation and detection ----------------------------------------------------------------------------------------
 
 
@@ -419,9 +481,18 @@ def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:
     assert target["boxes"].tolist() == [[10.0, 10.0, 40.0, 50.0]]
     with pytest.raises(UserError, match="COCO"):
         Coco(tmp_path / "nowhere", "val2017", training=False)
-    (tmp_path / "annotations" / "instances_val2017.json").write_text("{")
+    annotations = tmp_path / "annotations" / "instances_val2017.json"
+    annotations.write_text(annotations.read_text().replace("[10, 10, 30, 40]", "[10, 10, 0.5, 40]", 1))
+    assert Coco(tmp_path, "val2017", training=True).ids == [1]  # nothing to learn from in the first
+    assert len(Coco(tmp_path, "val2017", training=False)) == 2
+    annotations.write_text("{")
     with pytest.raises(UserError, match="instances_val2017"):
         Coco(tmp_path, "val2017", training=False)
+
+
+def test_what_voc_is_got_from_is_named_with_its_checksums(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"VOCtest_06-Nov-2007\.tar, md5 b6e924de25625d8de591ea690078ad9f"):
+        Voc(tmp_path, "test", training=False)
 
 
 def test_coco_precision_of_a_perfect_and_of_a_blind_detector(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tenfold_shared.run import Run, derived_seed
 DataName = Literal["row-cue", "digits", "pictures", "cifar10", "cifar100", "imagenet", "folder"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EMBEDDED = frozenset({"row-cue", "digits", "pictures"})
 EVALUATION_BATCH = 256  # images at a time in each process
 
 #: Colour photographs inside scikit-image.
@@ -68,6 +69,14 @@ class DataConfig:
             raise UserError(f"--data.size and --data.workers take sizes, got {self.size} and {self.workers}")
 
 
+class Evaluation(NamedTuple):
+    """The images that a network is evaluated on."""
+
+    batches: Batches | StreamedBatches
+    classes: int
+    shape: tuple[int, int, int]
+
+
 class Data(NamedTuple):
     """The data set as the loops see it. ``scoring`` gives the training batches whole in every process, for SNIP."""
 
@@ -88,30 +97,76 @@ def load_data(config: DataConfig, batch_size: int, run: Run) -> Data:
         UserError: the data set is not there, or cannot be read.
 
     """
-    config = dataclasses.replace(config, root=found_folder(config.root))
-    if config.name in {"row-cue", "digits", "pictures"}:
-        return _embedded(config, batch_size, run)
-    train, test = _augmented(config, run.options.seed)
-    seed = run.options.seed
-    workers, device = config.workers, run.device
-
-    def stream(
-        dataset: Any, purpose: str, size: int, *, rank: int = run.rank, world: int = run.world, workers: int = workers
-    ) -> Any:
-        training = purpose != "evaluation"
-        return StreamedBatches(
-            dataset, size, seed=derived_seed(seed, purpose), shuffle=training, drop_last=training, rank=rank,
-            world=world, device=device, workers=workers,
-        )  # fmt: skip
-
+    train, evaluation = chosen_images(config, True, run.options.seed), load_evaluation(config, run)
     return Data(
-        train=stream(train, "train", batch_size),
-        # One batch is read of it: workers would go on to hold batches of gigabytes while the network is trained.
-        scoring=stream(train, "train", batch_size, rank=0, world=1, workers=0),
-        evaluation=stream(test, "evaluation", EVALUATION_BATCH * run.world),
-        classes=len(train.classes),
-        shape=(3, config.size, config.size),
+        train=_batches(train, config, "train", batch_size, run),
+        scoring=_batches(train, config, "train", batch_size, run, whole=True),
+        evaluation=evaluation.batches,
+        classes=evaluation.classes,
+        shape=evaluation.shape,
     )
+
+
+def load_evaluation(config: DataConfig, run: Run, batch_size: int = EVALUATION_BATCH) -> Evaluation:
+    """The evaluation images alone: the training images of ImageNet and of a folder need not be there.
+
+    Args:
+        config: which images.
+        run: its device holds the batches, its processes share them.
+        batch_size: images at a time in each process.
+
+    Raises:
+        UserError: the data set is not there, or cannot be read.
+
+    """
+    images = chosen_images(config, False, run.options.seed)
+    size = (config.size, config.size)
+    channels, height, width = images.images.shape[1:] if isinstance(images, ImageSet) else (3, *size)
+    batches = _batches(images, config, "evaluation", batch_size * run.world, run)
+    return Evaluation(batches, len(images.classes), (channels, height, width))
+
+
+def chosen_images(config: DataConfig, training: bool, seed: int) -> Any:
+    """The images to train or to evaluate on, with `classes`: an `ImageSet` of an embedded set, others transformed.
+
+    Args:
+        config: which.
+        training: the training images and their transform.
+        seed: of the part that ``config.validation`` holds out.
+
+    Raises:
+        UserError: the data set is not there, or cannot be read.
+
+    """
+    part = 0 if training else 1
+    if config.name in EMBEDDED:
+        return embedded_sets(config.name, config.size, config.validation)[part]
+    root, transform = found_folder(config.root), transforms(config)[part]
+    if config.name in {"imagenet", "folder"}:
+        if config.validation:
+            raise UserError(f"--data.validation is not there for {config.name}: hold out a folder of your own")
+        return stream_images(config.name, root, "train" if training else "test", transform)
+    split = "train" if training or config.validation else "test"
+    images = load_images(config.name, root, split, download=config.download)
+    if config.validation:
+        images = split_train_validation(images, config.validation, derived_seed(seed, "validation"))[part]
+    return Transformed(images, transform)
+
+
+def _batches(images: Any, config: DataConfig, purpose: str, size: int, run: Run, *, whole: bool = False) -> Any:
+    """Batches of images in memory or of a data set that is streamed, cut by the processes unless each has them whole."""
+    training = purpose != "evaluation"
+    common: dict[str, Any] = {
+        "seed": derived_seed(run.options.seed, purpose), "shuffle": training, "drop_last": training,
+        "rank": 0 if whole else run.rank, "world": 1 if whole else run.world, "device": run.device,
+    }  # fmt: skip
+    if isinstance(images, ImageSet):
+        # Black stays zero in grey images, so that empty places of a map say nothing.
+        mean, std = ((0.0,), (1.0,)) if images.images.shape[1] == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+        size = min(size, len(images)) if training else size
+        return Batches(images.images, images.labels, size, mean=mean, std=std, **common)
+    # One batch is read of what SNIP scores: workers would go on to hold batches of gigabytes while the network is trained.
+    return StreamedBatches(images, size, workers=0 if whole else config.workers, **common)
 
 
 def found_folder(root: Path | None) -> Path | None:
@@ -158,48 +213,7 @@ def transforms(config: DataConfig) -> tuple[Any, Any]:
     return training, evaluating
 
 
-def _augmented(config: DataConfig, seed: int) -> tuple[Any, Any]:
-    """Training and evaluation data sets, each with `classes`."""
-    training, evaluating = transforms(config)
-    if config.name in {"imagenet", "folder"}:
-        if config.validation:
-            raise UserError(f"--data.validation is not there for {config.name}: hold out a folder of your own")
-        return (
-            stream_images(config.name, config.root, "train", training),
-            stream_images(config.name, config.root, "test", evaluating),
-        )
-    train = load_images(config.name, config.root, "train", download=config.download)
-    if config.validation:
-        train, test = split_train_validation(train, config.validation, derived_seed(seed, "validation"))
-    else:
-        test = load_images(config.name, config.root, "test")
-    return Transformed(train, training), Transformed(test, evaluating)
-
-
 # -- embedded sets -----------------------------------------------------------------------------------------------------
-
-
-def _embedded(config: DataConfig, batch_size: int, run: Run) -> Data:
-    train, test = embedded_sets(config.name, config.size, config.validation)
-    # Black stays zero in grey images, so that empty places of a map say nothing.
-    mean, std = ((0.0,), (1.0,)) if train.images.shape[1] == 1 else (IMAGENET_MEAN, IMAGENET_STD)
-
-    def batches(chosen: ImageSet, purpose: str, *, rank: int = run.rank, world: int = run.world) -> Batches:
-        training = purpose != "evaluation"
-        return Batches(
-            chosen.images, chosen.labels, min(batch_size, len(chosen)) if training else EVALUATION_BATCH * run.world,
-            seed=derived_seed(run.options.seed, purpose), shuffle=training, mean=mean, std=std, drop_last=training,
-            rank=rank, world=world, device=run.device,
-        )  # fmt: skip
-
-    channels, height, width = train.images.shape[1:]
-    return Data(
-        train=batches(train, "train"),
-        scoring=batches(train, "train", rank=0, world=1),
-        evaluation=batches(test, "evaluation"),
-        classes=len(train.classes),
-        shape=(channels, height, width),
-    )
 
 
 @functools.cache

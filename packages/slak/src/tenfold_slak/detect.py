@@ -32,6 +32,10 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+VOC_2007 = (
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/ (VOCtrainval_06-Nov-2007.tar, md5 c52e279531787c972589f7e41ab4ae64, "
+    "and VOCtest_06-Nov-2007.tar, md5 b6e924de25625d8de591ea690078ad9f)"
+)
 Sample = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -98,7 +102,8 @@ def run_detection(run: Run, recipe: "Recipe") -> str:
 
 
 class Coco(Dataset[Any]):
-    """COCO 2017 as published: an image in [0, 1] and its boxes (xyxy), labels from 1 and masks; crowds left out.
+    """COCO 2017 as published: an image in [0, 1] and its boxes (xyxy), labels from 1 and masks; crowds and what is
+    thinner than a pixel are left out.
 
     Raises:
         UserError: the set is not there, or damaged.
@@ -117,7 +122,7 @@ class Coco(Dataset[Any]):
             self.files = {entry["id"]: self.folder / split / entry["file_name"] for entry in content["images"]}
             by_image: dict[int, list[Any]] = {identity: [] for identity in self.files}
             for entry in content["annotations"]:
-                if not entry.get("iscrowd"):
+                if not entry.get("iscrowd") and min(entry["bbox"][2:]) >= 1:  # thinner ones hold no pixel to learn from
                     by_image[entry["image_id"]].append(entry)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.file} cannot be read ({error!r}): fetch it again") from error
@@ -140,8 +145,6 @@ class Coco(Dataset[Any]):
         boxes, labels, masks = [], [], []
         for entry in self.annotations[identity]:
             left, top, width, height = entry["bbox"]
-            if width < 1 or height < 1:
-                continue
             boxes.append([left, top, left + width, top + height])
             labels.append(1 + self.categories.index(entry["category_id"]))
             canvas = Image.new("1", (image.shape[2], image.shape[1]))
@@ -169,9 +172,7 @@ class Voc(Dataset[Any]):
         self.folder = root / "VOCdevkit" / "VOC2007" if (root / "VOCdevkit").is_dir() else root / "VOC2007"
         names = self.folder / "ImageSets" / "Main" / f"{split}.txt"
         if not names.is_file():
-            raise missing(
-                "PASCAL VOC 2007", "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/", f"{root}/VOCdevkit/VOC2007"
-            )
+            raise missing("PASCAL VOC 2007", VOC_2007, f"{root}/VOCdevkit/VOC2007")
         self.names, self.training = names.read_text(encoding="utf-8").split(), training
 
     def __len__(self) -> int:

@@ -47,8 +47,8 @@ class SLaKBackbone(nn.Module):
     def apply_masks(self) -> None:
         """Zero the masked weights."""
         parameters = dict(self.named_parameters())
-        for name, mask in self._masks.items():
-            parameters[name].mul_(mask.to(parameters[name].device))
+        for name in self._masks.keys() & parameters.keys():  # the zeros of a merged layer are in its merged kernels
+            parameters[name].mul_(self._masks[name].to(parameters[name].device))
 
     def load(self, source: Path | str | Mapping[str, Any], sparse: bool = True) -> "SLaKBackbone":
         """Released weights: an ImageNet classifier's (its norm and head are left out) or a downstream backbone's.
@@ -176,18 +176,34 @@ class UPerNet(nn.Module):
             x: images.
             labels: (B, H, W) integers, `ignore_index` where nothing is known.
 
+        Returns:
+            The mean over the known pixels; 0 where there is none.
+
         """
         maps = list(self.backbone(x).values())
         main = _resize(self.decode_head(maps), x.shape[2:])
         auxiliary = _resize(self.auxiliary_head(maps[2]), x.shape[2:])
-        main_loss = F.cross_entropy(main, labels, ignore_index=self.ignore_index)
-        return main_loss + self.auxiliary_weight * F.cross_entropy(auxiliary, labels, ignore_index=self.ignore_index)
+        known = (labels != self.ignore_index).sum().clamp(min=1)  # PyTorch's mean over no pixel is not a number
+        main_loss, auxiliary_loss = (
+            F.cross_entropy(scores, labels, ignore_index=self.ignore_index, reduction="sum") / known
+            for scores in (main, auxiliary)
+        )
+        return main_loss + self.auxiliary_weight * auxiliary_loss
 
     @torch.inference_mode()
     def slide(
         self, x: Float[Tensor, "batch channels height width"], window: int = 512, stride: int = 341
     ) -> Float[Tensor, "batch classes height width"]:
-        """Mean of the scores of overlapping windows that cover the image, as in the paper's evaluation."""
+        """Mean of the scores of overlapping windows that cover the image, as in the paper's evaluation.
+
+        Raises:
+            ValueError: the stride is larger than the window, so that pixels would lie in none.
+
+        """
+        if stride > window:
+            raise ValueError(
+                f"windows of {window} pixels every {stride} leave pixels out: the stride is at most the window"
+            )
         height, width = x.shape[2:]
         total = x.new_zeros(x.shape[0], self.num_classes, height, width)
         count = x.new_zeros(1, 1, height, width)

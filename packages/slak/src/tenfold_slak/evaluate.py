@@ -17,7 +17,16 @@ from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_slak.compat import check_state, holds_segmenter, load_official_checkpoint, read_content, weights_file
-from tenfold_slak.data import DataConfig, DataName, load_data
+from tenfold_slak.data import (
+    EMBEDDED,
+    EVALUATION_BATCH,
+    DataConfig,
+    DataName,
+    chosen_images,
+    embedded_sets,
+    load_evaluation,
+    pictures,
+)
 from tenfold_slak.layer import LargeKernel, merge_large_kernels
 from tenfold_slak.macs import count_macs, count_parameters
 from tenfold_slak.masks import maskable_parameters
@@ -67,8 +76,8 @@ class EvalConfig:
     """A run's folder, a .safetensors file of ours, or a .pth file of the authors (looked for in the data root too)."""
     data: EvalData = dataclasses.field(default_factory=EvalData)
     """The images; default: those of the training."""
-    batch_size: int = 256
-    """Images at a time; segmenters and detectors take one."""
+    batch_size: int = EVALUATION_BATCH
+    """Images at a time in each process; segmenters and detectors take one."""
     weights: Literal["last", "ema"] = "last"
     """Of a run's folder: the weights of the last step, or their moving average. Of the authors': model or model_ema."""
     merge: bool = False
@@ -206,12 +215,12 @@ def _evaluate_classifier(read: Checkpoint, config: EvalConfig, options: RunOptio
     model, about = classifier(read)
     images = data_of(about, config.data)
     with Run.evaluation("slak", options) as run:
-        data = load_data(images, config.batch_size, run)
+        data = load_evaluation(images, run, config.batch_size)
         check_fit(model, data.shape, data.classes, images.name)
         with refusals(f"--checkpoint {config.checkpoint}"):
             counted = costs(model, data.shape)
         model = run.prepare(merge_large_kernels(model) if config.merge else model)
-        reached = accuracy(model, data.evaluation, run)
+        reached = accuracy(model, data.batches, run)
         if run.is_main:
             values = {name: value.item() for name, value in reached._asdict().items()}
             print(json.dumps({"arch": about["arch"], "data": images.name, **values, **counted}))
@@ -303,15 +312,16 @@ def _check_image(model: nn.Module, size: int, channels: int | None = None, name:
 def erf(
     checkpoint: Path,
     output: Path = Path("erf.png"),
-    data: Literal["pictures", "row-cue"] = "pictures",
+    data: DataName = "pictures",
+    root: Path | None = None,
     size: int = 1024,
     images: int = 50,
 ) -> None:
     """Draw the effective receptive field of a checkpoint and print the squares that hold given shares of it.
 
-    Pictures are resized to `size` (bicubic), as the paper does with validation images; there are eight of them.
+    The paper takes 50 validation images: of `imagenet`, `folder` or CIFAR (below `root`, or in the data root) that many
+    are drawn. From 384 pixels on they are resized to `size` (bicubic), as the eight pictures always are.
     """
-    from tenfold_slak.data import embedded_sets, pictures  # noqa: PLC0415 - slow to import
     from tenfold_slak.erf import effective_receptive_field, plot  # noqa: PLC0415
 
     _at_least_one(size=size, images=images)
@@ -324,8 +334,12 @@ def erf(
         )
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         batches = [(picture - mean) / std for picture in resized]
+    elif data in EMBEDDED:
+        batches = [embedded_sets(data)[1].images[:images].float() / 255]
     else:
-        batches = [embedded_sets("row-cue")[1].images[:images].float() / 255]
+        validation = chosen_images(DataConfig(name=data, root=root, size=size), False, 0)
+        drawn = torch.randperm(len(validation), generator=torch.Generator().manual_seed(0))[:images]
+        batches = [validation[index][0][None] for index in drawn.tolist()]
     _check_image(model, batches[0].shape[-1], batches[0].shape[1], data)
     with refusals(f"--checkpoint {checkpoint}"):
         field = effective_receptive_field(model, batches)
@@ -340,21 +354,24 @@ def export(
     checkpoint: Path, output: Path = Path("slak.onnx"), size: int = 224, form: Literal["two", "one"] = "two"
 ) -> None:
     """Merge the branches of a checkpoint's layers and write it as ONNX (.onnx) or as a torch.export program (.pt2)."""
-    from tenfold_slak.export import export_onnx, export_program  # noqa: PLC0415 - slow to import
+    from tenfold_slak.export import branch_scores, export_onnx, export_program, onnx_runs  # noqa: PLC0415 - slow to import
 
     _at_least_one(size=size)
     _make_room(output, ".onnx", ".pt2")
     model, _ = load_model(checkpoint)
     # Not zeros: on them no kernel could be merged wrongly.
     example = torch.randn(2, _check_image(model, size), size, size, generator=torch.Generator().manual_seed(0))
-    if output.suffix == ".onnx":
-        with refusals(f"--output {output}"):
-            difference = export_onnx(model, example, output, form)
-        print(f"{output}: written; merging changed the scores by {difference:.1e} at most")
-    else:
-        with refusals(f"--output {output}"):
-            torch.export.save(export_program(model, example, form), output)
-        print(f"{output}: written")
+    ran = output.suffix == ".pt2" or onnx_runs()
+    with refusals(f"--output {output}"), torch.no_grad():
+        if output.suffix == ".onnx":
+            scores = export_onnx(model, example, output, form)
+        else:
+            program = export_program(model, example, form)
+            torch.export.save(program, output)
+            scores = program.module()(example)
+        difference = float((scores - branch_scores(model, example)).abs().max())
+    what = "its scores differ" if ran else "not run, for want of onnxruntime; the scores of the merged network differ"
+    print(f"{output}: written; {what} from those of the branches by {difference:.1e} at most")
 
 
 def profile(

@@ -59,6 +59,7 @@ VALUES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "top-1 accuracy": _entry("accuracy"),
     "mIoU": _entry("miou"),
     "mAP": _entry("map50"),
+    "receptive field side": _entry("erf_side"),
     **{f"{kind} AP{level}": _entry(f"{kind}_ap{level}") for kind in ("box", "mask") for level in ("", "50", "75")},
     "non-zero parameters": lambda extras: extras["parameters_nonzero"] / 1e6,
     "stored parameters": _entry("parameters"),

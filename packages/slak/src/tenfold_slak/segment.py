@@ -69,6 +69,11 @@ class Segmentation:
             ("lr", "stage_decay"),
             ("weight_decay", "warmup", "workers"),
         )
+        if self.stride > self.crop:
+            raise UserError(
+                f"--segmentation.stride is {self.stride} and --segmentation.crop {self.crop}: windows that lie further "
+                "apart than they are wide leave pixels out"
+            )
 
 
 def refuse_settings(

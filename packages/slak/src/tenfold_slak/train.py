@@ -331,7 +331,15 @@ def first_masks(recipe: Recipe, model: nn.Module, data: Data, run: Run) -> dict[
         images, labels = next(iter(data.scoring.epoch(0)))
         batch = images[: settings.snip_images], labels[: settings.snip_images]
     seed = derived_seed(run.options.seed, "masks")
-    return initial_masks(model, settings.sparsity, settings.init, batch, settings.only_large_kernels, seed)
+    masks = initial_masks(model, settings.sparsity, settings.init, batch, settings.only_large_kernels, seed)
+    if not masks:
+        resumed = "the weights of --pretrained have next to no zeros to keep"
+        drawn = f"--sparse.sparsity {settings.sparsity} leaves every layer at least 99 % dense"
+        raise UserError(
+            f"--sparse.init {settings.init} gives no mask, since {resumed if settings.init == 'resume' else drawn}: "
+            "for dense training use --sparse.sparsity 0"
+        )
+    return masks
 
 
 def sparse_training(

@@ -1,5 +1,6 @@
 """SLaK (section 2.3): the ConvNeXt layout around the large-kernel layer, and the variants of the paper (section 3)."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,6 +64,27 @@ class Block(nn.Module):
         if self.gamma is not None:
             h = self.gamma * h
         return x + self.drop_path(h.permute(0, 3, 1, 2))
+
+
+class _StatisticsKept(contextlib.AbstractContextManager[None]):
+    """Batch norms leave their running statistics as they are: the batch of a recomputation is in them already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm)]
+
+    def __enter__(self) -> None:
+        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    contexts = contextlib.nullcontext(), _StatisticsKept(block)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class SLaK(nn.Module):
@@ -213,7 +235,7 @@ class SLaK(nn.Module):
             x = downsample(x)
             for block in stage.children():
                 recompute = self.grad_checkpointing and self.training
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+                x = _checkpointed(block, x) if recompute else block(x)
             maps.append(x)
         return maps
 
