@@ -117,6 +117,17 @@ def test_average_precision_by_hand() -> None:
     assert average_precision(torch.zeros(0), torch.zeros(0)) == 0.0
 
 
+def test_average_precision_takes_the_corners_of_a_box_once_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work grows with the boxes, not with the boxes times the scenes."""
+    taken: list[int] = []
+    corners_of = Detections.corners.fget
+    monkeypatch.setattr(Detections, "corners", property(lambda boxes: (taken.append(len(boxes.scene)), corners_of(boxes))[1]))  # fmt: skip
+    scenes, labels = list(range(50)) * 2, [0] * 50 + [1] * 50
+    boxes = detections(scenes, labels, [0.0] * 100)
+    assert mean_average_precision(evaluate_detections(boxes, boxes)[0.5]) == pytest.approx(1)
+    assert sum(taken) == 200  # each box of the truth and of the prediction
+
+
 def test_suppression_and_points_inside() -> None:
     boxes = torch.cat([corners(), corners(centre=(0.1, 0.0, 0.0)), corners(centre=(3.0, 0.0, 0.0))])
     assert axis_aligned_nms(boxes, torch.tensor([0.5, 0.9, 0.1])).tolist() == [1, 2]
