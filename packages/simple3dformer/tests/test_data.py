@@ -13,7 +13,7 @@ from tenfold_simple3dformer import metrics, shapes
 from tenfold_simple3dformer.augment import augment_cloud
 from tenfold_simple3dformer.data import clouds, s3dis, sunrgbd, volumes
 from tenfold_simple3dformer.data.binvox import Binvox, binvox_bytes, parse_binvox, read_binvox
-from tenfold_simple3dformer.data.sets import DataConfig, evaluation_batch
+from tenfold_simple3dformer.data.sets import DataConfig, evaluation_batch, folder_of
 from tenfold_simple3dformer.natural import PICTURES, crops, standardised
 from tenfold_simple3dformer.rooms import make_room, sun_scene
 from tenfold_simple3dformer.solids import Box, Frustum
@@ -323,3 +323,9 @@ def test_refused_configurations() -> None:
         size = evaluation_batch(count, 4, world)
         assert size % world == 0
         assert count % size == 0 or count % size >= world
+
+
+def test_each_missing_set_names_its_own_address(tmp_path: Path) -> None:
+    for name in ("ModelNet10", "ModelNet40"):
+        with pytest.raises(UserError, match=rf"{name}\.zip.*{tmp_path / name}"):
+            folder_of(DataConfig(name=name.lower(), root=tmp_path / name))

@@ -1,7 +1,8 @@
 """A recipe's data set as batches for training, selection and testing, on the run's device and cut by its processes."""
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -56,8 +57,8 @@ class DataConfig:
     augment: bool = True
     """The released augmentation of points and scenes."""
     select: Literal["none", "heldout", "test"] = "none"
-    """Where the best epoch is chosen: nowhere (the last counts), on a tenth of the training samples, or, as the release
-    does, on the test samples themselves."""
+    """Where the best epoch is chosen: nowhere (the last counts), on a tenth of the training samples (of scenes: of the
+    rooms), or, as the release does, on the test samples themselves."""
     portion: float = 1.0
     """Share of each category's training samples to keep."""
     workers: int = 4
@@ -141,6 +142,7 @@ class _Source(NamedTuple):
     parts: Mapping[str, Sequence[int]] = {}
     rooms: Sequence[np.ndarray] = ()
     labels: Sequence[int] = ()
+    groups: Sequence[int] = ()  # of the training samples, where they are not held out one by one
 
 
 FOLDERS = {
@@ -150,7 +152,7 @@ FOLDERS = {
     "s3dis": "Stanford3dDataset_v1.2_Aligned_Version", "sunrgbd": "sunrgbd",
 }  # fmt: skip
 WHERE = {
-    "modelnet10": (volumes.MODELNET_URL, volumes.MODELNET_LAYOUT),
+    "modelnet10": (volumes.MODELNET10_URL, volumes.MODELNET_LAYOUT),
     "modelnet40": (volumes.MODELNET_URL, volumes.MODELNET_LAYOUT),
     "shapenet": (volumes.SHAPENET_URL, volumes.SHAPENET_LAYOUT),
     "modelnet40-points": (clouds.MODELNET_URL, clouds.MODELNET_LAYOUT),
@@ -185,6 +187,8 @@ def folder_of(config: DataConfig) -> Path:
 def _source(config: DataConfig, task: Task) -> _Source:
     if task not in TASKS[config.name]:
         raise UserError(f"{config.name} has no labels for {task}: it is for {' and '.join(TASKS[config.name])}")
+    if task == "part_seg" and not config.normals:
+        raise UserError("--data.normals false: part segmentation takes coordinates, normals and the category")
     if config.name == "procshapes":
         return _procshapes(config, task)
     if config.name == "natural2d":
@@ -271,7 +275,8 @@ def _room_points(seed: int, depth_view: bool) -> np.ndarray:
 
 def _scene_source(config: DataConfig, train: Sequence[np.ndarray], test: Sequence[np.ndarray]) -> _Source:
     sets = [_Blocks(train, config.points, augment) for augment in (config.augment, False)]
-    return _Source(sets[0], sets[1], _Blocks(test, config.points, False), s3dis.CLASSES, 9, rooms=test)
+    test_set = _Blocks(test, config.points, False)
+    return _Source(sets[0], sets[1], test_set, s3dis.CLASSES, 9, rooms=test, groups=sets[0].which.tolist())
 
 
 def _procshapes(config: DataConfig, task: Task) -> _Source:
@@ -330,10 +335,9 @@ def load_data(config: DataConfig, task: Task, batch_size: int, run: Run, seed: i
         train, plain, labels = Subset(train, kept), Subset(plain, kept), [labels[i] for i in kept]
     selection: Dataset[Any] | None = source.test if config.select == "test" else None
     if config.select == "heldout":
-        order = torch.randperm(_size(train), generator=torch.Generator().manual_seed(config.train_seed)).tolist()
-        cut = max(1, len(order) // 10)
-        selection, train = Subset(plain, order[:cut]), Subset(train, order[cut:])
-        labels = [labels[i] for i in order[cut:]] if labels else labels
+        held, kept = held_out(source.groups or range(_size(train)), config.train_seed)
+        selection, train = Subset(plain, held), Subset(train, kept)
+        labels = [labels[i] for i in kept] if labels else labels
     seed = run.options.seed if seed is None else seed
     in_files = config.name in FOLDERS
     workers = config.workers if in_files else 0
@@ -370,6 +374,28 @@ def load_data(config: DataConfig, task: Task, batch_size: int, run: Run, seed: i
         rooms=source.rooms,
         train_labels=labels,
     )
+
+
+def held_out(groups: Iterable[int], seed: int) -> tuple[list[int], list[int]]:
+    """The samples of a random tenth of the groups, at least one, and all the others.
+
+    Args:
+        groups: each sample's; samples of one group are not independent, such as blocks of a room.
+        seed: of the choice.
+
+    Raises:
+        UserError: there are fewer than two groups.
+
+    """
+    members = collections.defaultdict(list)
+    for sample, group in enumerate(groups):
+        members[group].append(sample)
+    if len(members) < 2:
+        raise UserError("--data.select heldout needs two or more training samples, or rooms")
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    samples, cut = list(members.values()), max(1, len(order) // 10)
+    held, kept = ([sample for i in part for sample in samples[i]] for part in (order[:cut], order[cut:]))
+    return held, kept
 
 
 def evaluation_batch(count: int, wanted: int, world: int) -> int:

@@ -16,8 +16,9 @@ from tenfold_shared.errors import RunFailure, UserError
 from tenfold_simple3dformer.data.binvox import Binvox, binvox_bytes, read_binvox
 from tenfold_simple3dformer.geometry import read_geometry, voxelise
 
+MODELNET10_URL = "http://3dvision.princeton.edu/projects/2014/3DShapeNets/ModelNet10.zip"
 MODELNET_URL = "https://modelnet.cs.princeton.edu/ModelNet40.zip"
-MODELNET_LAYOUT = "ModelNet{10,40}/<class>/{train,test}/<class>_NNNN.off (or .binvox)"
+MODELNET_LAYOUT = "<class>/{train,test}/<class>_NNNN.off (or .binvox)"
 SHAPENET_URL = "https://shapenet.org (account needed): ShapeNetCore.v2.zip"
 SHAPENET_LAYOUT = "ShapeNetCore.v2/<synset>/<id>/models/model_normalized.solid.binvox"
 SHAPENET_SEED = 9
@@ -43,7 +44,7 @@ def modelnet_files(root: Path, split: str) -> tuple[list[Path], list[int], tuple
             files.append(ready if ready.exists() else stem.with_suffix(".off"))
             labels.append(label)
     if not files:
-        raise UserError(f"no mesh in {root} for {split}: expected {MODELNET_LAYOUT} from {MODELNET_URL}")
+        raise UserError(f"no mesh in {root} for {split}: expected {MODELNET_LAYOUT}")
     return files, labels, classes
 
 
