@@ -38,7 +38,7 @@ class Optim:
     gamma: float = 0.5
     """Factor of each drop."""
     floor: float = 0.0
-    """Lowest learning rate of ``step``."""
+    """Lowest learning rate of ``step``; where ``cosine`` begins its warm-up and ends."""
     clip: float = 0.0
     """Largest norm of the gradient; 0: any."""
     bn_momentum: float = 0.0
@@ -95,9 +95,10 @@ def rate(config: Optim, peak: float, step: int, per_epoch: int, total: int) -> f
     if config.schedule == "cosine":
         warm = config.warmup_steps or round(config.warmup_epochs * per_epoch)
         warm = min(warm, total // 2)
+        low = min(config.floor, peak)
         if step < warm:
-            return peak * (step + 1) / warm
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+            return low + (peak - low) * (step + 1) / warm
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
     value = max(peak * config.gamma ** (epoch // config.step_epochs), min(config.floor, peak))
     if config.schedule == "released_voxel":
         value *= min(1.0, (epoch + 1) / RELEASED_WARM_UP)
