@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tenfold_shared.errors import UserError
 from tenfold_shared.testing import shapes_alone
+from tenfold_simple3dformer.abstraction import LocalOperator
 from tenfold_simple3dformer.attention import point_rollout, voxel_rollout
 from tenfold_simple3dformer.backbone import create_vit, heads, run_blocks
 from tenfold_simple3dformer.baselines import PointNet, PointNet2, PointTransformer, VisionPermutator3D, VoxNet
@@ -382,3 +383,13 @@ def test_planned_costs() -> None:
     assert fine["naive"].macs > fine["group"].macs > fine["projection"].macs
     assert coarse["group"].macs > coarse["naive"].macs
     assert coarse["naive"].sequences == [126]
+
+
+def test_local_operator_by_name() -> None:
+    """The release's unused tokenizer in place of the only stage's set abstraction; more stages have no use for it."""
+    config = ModelConfig(backbone="mini", preset="3DViT_1_layer", tokens="local_op")
+    model = build_model(config, "point_cls", 5, 6)
+    assert isinstance(model.downs[0], LocalOperator)
+    assert model(torch.rand(2, 64, 6)).shape == (2, 5)
+    with pytest.raises(UserError, match=r"--model\.preset 3DViT_1_layer"):
+        build_model(ModelConfig(backbone="mini", tokens="local_op"), "point_cls", 5, 6)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tenfold_shared.checkpoint import load_pickled_tensors, load_weights
@@ -17,6 +19,7 @@ from tenfold_shared.errors import UserError
 from tenfold_simple3dformer.backbone import create_vit
 from tenfold_simple3dformer.baselines import PointTransformer, VoxNet
 from tenfold_simple3dformer.point import PointFormer
+from tenfold_simple3dformer.tokenizers import tokenizer_name
 from tenfold_simple3dformer.voxel import VoxelFormer
 
 
@@ -166,7 +169,7 @@ def build_official(
 
     What the shapes do not tell is asked for: attention ``heads`` (0: 3, as every released tiny and base has; 6 for small),
     the point ``task`` (default: segmentation for 50 or 13 classes or a file with an image head), the grid's side
-    (default: cells times their number, 128 for 14 cells of 9), the ``tokenizer`` where two fit.
+    (default: cells times their number, 128 for 14 cells of 9), the ``tokenizer`` where two fit (ours or the released name).
 
     Raises:
         CheckpointError: the keys are of no released model, or do not fit; they are listed.
@@ -235,7 +238,9 @@ def _voxel(tensors: Mapping[str, Tensor], heads: int, voxels: int, tokenizer: st
     else:
         cell = tensors[f"voxel_embed.proj.conv{2 if flat else 3}d_1.weight"].shape[-1]
         n = square if square**2 == positions else round(positions ** (1 / 3))
-        name = tokenizer or ("occupancy2d" if flat else "projection" if square**2 == positions else "naive")
+        name = tokenizer_name(tokenizer) or (
+            "occupancy2d" if flat else "projection" if square**2 == positions else "naive"
+        )
         if "group_pos_embed" in tensors:
             name = "group"
     side = voxels or (128 if (cell, n) == (9, 14) else 30 if name.startswith("hybrid") else cell * n)
@@ -265,6 +270,15 @@ def _point(tensors: Mapping[str, Tensor], heads: int, task: Any, neighbours: int
     )
 
 
+def safetensors_header(path: Path) -> dict[str, str]:
+    """The metadata of a ``.safetensors`` file as it stands; nothing where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors``, ``.npz``, ``.pth``, ``.pt`` or ``.tar`` file, unwrapped; nothing is executed.
 
@@ -273,7 +287,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     """
     if path.suffix == ".safetensors":
-        return plain_state(load_weights(path)[0])
+        # The metadata of a file of timm's is no JSON, as ours is, but the name of a format.
+        foreign = "format" in safetensors_header(path)
+        return plain_state(load_file(path) if foreign else load_weights(path)[0])
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: give a .pth, .pt, .safetensors or .npz file")
     if path.suffix == ".npz":

@@ -29,6 +29,7 @@ from tenfold_simple3dformer.detection.average_precision import (
 )
 from tenfold_simple3dformer.models import ModelConfig, build_model, parameters
 from tenfold_simple3dformer.point import PointFormer
+from tenfold_simple3dformer.tokenizers import ReleasedTokenizer, TokenizerName
 
 PRIMARY: dict[str, str] = {
     "voxel_cls": "overall accuracy", "point_cls": "overall accuracy", "part_seg": "instance mIoU", "scene_seg": "mIoU",
@@ -216,8 +217,8 @@ class EvalConfig:
     """Attention heads of an authors' file; 0: 3 for tiny and base, 6 for small, as released."""
     task: Literal["auto", "cls", "seg"] = "auto"
     """Task of an authors' point file, where its keys do not tell."""
-    tokenizer: str = ""
-    """Tokenizer of an authors' voxel file, where two fit."""
+    tokenizer: Literal["", TokenizerName, ReleasedTokenizer] = ""
+    """Tokenizer of an authors' voxel file, where two fit; the released names are taken, too."""
 
 
 def weights_file(checkpoint: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from tenfold_simple3dformer.baselines import (
 )
 from tenfold_simple3dformer.detection.detector import Detector
 from tenfold_simple3dformer.point import RELEASED_PRESETS, PointFormer
-from tenfold_simple3dformer.tokenizers import TokenizerName
+from tenfold_simple3dformer.tokenizers import ReleasedTokenizer, TokenizerName, tokenizer_name
 from tenfold_simple3dformer.voxel import VoxelFormer
 
 Arch = Literal[
@@ -47,8 +47,8 @@ class ModelConfig:
     """Blocks; 0 takes the backbone's own."""
     image_classes: int = 0
     """Classes of the image head; 0 takes the backbone's own."""
-    tokenizer: TokenizerName = "projection"
-    """Voxels to tokens."""
+    tokenizer: Literal[TokenizerName, ReleasedTokenizer] = "projection"
+    """Voxels to tokens; the released names are taken, too."""
     cell: int = 6
     """Side of a cell in voxels."""
     positions: Literal["learned", "zero", "none"] = "learned"
@@ -59,6 +59,8 @@ class ModelConfig:
     """Read-out of classification and segmentation."""
     preset: Literal["3DViT", "3DViT_LWF", "3DViT_1_layer", "3DViT_0_layer"] = "3DViT"
     """Stages of the point network, by the release's name."""
+    tokens: Literal["abstraction", "local_op"] = "abstraction"
+    """Points to tokens: set abstraction, or the release's unused local operator, for --model.preset 3DViT_1_layer."""
     neighbours: int = 16
     """Neighbours in set abstraction."""
     start: Literal["first", "random"] = "first"
@@ -106,7 +108,7 @@ def build_model(config: ModelConfig, task: str, classes: int, inputs: int, voxel
         return vit
     if task == "voxel_cls":
         return VoxelFormer(
-            vit, classes, config.tokenizer, voxels=voxels, cell=config.cell, head=config.head,
+            vit, classes, cast(TokenizerName, tokenizer_name(config.tokenizer)), voxels=voxels, cell=config.cell, head=config.head,
             positions="none" if config.positions == "none" else "learned", group_axis=config.group_axis,
             zero_positions=config.positions == "zero",
         )  # fmt: skip
@@ -118,7 +120,7 @@ def build_model(config: ModelConfig, task: str, classes: int, inputs: int, voxel
     kind: Literal["cls", "seg"] = "cls" if task == "point_cls" else "seg"
     return PointFormer(
         vit, inputs, classes, kind, ratios=preset["ratios"], neighbours=config.neighbours, image_path=preset["image_path"],
-        head=config.head, start=config.start,
+        head=config.head, start=config.start, tokenizer=config.tokens,
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ class PointFormer(nn.Module):
         if inputs < 3:
             raise UserError(f"a point has at least its 3 coordinates, got {inputs} channels")
         if tokenizer == "local_op" and stages != 1:
-            raise UserError("the local operator is one stage: give one ratio")
+            raise UserError("the local operator is one stage: give one ratio (--model.preset 3DViT_1_layer)")
         self.task, self.inputs, self.classes, self.ratios = task, inputs, classes, tuple(ratios)
         self.start, self.points, self.image_path = start, points, image_path
         self.vit = vit if image_path else strip_image_path(vit)

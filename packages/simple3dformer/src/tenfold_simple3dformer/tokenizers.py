@@ -20,7 +20,13 @@ from tenfold_shared.errors import UserError
 
 TokenizerName = Literal["naive", "projection", "group", "occupancy2d", "hybrid", "hybrid_naive", "slices"]
 
-RELEASED_NAMES = {
+ReleasedTokenizer = Literal[
+    "VoxelEmbed", "VoxelEmbed_no_average", "VoxelEmbed_no_average+group_embed", "VoxelEmbed_no_average+weight_sharing",
+    "VoxelNaiveProjection", "VoxelEmbed_no_zdim", "VoxelEmbed_Hybrid", "VoxelEmbed_Hybrid_no_average",
+]  # fmt: skip
+"""Class of the release, with its position embedding behind a plus where that is not ``default``."""
+
+RELEASED_NAMES: dict[tuple[str, str], TokenizerName] = {
     ("VoxelEmbed", "default"): "projection",
     ("VoxelEmbed_no_average", "default"): "naive",
     ("VoxelEmbed_no_average", "group_embed"): "group",
@@ -31,6 +37,12 @@ RELEASED_NAMES = {
     ("VoxelEmbed_Hybrid_no_average", "default"): "hybrid_naive",
 }
 """(class, position embedding) of the release -> our name; the release's README has the first two the wrong way round."""
+
+
+def tokenizer_name(name: str) -> str:
+    """Our name of a tokenizer, where it is given by a `ReleasedTokenizer`; any other name is returned."""
+    embed_layer, _, positions = name.partition("+")
+    return RELEASED_NAMES.get((embed_layer, positions or "default"), name)
 
 
 def cells_per_axis(voxels: int, cell: int) -> int:

@@ -123,6 +123,6 @@ def released_name(embed_layer: str, pos_embedding: str) -> TokenizerName:
 
     """
     try:
-        return RELEASED_NAMES[embed_layer, pos_embedding]  # type: ignore[return-value]
+        return RELEASED_NAMES[embed_layer, pos_embedding]
     except KeyError:
         raise UserError(f"no released tokenizer {embed_layer} with positions {pos_embedding}") from None
