@@ -12,8 +12,9 @@ from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import RunOptions
 from tenfold_simple3dformer import predict
-from tenfold_simple3dformer.backbone import create_vit
+from tenfold_simple3dformer.backbone import create_vit, heads
 from tenfold_simple3dformer.baselines import PointTransformer, VoxNet
+from tenfold_simple3dformer.cli import main
 from tenfold_simple3dformer.compat import to_official
 from tenfold_simple3dformer.data.binvox import read_binvox
 from tenfold_simple3dformer.data.sets import DataConfig
@@ -244,6 +245,30 @@ def test_the_authors_networks_predict(tmp_path: Path, capsys: pytest.CaptureFixt
     torch.save(to_official(VoxNet(55)), tmp_path / "x.pth")
     with pytest.raises(UserError, match="55 classes and procshapes 10"):
         evaluate(EvalConfig(tmp_path / "x.pth", EvalData(train_size=10, test_size=10)), options(tmp_path))
+
+
+def test_what_a_file_of_the_authors_does_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads and tokenizer are asked for by eval, predict and rollout; the released names are taken, others refused."""
+    released = "VoxelEmbed_no_average+weight_sharing"
+    file = tmp_path / "x.pth"
+    torch.save(to_official(VoxelFormer(create_vit("tiny", depth=1), 5, "slices", voxels=18)), file)
+    model: Any = load_model(file, heads=6, tokenizer=released)[0]
+    assert (model.tokenizer, heads(model.vit)) == ("slices", 6)
+    assert build_model(ModelConfig(backbone="mini", tokenizer=released), "voxel_cls", 5, 1).tokenizer == "slices"  # type: ignore[arg-type]
+    given: list[dict[str, Any]] = []
+    for module in ("evaluate", "predict"):
+        monkeypatch.setattr(f"tenfold_simple3dformer.{module}.load_model", lambda _, **asked: given.append(asked))
+    common = ["--checkpoint", str(file), "--heads", "6", "--tokenizer"]
+    for verb in (["eval"], ["predict", "--input", "x.obj"], ["rollout", "--input", "x.obj"]):
+        for name in (released, "stranger"):
+            monkeypatch.setattr("sys.argv", ["tenfold-simple3dformer", *verb, *common, name])
+            with pytest.raises((SystemExit, TypeError)) as stopped:  # TypeError: there is no network to go on with
+                main()
+            assert stopped.type is TypeError or (name, stopped.value.code) == ("stranger", 2)
+        assert "--tokenizer" in capsys.readouterr().err
+    assert given == [{"heads": 6, "tokenizer": released}] * 3
 
 
 def test_partial_files_of_the_authors_name_what_is_missing(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import predict
-from tenfold_simple3dformer.backbone import create_vit
-from tenfold_simple3dformer.data.sets import DataConfig, _Checked, load_data
+from tenfold_simple3dformer.backbone import create_vit, heads, image_parameters
+from tenfold_simple3dformer.data.sets import DataConfig, _Checked, _source, held_out, load_data
 from tenfold_simple3dformer.evaluate import EvalConfig, evaluate, load_model, scene_votes
 from tenfold_simple3dformer.geometry import read_geometry, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
@@ -28,13 +28,16 @@ from tenfold_simple3dformer.train import (
     Recipe,
     Result,
     class_weights,
+    image_folder,
     image_stream,
     measure_retention,
     prepared,
     run_recipe,
     task_loss,
 )
+from tenfold_simple3dformer.tuning import train_image_path
 from tenfold_simple3dformer.voxel import VoxelFormer
+from tenfold_simple3dformer.weights import vit_from_weights
 
 CLASSES = {"modelnet10": 10, "modelnet40": 40, "modelnet40-points": 40, "scanobjectnn": 15, "shapenet": 55, "shapenetpart": 50, "s3dis": 13, "procrooms": 13, "sunrgbd": 10, "procshapes": 10, "natural2d": 22}  # fmt: skip
 
@@ -188,6 +191,9 @@ def test_refused_recipes(tmp_path: Path) -> None:
         Recipe(model=ModelConfig(arch="voxnet"), tune="frozen")
     with pytest.raises(UserError, match="--reweighted"):
         Recipe(task="part_seg", reweighted=True)
+    for task, network in (("detection", ModelConfig(start="random")), ("point_cls", ModelConfig(arch="pointnet2", start="random")), ("voxel_cls", ModelConfig(tokens="local_op"))):  # fmt: skip
+        with pytest.raises(UserError, match=r"--model\.start and --model\.tokens"):
+            Recipe(task=task, model=network)
     with pytest.raises(UserError, match="voxel_cls, not point_cls"):
         build_model(ModelConfig(arch="voxnet"), "point_cls", 5, 6)
     with (
@@ -214,6 +220,8 @@ def test_refused_data(tmp_path: Path) -> None:
         run_of(
             load_recipe("tenfold_simple3dformer", "procrooms-mini", Recipe, **few, **{"data.portion": 0.5}), tmp_path
         )
+    with pytest.raises(UserError, match=r"--data\.normals"):
+        run_of(load_recipe("tenfold_simple3dformer", "procshapes-parts-mini", Recipe, **few, **{"data.normals": False}), tmp_path)  # fmt: skip
     with pytest.raises(UserError, match="choose mini"):
         run_of(load_recipe("tenfold_simple3dformer", "natural2d-mini", Recipe, **few, **{"model.backbone": "tiny"}), tmp_path)  # fmt: skip
 
@@ -231,7 +239,10 @@ def test_depth_view_of_labelled_rooms(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("images", ["natural2d", "folder"])
 def test_image_stream_of_a_colour_network(images: str, tmp_path: Path) -> None:
-    """Grey crops become three channels, files get the backbone's size; fewer files than a batch are enough."""
+    """Grey crops become three channels, files get the backbone's size; fewer files than a batch are enough.
+
+    Of three files one is held out.
+    """
     colour: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 24, "depth": 1}
     model = VoxelFormer(create_vit("tiny", **colour), 4, voxels=12, cell=6)
     teacher = create_vit("tiny", **colour)
@@ -239,9 +250,62 @@ def test_image_stream_of_a_colour_network(images: str, tmp_path: Path) -> None:
         Image.new("RGB", (40, 50), (90 * i, 20, 30)).save(tmp_path / f"{i}.png")
     config = Forgetting(images=images, root=tmp_path, batch_size=4)
     with Run.evaluation("simple3dformer", options(tmp_path)) as run:
-        pictures = prepared(next(image_stream(config, run, 8, 0, 32).epoch(0))[0], config, 3)
-        assert pictures.shape == (4 if images == "natural2d" else 3, 3, 32, 32)
+        pictures = prepared(next(image_stream(config, run, 32, training=True).epoch(0))[0], config, 3)
+        assert pictures.shape == (4 if images == "natural2d" else 2, 3, 32, 32)
         assert 0 <= measure_retention(model, teacher, config, run) <= 100
+
+
+def test_retention_is_measured_on_images_that_are_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 20th file, as ImageNet is evaluated; the folder is the data root's unless it is given."""
+    monkeypatch.setenv("TENFOLD_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=r"image-net\.org.*imagenet.val"):
+        image_folder(Forgetting(images="folder"))
+    folder = tmp_path / "imagenet" / "val"
+    folder.mkdir(parents=True)
+    for i in range(41):
+        Image.new("RGB", (40, 40), (6 * i, 0, 0)).save(folder / f"{i:02}.png")
+    config = Forgetting(images="folder", batch_size=38)
+    with Run.evaluation("simple3dformer", options(tmp_path)) as run:
+        seen, held = (
+            sorted(round(float(v), 3) for batch, _ in image_stream(config, run, 32, training=t).epoch(0) for v in batch[:, 0, 16, 16])
+            for t in (True, False)
+        )  # fmt: skip
+    assert (len(seen), len(held)) == (38, 3)
+    assert not set(seen) & set(held)
+    dark, light = ((v / 255 - 0.485) / 0.229 for v in (0, 240))
+    assert held == pytest.approx([dark, (dark + light) / 2, light], abs=1e-3)
+
+
+def test_the_image_path_is_trained_where_it_is_random(tmp_path: Path) -> None:
+    """What image weights were given for stays (section 2.5), but for the positions of a point network."""
+    torch.save(create_vit("mini").state_dict(), tmp_path / "vit.pth")
+    few = {"data.train_size": 10, "data.test_size": 10, "steps": 1, "lwf.teacher": str(tmp_path / "vit.pth")}
+    for weights in ("none", str(tmp_path / "vit.pth")):
+        recipe = load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, **{"lwf.lam": 0.1, "weights": weights})  # fmt: skip
+        with Run("simple3dformer", recipe, options(tmp_path, Path(weights).stem)) as run:
+            model: Any = run_recipe(run, recipe)[0]
+        assert {p.requires_grad for p in image_parameters(model.vit)} == {weights == "none"}
+    points = build_model(ModelConfig(backbone="mini", preset="3DViT_1_layer"), "point_cls", 5, 6)
+    train_image_path(points, [f"vit.{name}" for name, _ in create_vit("mini").named_parameters()])
+    assert [n for n, p in points.vit.named_parameters() if p.requires_grad and n.startswith(("pos", "patch", "head"))] == ["pos_embed"]  # fmt: skip
+
+
+def test_rooms_are_held_out_whole(tmp_path: Path) -> None:
+    """Blocks of one room overlap: an epoch chosen on those of a room that is trained on would be chosen for its memory."""
+    held, kept = held_out([0, 0, 1, 2, 2, 2, 1], 3)
+    assert sorted(held + kept) == list(range(7))
+    assert held in ([0, 1], [2, 6], [3, 4, 5])
+    assert held_out(range(30), 1)[0] == torch.randperm(30, generator=torch.Generator().manual_seed(1)).tolist()[:3]
+    config = DataConfig(name="procrooms", points=512, train_size=2, test_size=1, select="heldout")
+    rooms = _source(config, "scene_seg").groups
+    with Run.evaluation("simple3dformer", options(tmp_path)) as run:
+        data = load_data(config, "scene_seg", 4, run)
+        with pytest.raises(UserError, match="two or more"):
+            load_data(dataclasses.replace(config, train_size=1), "scene_seg", 4, run)
+    assert data.selection is not None
+    assert {data.selection.samples, data.train.samples} == {rooms.count(0), rooms.count(1)}
 
 
 def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
@@ -272,6 +336,19 @@ def test_the_best_of_low_rank_training_loads_by_itself(tmp_path: Path) -> None:
     assert all(torch.equal(best[name], last[name]) for name in last)
 
 
+def test_heads_of_our_checkpoints(tmp_path: Path) -> None:
+    """The same weights split into other heads are another network: the teacher gets its own, another student is refused."""
+    few = {"data.train_size": 22, "data.test_size": 22, "steps": 1}
+    pictures = load_recipe("tenfold_simple3dformer", "natural2d-mini", Recipe, **few, **{"model.heads": 2})
+    run_of(pictures, tmp_path, "pictures")
+    trained = str(tmp_path / "simple3dformer" / "pictures")
+    assert heads(vit_from_weights("mini", trained)[0]) == 2
+    recipe = load_recipe("tenfold_simple3dformer", "procshapes-mini", Recipe, **few, weights=trained)
+    with pytest.raises(UserError, match=r"trained with 2 attention heads and the network has 4: set --model\.heads 2"):
+        run_of(recipe, tmp_path, "four")
+    run_of(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, heads=2)), tmp_path, "two")
+
+
 def test_released_schedule() -> None:
     """The warm-up is stepped once an epoch: 5.0e-7 at epoch 0, 1.0005e-5 at epochs 19 and 39, 3.1e-6 at 99."""
     config = Optim(name="adam", lr=1e-3, schedule="released_voxel")
@@ -284,6 +361,9 @@ def test_schedules() -> None:
     assert rate(ours, 1.0, 0, 10, 100) == pytest.approx(1 / 20)
     assert rate(ours, 1.0, 20, 10, 100) == pytest.approx(1)
     assert rate(ours, 1.0, 99, 10, 100) < 0.01
+    low = Optim(lr=1.0, warmup_epochs=2, floor=0.5)
+    assert [rate(low, 1.0, step, 10, 100) for step in (0, 20, 99)] == pytest.approx([0.525, 1, 0.5], abs=1e-3)
+    assert load_recipe("tenfold_simple3dformer", "sunrgbd-3detr", Recipe).optim.floor == 1e-6
     drops = Optim(schedule="step", step_epochs=20, gamma=0.5, floor=1e-2)
     assert rate(drops, 1.0, 400, 10, 0) == 0.25
     assert rate(drops, 1.0, 4000, 10, 0) == 1e-2
@@ -311,9 +391,11 @@ def test_refused_networks() -> None:
 
 
 def test_positions_that_start_at_zero() -> None:
-    """The released scripts' recipes have the release's positions."""
+    """The released scripts' recipes have the release's positions, and its image term."""
     for name in ("modelnet40-projection-small-released", "shapenet-group-base-released"):
-        assert load_recipe("tenfold_simple3dformer", name, Recipe).model.positions == "zero"
+        recipe = load_recipe("tenfold_simple3dformer", name, Recipe)
+        assert recipe.model.positions == "zero"
+        assert (recipe.lwf.lam, recipe.lwf.backbone, recipe.lwf.batch_size) == (0.1, "base", recipe.batch_size)
     zero = build_model(ModelConfig(backbone="mini", positions="zero"), "voxel_cls", 5, 1)
     assert torch.equal(zero.pos_embed, torch.zeros(1, 26, 64))
     assert zero.pos_embed.requires_grad

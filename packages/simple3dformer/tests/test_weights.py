@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tenfold_shared.errors import UserError
+from tenfold_simple3dformer import weights
 from tenfold_simple3dformer.backbone import create_vit, freeze_image_path
 from tenfold_simple3dformer.compat import load_official_checkpoint, read_state, to_official
 from tenfold_simple3dformer.lwf import lwf_loss
@@ -138,11 +139,23 @@ def test_file_formats_and_wraps(tmp_path: Path) -> None:
     state = source()
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "deit.pth")
     save_file(state, tmp_path / "deit.safetensors")
+    save_file(state, tmp_path / "timm.safetensors", metadata={"format": "pt"})
     np.savez(tmp_path / "deit.npz", **{k: v.numpy() for k, v in state.items()})
     for file in tmp_path.iterdir():
         loaded, _ = read_image_weights(str(file))
         assert loaded.keys() == state.keys()
         assert all(torch.equal(loaded[k], state[k]) for k in state)
+
+
+def test_weights_in_the_data_root_and_at_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called as a model of timm's in the data root is taken from there; an address is fetched into it."""
+    monkeypatch.setenv("TENFOLD_DATA", str(tmp_path))
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    torch.save(source(), folder / "some_vit.pth")
+    assert read_image_weights("timm:some_vit")[1] == str(folder / "some_vit.pth")
+    monkeypatch.setattr(weights, "fetch", lambda url, file: Path(file) if url == "https://x.org/a/some_vit.pth?v=1" else None)  # fmt: skip
+    assert read_image_weights("url:https://x.org/a/some_vit.pth?v=1")[1] == str(folder / "some_vit.pth")
 
 
 def test_distilled_files_lose_the_distillation_token() -> None:

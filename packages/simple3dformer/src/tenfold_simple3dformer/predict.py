@@ -4,7 +4,7 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,9 +30,10 @@ from tenfold_simple3dformer.geometry import Geometry, read_geometry, sample_surf
 from tenfold_simple3dformer.metrics import restricted_argmax
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.point import PointFormer
+from tenfold_simple3dformer.tokenizers import ReleasedTokenizer, TokenizerName
 from tenfold_simple3dformer.train import Recipe
 from tenfold_simple3dformer.voxel import VoxelFormer
-from tenfold_simple3dformer.weights import read_image_weights
+from tenfold_simple3dformer.weights import check_heads, read_image_weights
 from tenfold_simple3dformer.weights import transfer as put_weights
 
 
@@ -52,6 +53,10 @@ class PredictConfig:
     """Axis of the file that points up: x, y or z."""
     top: int = 3
     """Classes shown, or boxes drawn at most."""
+    heads: int = 0
+    """Attention heads of an authors' file; 0: 3 for tiny and base, 6 for small, as released."""
+    tokenizer: Literal["", TokenizerName, ReleasedTokenizer] = ""
+    """Tokenizer of an authors' voxel file, where two fit; the released names are taken, too."""
 
     def __post_init__(self) -> None:
         """Refuse unknown axes."""
@@ -105,7 +110,7 @@ def cloud_input(
 
 def predict(config: PredictConfig, options: RunOptions) -> None:
     """Print the prediction as JSON, and write a picture and, for labels of points, a coloured PLY."""
-    model, about = load_model(config.checkpoint)
+    model, about = load_model(config.checkpoint, heads=config.heads, tokenizer=config.tokenizer)
     _check_folder(config.into)
     with Run.evaluation("simple3dformer", options) as run:
         model = run.prepare(model).eval()
@@ -255,7 +260,7 @@ def _detect(model: nn.Module, about: dict[str, Any], config: PredictConfig, run:
 
 def attention(config: PredictConfig, options: RunOptions) -> None:
     """Write what the class token looks at: a picture, and a PLY with the weight of every voxel or point."""
-    model, about = load_model(config.checkpoint)
+    model, about = load_model(config.checkpoint, heads=config.heads, tokenizer=config.tokenizer)
     _check_folder(config.into)
     picture, cloud = (config.into / f"{config.input.stem}-attention.{ending}" for ending in ("png", "ply"))
     figure = new_figure(5, 5)
@@ -356,4 +361,6 @@ def show_transfer(weights: str, recipe: str = "modelnet40-projection-small") -> 
     config: ModelConfig = wanted.model
     model = build_model(config, wanted.task, classes, inputs, wanted.data.voxels)
     state, source = read_image_weights(weights)
-    print(put_weights(model, state, source=source, inflate=wanted.inflate, positions=wanted.positions_from).table())
+    report = put_weights(model, state, source=source, inflate=wanted.inflate, positions=wanted.positions_from)
+    check_heads(model, weights)
+    print(report.table())

@@ -1,7 +1,6 @@
 """Training: one loop for all tasks, with the image stream and its teacher beside it where asked for (section 2.5)."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +11,11 @@ from torch.utils.data import Dataset
 
 from tenfold_shared.batches import Batches, Stream, StreamedBatches
 from tenfold_shared.checkpoint import load_weights, save_weights
+from tenfold_shared.download import data_root, missing
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 from tenfold_simple3dformer import natural
-from tenfold_simple3dformer.data.sets import Data, DataConfig, Task, load_data
+from tenfold_simple3dformer.data.sets import Data, DataConfig, Task, evaluation_batch, load_data
 from tenfold_simple3dformer.data.sunrgbd import boxes_of
 from tenfold_simple3dformer.detection.criterion import Criterion
 from tenfold_simple3dformer.detection.detector import bounds
@@ -24,11 +24,13 @@ from tenfold_simple3dformer.lwf import Mode, lwf_loss, retention, teach
 from tenfold_simple3dformer.models import ModelConfig, build_model
 from tenfold_simple3dformer.optim import Optim, build_optimiser, set_norm_momentum, set_rates
 from tenfold_simple3dformer.tuning import Mode as TuningMode
-from tenfold_simple3dformer.tuning import merge_low_rank, merged_state, set_trainable
+from tenfold_simple3dformer.tuning import merge_low_rank, merged_state, set_trainable, train_image_path
 from tenfold_simple3dformer.weights import (
     Inflation,
     Positions,
+    TransferReport,
     block_drift,
+    check_heads,
     read_image_weights,
     transfer,
     vit_from_weights,
@@ -48,7 +50,8 @@ class Forgetting:
     images: Literal["natural2d", "folder"] = "natural2d"
     """Image stream: crops of scikit-image's pictures, or a folder of images such as ImageNet's validation set."""
     root: Path | None = None
-    """The folder of images."""
+    """The folder of images; default: imagenet/val in the data root ($TENFOLD_DATA or the platform's cache). Every 20th
+    file is kept out of training, for retention to be measured on."""
     batch_size: int = 32
     """Images a step."""
     mode: Mode = "hard"
@@ -112,6 +115,11 @@ class Recipe:
                 raise UserError(f"--inflate and --positions_from are for voxel_cls: {self.task} has no voxel embedding")
         if self.tune != "full" and (self.model.arch != "simple3dformer" or self.task == "image_cls"):
             raise UserError(f"--tune {self.tune} is for the 3D networks of --model.arch simple3dformer")
+        points = self.model.arch == "simple3dformer" and self.task in ("point_cls", "part_seg", "scene_seg")
+        if (self.model.start, self.model.tokens) != ("first", "abstraction") and not points:
+            raise UserError(
+                "--model.start and --model.tokens are for the point networks of --model.arch simple3dformer"
+            )
         if self.reweighted and self.task not in ("voxel_cls", "point_cls", "image_cls"):
             raise UserError(f"--reweighted weighs the classes of whole samples, which {self.task} does not have")
 
@@ -162,16 +170,23 @@ class Best:
         self.value, self.epoch = float(state["value"]), int(state["epoch"])
 
 
-class _ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Images of a folder at any depth, sorted, without labels."""
+HELD_OUT = 20
+"""One in so many of a folder's sorted images is never trained on: retention is measured there."""
 
-    def __init__(self, root: Path, size: int):
+
+class _ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Images of a folder at any depth, sorted, without labels: those to train on, augmented, or those held out."""
+
+    def __init__(self, root: Path, size: int, *, training: bool):
         from tenfold_shared.images import imagenet_transform  # noqa: PLC0415
 
-        self.files = sorted(f for f in root.rglob("*") if f.suffix.lower() in (".jpeg", ".jpg", ".png"))
-        if not self.files:
-            raise UserError(f"no image in {root}: give --lwf.root a folder of JPEG or PNG files such as ImageNet's val")
-        self.transform = imagenet_transform(train=True, size=size)
+        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in (".jpeg", ".jpg", ".png"))
+        if len(files) < 2:
+            raise UserError(
+                f"{root} has {len(files)} images: give --lwf.root a folder of JPEG or PNG files such as ImageNet's val"
+            )
+        self.files = [f for i, f in enumerate(files) if (i % HELD_OUT > 0) == training]
+        self.transform = imagenet_transform(training, size)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -183,28 +198,44 @@ class _ImageFiles(Dataset[tuple[Tensor, int]]):
             return self.transform(image.convert("RGB")), 0
 
 
-def image_stream(config: Forgetting, run: Run, count: int, seed: int, size: int) -> Batches | StreamedBatches:
-    """Images of ``size`` pixels for the second term: crops in grey, or files as ImageNet is augmented.
+def image_stream(config: Forgetting, run: Run, size: int, *, training: bool) -> Batches | StreamedBatches:
+    """Images of ``size`` pixels: 3,000 grey crops, or files as ImageNet is augmented; held out: 400 others, or other files.
 
-    A folder of fewer images than a batch gives batches of all of them.
+    Fewer images than a batch give batches of all of them. Of those held out each comes once.
 
     Raises:
-        UserError: no folder is given, or it holds no image.
+        UserError: the folder is not there, or holds too few images.
 
     """
-    common: dict[str, Any] = {"seed": derived_seed(run.options.seed, "images"), "drop_last": True, "rank": run.rank, "world": run.world, "device": run.device}  # fmt: skip
+    images: Any
     if config.images == "folder":
-        if config.root is None:
-            raise UserError(
-                "--lwf.images folder needs --lwf.root: a folder of images such as ImageNet's validation set"
-            )
-        files = _ImageFiles(config.root, size)
-        batch = min(config.batch_size, len(files) // run.world * run.world)
-        if batch < 1:
-            raise UserError(f"{config.root} has {len(files)} images for {run.world} processes: give at least one each")
-        return StreamedBatches(files, batch, workers=4, **common)
-    crops = natural.crops(count, seed, size)
-    return Batches(crops.images, crops.labels, config.batch_size, std=(1 / 255,), **common)
+        images = _ImageFiles(image_folder(config), size, training=training)
+    else:
+        images = natural.crops(3000, 0, size) if training else natural.crops(400, 9, size)
+    batch = evaluation_batch(len(images), 50 * run.world, run.world)
+    if training:
+        batch = min(config.batch_size, len(images) // run.world * run.world)
+    common: dict[str, Any] = {"seed": derived_seed(run.options.seed, "images"), "drop_last": training, "rank": run.rank, "world": run.world, "device": run.device}  # fmt: skip
+    if config.images == "folder":
+        return StreamedBatches(images, batch, workers=4, **common)
+    return Batches(images.images, images.labels, batch, std=(1 / 255,), **common)
+
+
+def image_folder(config: Forgetting) -> Path:
+    """The folder of the image stream.
+
+    Raises:
+        UserError: it is not there: where to get ImageNet's validation set and where to put it.
+
+    """
+    folder = config.root or data_root() / "imagenet" / "val"
+    if not folder.is_dir():
+        raise missing(
+            "ImageNet's validation set (its terms ask for an account)",
+            "https://image-net.org/download.php",
+            f"{folder}/**/*.JPEG, or give --lwf.root another folder of images",
+        )
+    return folder
 
 
 def prepared(images: Tensor, config: Forgetting, channels: int) -> Tensor:
@@ -235,8 +266,8 @@ def class_weights(labels: list[int], classes: int) -> Tensor:
     return (weights / weights.mean()).float()
 
 
-def start_model(recipe: Recipe, data: Data, run: Run) -> nn.Module:
-    """The network with its image weights; the report of where each tensor comes from is written to the run's folder.
+def start_model(recipe: Recipe, data: Data, run: Run) -> tuple[nn.Module, TransferReport]:
+    """The network with its image weights; the report of where each tensor comes from is written to the run's folder, too.
 
     Raises:
         UserError: the weights do not fit.
@@ -249,12 +280,13 @@ def start_model(recipe: Recipe, data: Data, run: Run) -> nn.Module:
             "images: choose mini"
         )
     if recipe.weights == "none":
-        return model
+        return model, TransferReport("none")
     state, source = read_image_weights(recipe.weights)
     report = transfer(model, state, source=source, inflate=recipe.inflate, positions=recipe.positions_from)
+    check_heads(model, recipe.weights)
     if run.is_main:
         (run.directory / "transfer.txt").write_text(report.table() + "\n", encoding="utf-8")
-    return model
+    return model, report
 
 
 def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
@@ -267,14 +299,16 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     """
     seed_everything(run.options.seed, "init")
     data = load_data(recipe.data, recipe.task, recipe.batch_size, run)
-    model = start_model(recipe, data, run)
+    model, report = start_model(recipe, data, run)
     before = _backbone_state(model)
     if recipe.task != "image_cls":
         set_trainable(model, recipe.tune)
+    if recipe.lwf.lam > 0:
+        train_image_path(model, [name for name, status in report.status.items() if status in ("taken", "resized")])
     about = describe(recipe, data)
     teacher = _teacher(recipe, run, model)
     side, channels = _image_shape(model)
-    images = Stream(image_stream(recipe.lwf, run, 3000, 0, side)) if recipe.lwf.lam > 0 else None
+    images = Stream(image_stream(recipe.lwf, run, side, training=True)) if recipe.lwf.lam > 0 else None
     optimiser: Any = build_optimiser(recipe.optim, model)
     plain = model
     model, optimiser = run.prepare(model, optimiser)
@@ -400,18 +434,19 @@ def _teacher(recipe: Recipe, run: Run, model: nn.Module) -> nn.Module | None:
     if recipe.lwf.images == "folder":
         if _image_shape(model)[1] != 3:
             raise UserError("--lwf.images folder gives colour images and the backbone takes grey ones: use natural2d")
-        image_stream(recipe.lwf, run, 0, 0, _image_shape(model)[0])  # what cannot be read is refused before training
+        for training in (True, False):  # what cannot be read is refused before training
+            image_stream(recipe.lwf, run, _image_shape(model)[0], training=training)
     return vit.to(run.device).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
 def measure_retention(model: nn.Module, teacher: nn.Module, config: Forgetting, run: Run) -> float:
-    """Per cent of about 400 images on which model and teacher agree: held-out crops, or other crops of a folder's files."""
+    """Per cent of the held-out images on which model and teacher agree: 400 crops, or every 20th of a folder's files."""
     side, channels = _image_shape(model)
-    batches = image_stream(dataclasses.replace(config, batch_size=50 * run.world), run, 400, 9, side)
+    batches = image_stream(config, run, side, training=False)
     model.eval()
     agree, count = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
-    for images, _ in itertools.islice(batches.epoch(0), 8):
+    for images, _ in batches.epoch(0):
         pictures = prepared(images, config, channels)
         agree += retention(model.forward_images(pictures), teach(teacher, pictures)) * len(pictures)  # type: ignore[operator]
         count += len(pictures)

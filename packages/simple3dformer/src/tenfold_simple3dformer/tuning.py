@@ -1,5 +1,6 @@
 """Which parameters are trained (section 11): all, none of the blocks, the norms, or low-rank updates of the attention."""
 
+from collections.abc import Collection
 from typing import Literal, cast
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tenfold_simple3dformer.backbone import freeze_image_path
+from tenfold_simple3dformer.point import PointFormer
 
 Mode = Literal["full", "frozen", "norm", "lora"]
 
@@ -26,7 +28,7 @@ class LowRank(nn.Module):
 
 
 def set_trainable(model: nn.Module, mode: Mode = "full", *, rank: int = 8) -> None:
-    """Freeze what a mode does not train; the image path is always frozen.
+    """Freeze what a mode does not train; the image path is always frozen, unless `train_image_path` follows.
 
     ``full`` trains everything else. ``frozen`` trains tokenizer, positions, head and the final norm, ``norm`` also the
     norms of the blocks and the class token, ``lora`` rank-``rank`` updates of qkv and the output projection.
@@ -53,6 +55,17 @@ def set_trainable(model: nn.Module, mode: Mode = "full", *, rank: int = 8) -> No
         for block in vit.blocks:
             for linear in (block.attn.qkv, block.attn.proj):
                 parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank))
+
+
+def train_image_path(model: nn.Module, loaded: Collection[str]) -> None:
+    """For the image term: of the image path only what was ``loaded`` (names in the network) is frozen (section 2.5).
+
+    The rest is random, and would tie the blocks to noise. The positions of a point network are trained even so, as released.
+    """
+    for name, parameter in model.named_parameters():
+        positions = name == "vit.pos_embed"
+        if positions or name.startswith(("vit.patch_embed.", "vit.head.")):
+            parameter.requires_grad_(name not in loaded or (positions and isinstance(model, PointFormer)))
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,20 +1,23 @@
 """2D weights into the shared blocks (section 2.6): which tensors were taken, resized, inflated, or are new."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold_shared.download import data_root, fetch
 from tenfold_shared.errors import UserError
-from tenfold_simple3dformer.backbone import create_vit
-from tenfold_simple3dformer.compat import plain_state, read_state
+from tenfold_simple3dformer.backbone import create_vit, heads
+from tenfold_simple3dformer.compat import plain_state, read_state, safetensors_header
 from tenfold_simple3dformer.tokenizers import InflatedEmbedding
 from tenfold_simple3dformer.voxel import VoxelFormer
 
@@ -48,27 +51,65 @@ class TransferReport:
 
 
 def read_image_weights(weights: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors of ``timm:NAME`` (fetched by timm), or of a local file, under timm's names, and what they are called.
+    """Tensors under timm's names, and what they are called.
+
+    Args:
+        weights: ``timm:NAME``, read from ``weights/NAME.*`` in the data root if there is such a file, otherwise fetched by
+            timm; ``url:ADDRESS``, fetched into the same folder once; a local file, or the folder of a run.
 
     Raises:
         UserError: no such model or file.
 
     """
+    folder = data_root() / "weights"
     if weights.startswith("timm:"):
+        name = weights.removeprefix("timm:")
+        kept = [folder / f"{name}{ending}" for ending in (".safetensors", ".pth", ".npz")]
+        for file in kept:
+            if file.is_file():
+                return to_timm(read_state(file)), str(file)
         import timm  # noqa: PLC0415
 
-        name = weights.removeprefix("timm:")
         try:
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # of the network, the hub or timm
             raise UserError(
-                f"--weights {weights} cannot be fetched ({type(error).__name__}: {str(error)[:200]}); give a local file"
+                f"--weights {weights} cannot be fetched ({type(error).__name__}: {str(error)[:200]}); give a local file, or "
+                f"put it at {kept[0]} (or .pth, .npz)"
             ) from error
         return to_timm(model.state_dict()), weights
-    path = Path(weights)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.safetensors"
+    if weights.startswith("url:"):
+        url = weights.removeprefix("url:")
+        path = fetch(url, folder / PurePosixPath(urlsplit(url).path).name)
+    else:
+        path = _local(weights)
     return to_timm(read_state(path)), str(path)
+
+
+def _local(weights: str) -> Path:
+    """The file itself, or the weights of a run's folder."""
+    path = Path(weights)
+    return path / "checkpoints" / "last.safetensors" if path.is_dir() else path
+
+
+def recorded_heads(weights: str) -> int:
+    """Attention heads of the network that a checkpoint of ours holds; 0 for other weights, which do not say."""
+    network = json.loads(safetensors_header(_local(weights)).get("network", "{}"))
+    return heads(create_vit(network["backbone"], heads=network["heads"], depth=1)) if network else 0
+
+
+def check_heads(model: nn.Module, weights: str) -> None:
+    """Refuse a network whose blocks would split the weights of a checkpoint of ours into other heads than it was trained with.
+
+    Raises:
+        UserError: naming both numbers.
+
+    """
+    recorded, own = recorded_heads(weights), heads(cast(Any, model).vit)
+    if recorded not in (0, own):
+        raise UserError(
+            f"{weights} was trained with {recorded} attention heads and the network has {own}: set --model.heads {recorded}"
+        )
 
 
 def to_timm(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -279,7 +320,7 @@ def block_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> di
 
 
 def vit_from_weights(backbone: str, weights: str, **options: Any) -> tuple[nn.Module, TransferReport]:
-    """A backbone with image weights, for a teacher."""
+    """A backbone with image weights and, where these are of a checkpoint of ours, its heads, for a teacher."""
     state, source = read_image_weights(weights)
-    vit = create_vit(backbone, **options)
+    vit = create_vit(backbone, heads=recorded_heads(weights), **options)
     return vit, transfer(vit, state, source=source)
