@@ -122,6 +122,40 @@ def test_windows_are_the_dense_rows(kind: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(found, by_matrices(graph, box, lines), rtol=0, atol=1e-10)
 
 
+class Strides(nn.Module):
+    """Two ways from 8 x 8 to 4 x 4, of which only one has a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.relu1, self.relu2 = nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), nn.ReLU()
+        self.wide, self.strided = nn.Conv2d(4, 4, 5), nn.Conv2d(4, 4, 2, 2)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        x = self.relu1(self.conv1(x))
+        return self.head(self.relu2(self.wide(x) + self.strided(x)).flatten(1))
+
+
+def test_windows_of_unlike_strides_are_not_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ways back to one node whose windows move by different steps: sound, and the dense bounds."""
+    graph = trace(Strides().double().eval(), (1, 8, 8))
+    box = random_box(0, (1, 8, 8), 0.1)
+    points = corners_and_points(box, 2000)
+    source = graph.nodes[graph.activations[1]].inputs[0]
+    with torch.no_grad():
+        values = graph.values(points.flatten(0, 1))[source].unflatten(0, points.shape[:2])
+        as_is, _ = crown_intervals(graph, box, intersect=False)
+        rigorous, _ = crown_intervals(graph, box, rigorous=True)
+        monkeypatch.setattr("tenfold_grafting.backward.WINDOW_SHARE", 0.0)
+        dense, _ = crown_intervals(graph, box, intersect=False)
+    for lower, upper in (found[graph.activations[1]] for found in (as_is, rigorous)):
+        assert bool((values >= lower[:, None]).all())
+        assert bool((values <= upper[:, None]).all())
+    for index, ends in as_is.items():
+        for a, b in zip(ends, dense[index], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("padding", [0, 1, 2])

@@ -152,7 +152,7 @@ def _push(pending: dict[int, Tensor | Windows], node: int, rows: Tensor | Window
         pending[node] = rows
         return
     there = pending[node]
-    if isinstance(there, Windows) and isinstance(rows, Windows):
+    if isinstance(there, Windows) and isinstance(rows, Windows) and there.step == rows.step:
         pending[node] = there.plus(rows)
     else:
         pending[node] = _dense(there) + _dense(rows)

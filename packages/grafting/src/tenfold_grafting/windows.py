@@ -130,7 +130,10 @@ class Windows:
         return dataclasses.replace(self, origin=(self.origin[0] - top, self.origin[1] - left), shape=in_shape)
 
     def plus(self, other: "Windows") -> "Windows":
-        """The sum of two rows of windows at one node that start at the same neurons."""
+        """The sum of two rows of windows at one node that start at the same neurons and move by the same step.
+
+        With another step, as after two ways of unlike strides, no one origin aligns the windows of all neurons.
+        """
         corner = [min(a, b) for a, b in zip(self.origin, other.origin, strict=True)]
         end = [
             max(a + m, b + n)
