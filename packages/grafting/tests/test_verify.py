@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,25 @@ def test_arithmetics_agree_away_from_zero(arithmetic) -> None:
         settings = VerifySettings(beta=QUICK, timeout=600, attack_steps=10, attack_restarts=1)
         reference = verify(graph, prop, settings)
         assert verify(graph, prop, dataclasses.replace(settings, arithmetic=arithmetic)).verified == reference.verified
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown", "alpha-crown", "bab"])
+def test_single_precision_believes_nothing_that_its_cancellation_made(method) -> None:
+    """Wide weights, outputs of thousands, and a margin just below zero: the pass's own constant sets the threshold."""
+    for seed in range(16):
+        torch.manual_seed(seed)
+        widths = [20, *[100] * 6]
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+        model = nn.Sequential(*layers, nn.Linear(100, 2)).double()
+        x = torch.rand(20, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(10)
+            logits = model(x)
+            model[-1].bias[0] -= logits[0] - logits[1] + 1e-8 * logits.abs().max()
+        prop = Property(x, x.clone(), torch.tensor([[1.0, -1.0]]).double(), torch.zeros(1).double())
+        settings = VerifySettings(method=method, arithmetic="fast", attack_steps=0, beta=QUICK)
+        assert not verify(trace(model, (20,)), prop, settings).verified, seed
 
 
 def test_leaves_are_exact() -> None:
@@ -168,7 +188,8 @@ def test_contradiction_is_a_hard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound above what the attack reached is never reported as a result."""
     graph, prop = small(0)
     module = sys.modules["tenfold_grafting.verify"]  # the package gives its name to the function
-    monkeypatch.setattr(module, "crown_margins", lambda *a: torch.full((1, 2), 1e9, dtype=torch.float64))
+    absurd = (torch.full((1, 2), 1e9, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
+    monkeypatch.setattr(module, "backward_with_constant", lambda *a: absurd)
     with pytest.raises(RunFailure, match="unsound"):
         verify(graph, dataclasses.replace(prop, constant=prop.constant + 50), VerifySettings(attack_steps=3))
 

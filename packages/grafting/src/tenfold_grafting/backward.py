@@ -43,12 +43,29 @@ def backward(
         observe: receives the coefficients at the output of every activation (node -> [batch, rows, *shape]).
 
     """
+    return backward_with_constant(graph, start, rows, lines, box, observe)[0]
+
+
+def backward_with_constant(
+    graph: Graph,
+    start: int,
+    rows: Tensor | Windows,
+    lines: Mapping[int, Lines],
+    box: Box,
+    observe: dict[int, Tensor] | None = None,
+) -> tuple[Float[Tensor, "batch rows"], Float[Tensor, "batch rows"]]:
+    """The bounds of `backward`, and c, the part of each that the pass has summed up apart from the input."""
     front = _Front.at(start, rows)
     if observe is not None:
-        return front.walked(graph, lines, observe).bound(box)
+        front = front.walked(graph, lines, observe)
+        return front.bound(box), front.constant
     front = front.walked(graph, lines, while_windows=True)
-    parts = [part.walked(graph, of_rows).bound(box) for part, of_rows in front.blocks(graph, lines)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    bounds, constants = [], []
+    for part, of_rows in front.blocks(graph, lines):
+        end = part.walked(graph, of_rows)
+        bounds.append(end.bound(box))
+        constants.append(end.constant)
+    return (bounds[0], constants[0]) if len(bounds) == 1 else (torch.cat(bounds, 1), torch.cat(constants, 1))
 
 
 def input_coefficients(

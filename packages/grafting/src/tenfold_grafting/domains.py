@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tenfold_grafting.backward import backward
+from tenfold_grafting.backward import backward, backward_with_constant
 from tenfold_grafting.bounds import chunk_elements
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
@@ -154,14 +154,23 @@ def chunks(problem: Problem, domains: Domains) -> list[Domains]:
 
 def evaluate(problem: Problem, domains: Domains, observe: dict[int, Tensor] | None = None) -> Float[Tensor, " domains"]:
     """The bounds that the domains' alpha and beta give, in the problem's arithmetic, a chunk at a time."""
+    return evaluate_with_constant(problem, domains, observe)[0]
+
+
+def evaluate_with_constant(
+    problem: Problem, domains: Domains, observe: dict[int, Tensor] | None = None
+) -> tuple[Float[Tensor, " domains"], Float[Tensor, " domains"]]:
+    """The bounds of `evaluate`, and the pass's own constant c of each (see `backward.backward_with_constant`)."""
     if observe is None and len(domains) > chunk_size(problem):
-        return torch.cat([evaluate(problem, part) for part in chunks(problem, domains)])
+        bounds, constants = zip(*(evaluate_with_constant(problem, part) for part in chunks(problem, domains)), strict=True)
+        return torch.cat(bounds), torch.cat(constants)
     with torch.no_grad():
         alpha, beta = (v.to(problem.row).clamp(0, c) for v, c in ((domains.alpha, 1.0), (domains.beta, torch.inf)))
         lines = domain_lines(problem, domains.signs, alpha, beta)
         rows = problem.row.expand(len(domains), -1, -1)
-        found = backward(problem.graph, problem.graph.output, rows, lines, problem.box, observe)
-        return found[:, 0] + problem.constant
+        output = problem.graph.output
+        found, summed = backward_with_constant(problem.graph, output, rows, lines, problem.box, observe)
+        return found[:, 0] + problem.constant, summed[:, 0]
 
 
 @dataclasses.dataclass

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from tenfold_grafting.arithmetic import exact_arithmetic, normalisation_error
 from tenfold_grafting.attacks import margin_attack
-from tenfold_grafting.bounds import crown_intervals, crown_margins, margin_errors, relaxations
+from tenfold_grafting.backward import backward_with_constant
+from tenfold_grafting.bounds import crown_intervals, margin_errors, relaxations
 from tenfold_grafting.branching import Reduce, Rule, choose_neurons
-from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate
+from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate_with_constant
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals, ibp, ibp_margins
 from tenfold_grafting.leaf import Leaf, solve_leaf
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown
+from tenfold_grafting.relaxation import Lines
 from tenfold_grafting.specification import Property
 from tenfold_shared.errors import RunFailure, UserError
 
@@ -26,7 +28,7 @@ Status = Literal[
 ]
 
 FAST_MARGIN = 1e-4
-"""In single precision a bound is believed from here on (times 1 + its constant)."""
+"""In single precision a bound is believed from here on (times 1 + its constant, the property's and the pass's own)."""
 
 
 @dataclasses.dataclass
@@ -127,26 +129,38 @@ class _Arithmetic:
         if self.mode == "rigorous":
             self.errors = margin_errors(self.graph, self.box, self.intervals)
 
-    def loss(self, rows: Tensor, constant: Tensor) -> Tensor:
-        """What rounding may have added to a bound of each row [rows, classes]."""
+    def interval_margins(self) -> Tensor:
+        """Interval arithmetic's bounds of the property's rows, less what rounding may have added, [rows]."""
+        found = ibp_margins(self.graph, self.box, self.spec)[0]
+        lower, upper = ibp(self.graph, self.box)[1]
+        size = self.spec[0].abs() @ torch.maximum(lower.abs(), upper.abs())[0]
+        loss = self._loss(self.spec[0], size + self.constant.abs())
+        return found + self.constant - (loss if self.errors is None else 2 * loss)
+
+    def margins(self, lines: dict[int, Lines]) -> Tensor:
+        """CROWN's bounds of the property's rows, less what rounding may have added, [rows]."""
+        found, summed = backward_with_constant(self.graph, self.graph.output, self.spec, lines, self.box)
+        return found[0] + self.constant - self._loss(self.spec[0], summed[0].abs() + self.constant.abs())
+
+    def domain_margins(self, problem: Problem, domains: Domains) -> Tensor:
+        """The same for subdomains of one row, whose multipliers bring in errors of their own, [domains]."""
+        found, summed = evaluate_with_constant(problem, domains)
+        loss = self._loss(problem.row[0].expand(len(domains), -1), summed.abs() + abs(problem.constant))
+        if self.errors is not None:
+            for index, (neurons, part) in problem.slots.items():
+                lower, upper = (end.flatten(1)[0, neurons] for end in problem.intervals[index])
+                size = torch.maximum(lower.abs(), upper.abs()) * 8 * torch.finfo(lower.dtype).eps
+                error = self.errors[problem.graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
+                loss = loss + domains.beta[:, part].to(error) @ (error + size)
+        return found - loss
+
+    def _loss(self, rows: Tensor, constants: Tensor) -> Tensor:
+        """What rounding may have added to a bound of each row [rows, classes] with constants of these sizes [rows]."""
         if self.mode == "fast":
-            return FAST_MARGIN * (1 + constant.abs())
+            return FAST_MARGIN * (1 + constants)
         if self.errors is None:
             return rows.new_zeros(len(rows))
         return rows.abs() @ self.errors[-1][0]
-
-    def domain_loss(self, problem: Problem, domains: Domains) -> Tensor:
-        """The same for subdomains, whose multipliers bring in errors of their own."""
-        constant = problem.row.new_tensor([problem.constant])
-        loss = self.loss(problem.row[0], constant).expand(len(domains))
-        if self.errors is None:
-            return loss
-        for index, (neurons, part) in problem.slots.items():
-            lower, upper = (end.flatten(1)[0, neurons] for end in problem.intervals[index])
-            size = torch.maximum(lower.abs(), upper.abs()) * 8 * torch.finfo(lower.dtype).eps
-            error = self.errors[problem.graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
-            loss = loss + domains.beta[:, part].to(error) @ (error + size)
-        return loss
 
 
 def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None) -> Verdict:
@@ -223,12 +237,9 @@ class _Decision:
         with torch.no_grad():
             exact.start(crown=settings.method not in ("ibp", "crown-ibp"))
             if settings.method == "ibp":
-                found = ibp_margins(exact.graph, exact.box, exact.spec)[0]
-                loss = exact.loss(exact.spec[0], exact.constant) * (2 if exact.errors is not None else 1)
+                self.best = exact.interval_margins()
             else:
-                found = crown_margins(exact.graph, exact.box, exact.spec, relaxations(exact.graph, exact.intervals))[0]
-                loss = exact.loss(exact.spec[0], exact.constant)
-            self.best = torch.maximum(self.best, found + exact.constant - loss)
+                self.best = exact.margins(relaxations(exact.graph, exact.intervals))
         if self._all_proved():
             return "verified-incomplete"
         if settings.method in ("ibp", "crown-ibp", "crown"):
@@ -265,8 +276,7 @@ class _Decision:
                 crossing = exact.graph.activation(i).unstable(*exact.intervals[i])[:, None]
                 slope = torch.where(crossing, alpha.to(exact.spec).clamp(0, 1), lines[i].lower_slope[:, None])
                 lines[i] = lines[i]._replace(lower_slope=slope)
-            bound = crown_margins(exact.graph, exact.box, exact.spec, lines)[0]
-        self.best = torch.maximum(self.best, bound + exact.constant - exact.loss(exact.spec[0], exact.constant))
+            self.best = torch.maximum(self.best, exact.margins(lines))
         return found.alphas
 
     def _branch(self, row: int, alphas: dict[int, Tensor]) -> Status:
@@ -313,7 +323,7 @@ class _Decision:
             self.visited += len(children)
             likely = children.lower > 0
             if bool(likely.any()):
-                checked = evaluate(problem, children[likely]) - exact.domain_loss(problem, children[likely])
+                checked = exact.domain_margins(problem, children[likely])
                 children.lower[likely] = checked.float().clamp(max=torch.finfo(torch.float32).max)
                 proved = torch.zeros_like(likely)
                 proved[likely] = checked > 0
@@ -339,7 +349,7 @@ class _Decision:
             double = dataclasses.replace(problem, graph=graph, box=box, row=problem.row.double(), intervals=intervals)
         found = solve_leaf(double, leaf)
         if found.status == "verified":
-            bound = found.bound if self.exact.errors is None else self._rigorous_leaf(problem, leaf, found)
+            bound = found.bound if self.exact.mode == "checked" else self._believed_leaf(problem, leaf, found)
             return ("verified-bab" if bound > 0 else "leaf-unknown"), bound
         if found.status == "falsified" and found.point is not None:
             pixels = self._pixels(found.point)[0].cpu()
@@ -349,8 +359,8 @@ class _Decision:
                 return "falsified-bab", found.bound
         return "leaf-unknown", found.bound
 
-    def _rigorous_leaf(self, problem: Problem, leaf: Domains, found: Leaf) -> float:
-        """A leaf's bound with the solver's dual values as beta, less its rounding errors; infinite on an empty leaf.
+    def _believed_leaf(self, problem: Problem, leaf: Domains, found: Leaf) -> float:
+        """A leaf's bound with the solver's dual values as beta, less rounding errors; infinite on an empty leaf.
 
         An empty leaf is one on which 0 has a positive lower bound.
         """
@@ -358,7 +368,7 @@ class _Decision:
         if found.empty:
             problem = dataclasses.replace(problem, row=torch.zeros_like(problem.row), constant=0.0)
         dual = dataclasses.replace(leaf, beta=found.duals[None].to(problem.row))
-        bound = float(evaluate(problem, dual) - self.exact.domain_loss(problem, dual))
+        bound = float(self.exact.domain_margins(problem, dual))
         return torch.inf if found.empty and bound > 0 else bound
 
     def _pixels(self, point: Tensor) -> Tensor:
