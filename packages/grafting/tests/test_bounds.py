@@ -306,6 +306,22 @@ def test_alpha_improves_and_joint_improves_more(kind: str) -> None:
         assert bool((upper <= intervals[index][1]).all())
 
 
+def test_optimisation_ends_at_its_deadline_or_its_goal() -> None:
+    """Past the deadline the first bound is what there is; a goal that is met ends it as well."""
+    model, shape = random_network(7, "conv")
+    graph, box = trace(model, shape), random_box(7, shape, 0.3, batch=1)
+    intervals, lines = crown_intervals(graph, box)
+    spec = spec_of(1)
+    crown = crown_margins(graph, box, spec, lines)
+    for end in ({"deadline": -1.0}, {"until": crown[0] - 1}):
+        torch.testing.assert_close(alpha_crown(graph, box, spec, intervals, **end).lower, crown)
+    problem = Problem.make(graph, box, spec[0, 0], 0.0, intervals)
+    alpha = problem.adaptive()[None]
+    start = Domains(torch.zeros_like(alpha, dtype=torch.int8), alpha, alpha * 0, torch.full((1,), -torch.inf).double())
+    found = beta_crown(problem, start, BetaSettings(20, 0.1, 0.2), deadline=-1.0)
+    torch.testing.assert_close(found.lower, evaluate(problem, start))
+
+
 def test_beta_bounds_hold_in_their_half_spaces() -> None:
     """Sampled points of every subdomain lie above its bound; beta = 0 is CROWN of the split; beta never hurts."""
     checked = 0

@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,19 @@ def test_limits() -> None:
     for name in ("timeout", "max_domains", "candidates"):
         with pytest.raises(UserError, match=name):
             VerifySettings(**{name: 0})
+
+
+def test_the_time_limit_is_looked_at_before_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that moves at each look: after the attack, after CROWN, after an alpha-CROWN that was cut short."""
+    graph, prop = small(3)
+    hard = dataclasses.replace(prop, constant=prop.constant - 0.3)
+    module = sys.modules["tenfold_grafting.verify"]  # the package gives its name to the function
+    clock = count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for looks, bounds in ((0.5, 0), (1.5, 2), (2.5, 2)):
+        for method in ("alpha-crown", "bab"):
+            verdict = verify(graph, hard, VerifySettings(method=method, attack_steps=0, timeout=looks))
+            assert (verdict.status, len(verdict.bounds), verdict.domains) == ("timeout", bounds, 0)
 
 
 def test_contradiction_is_a_hard_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ three vectors over the root's unstable neurons: signs, alpha, beta.
 """
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import torch
@@ -195,13 +196,16 @@ class BetaSettings:
             )
 
 
-def beta_crown(problem: Problem, domains: Domains, settings: BetaSettings) -> Domains:
+def beta_crown(
+    problem: Problem, domains: Domains, settings: BetaSettings, deadline: float = float("inf")
+) -> Domains:
     """The domains with better alpha and beta, warm-started, and the best bounds met; never below the given ones.
 
-    The bounds are those of the problem's arithmetic.
+    The bounds are those of the problem's arithmetic. Once `time.monotonic` is past the deadline, each chunk of domains is
+    bounded once more and nothing is optimised.
     """
     if len(domains) > chunk_size(problem):
-        return Domains.joined([beta_crown(problem, part, settings) for part in chunks(problem, domains)])
+        return Domains.joined([beta_crown(problem, part, settings, deadline) for part in chunks(problem, domains)])
     alpha = domains.alpha.to(problem.row).clone().requires_grad_()
     beta = domains.beta.to(problem.row).clone().requires_grad_()
     best = domains.lower.to(problem.row).clone()
@@ -211,7 +215,7 @@ def beta_crown(problem: Problem, domains: Domains, settings: BetaSettings) -> Do
     groups = [{"params": [alpha], "lr": settings.lr_alpha}, {"params": [beta], "lr": settings.lr_beta}]
     optimiser = torch.optim.Adam(groups)
     for iteration in range(settings.iterations):
-        last = iteration + 1 == settings.iterations
+        last = iteration + 1 == settings.iterations or time.monotonic() > deadline
         with torch.set_grad_enabled(not last):
             lines = domain_lines(problem, signs, alpha, beta, base)
             value = backward(problem.graph, problem.graph.output, rows, lines, problem.box)[:, 0] + problem.constant

@@ -4,6 +4,7 @@ Every value of alpha gives a sound bound, so the best bound seen is kept for eve
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -56,7 +57,8 @@ def alpha_crown(
     intervals: Intervals,
     settings: AlphaSettings | None = None,
     *,
-    until: float | None = None,
+    until: Tensor | float | None = None,
+    deadline: float = float("inf"),
 ) -> Optimised:
     """alpha-CROWN with fixed intermediate bounds (scope "final"): own slopes for every image and margin.
 
@@ -66,7 +68,8 @@ def alpha_crown(
         spec: C.
         intervals: pre-activation intervals, as `bounds.crown_intervals` gives them.
         settings: of the optimisation.
-        until: stop when all bounds lie above it.
+        until: stop when all bounds lie above it; for all rows, or of each [rows].
+        deadline: stop with the bounds there are when `time.monotonic` is past it.
 
     """
     settings = settings or AlphaSettings()
@@ -88,7 +91,7 @@ def alpha_crown(
             for i, alpha in alphas.items():
                 wide = better.reshape(*better.shape, *(1 for _ in alpha.shape[2:]))
                 kept[i] = torch.where(wide, alpha.detach(), kept[i])
-            if until is not None and bool((best > until).all()):
+            if time.monotonic() > deadline or (until is not None and bool((best > until).all())):
                 break
     return Optimised(best, kept, intervals)
 

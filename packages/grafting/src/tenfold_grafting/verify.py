@@ -41,7 +41,7 @@ class VerifySettings:
     """fast: single precision, with a small margin. checked: every claim is evaluated in double precision. rigorous: double
     precision, less a bound on its own rounding errors."""
     timeout: float = 300.0
-    """Seconds an image, for all its margins together."""
+    """Seconds an image, for all its margins together; looked at between the steps of a method."""
     max_domains: int = 5_000_000
     """Subdomains an image."""
     batch: int = 0
@@ -187,6 +187,8 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
             if bool((reached < 0).any()):
                 seconds = time.monotonic() - started
                 return Verdict("attacked", [], reached.tolist(), 0, seconds, worst.cpu())
+        if time.monotonic() > started + settings.timeout:
+            return Verdict("timeout", [], reached.tolist(), 0, time.monotonic() - started)
         run = _Decision(graph, prop, settings, reached, started)
         status = run.decide()
     bounds = run.best
@@ -244,9 +246,13 @@ class _Decision:
             return "verified-incomplete"
         if settings.method in ("ibp", "crown-ibp", "crown"):
             return "unknown"
+        if self._late():
+            return "timeout"
         alphas = self._alpha()
         if self._all_proved():
             return "verified-incomplete"
+        if self._late():
+            return "timeout"
         if settings.method == "alpha-crown":
             return "unknown"
         if float(self.best.min()) <= settings.give_up:
@@ -263,13 +269,20 @@ class _Decision:
     def _all_proved(self) -> bool:
         return bool((self.best > 0).all())
 
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
+
     def _alpha(self) -> dict[int, Tensor]:
         """alpha-CROWN in single precision; its slopes are evaluated in the mode's arithmetic. [1, rows, *shape]"""
         exact = self.exact
         graph = exact.graph.single
         box = Box(exact.box.lower.float(), exact.box.upper.float())
         intervals = {i: (low.float(), high.float()) for i, (low, high) in exact.intervals.items()}
-        found = alpha_crown(graph, box, exact.spec.float(), intervals, self.settings.alpha)
+        # From there on a bound holds in double precision too; in single precision alone more is asked of it.
+        until = None if exact.mode == "fast" else FAST_MARGIN - exact.constant
+        found = alpha_crown(
+            graph, box, exact.spec.float(), intervals, self.settings.alpha, until=until, deadline=self.deadline
+        )
         with torch.no_grad():
             lines = relaxations(exact.graph, exact.intervals)
             for i, alpha in found.alphas.items():
@@ -299,7 +312,7 @@ class _Decision:
         batch = settings.batch or (4096 if alpha.device.type == "cuda" else 256)
         closed = torch.inf  # the least bound of a domain that has been dropped
         while len(queue):
-            if time.monotonic() > self.deadline or self.visited >= settings.max_domains:
+            if self._late() or self.visited >= settings.max_domains:
                 self._note(row, queue, closed)
                 return "timeout"
             order = queue.lower.argsort()
@@ -319,7 +332,7 @@ class _Decision:
             parents = picked[~leaves]
             if not len(parents):
                 continue
-            children = beta_crown(single, parents.split(neurons[~leaves]), settings.beta)
+            children = beta_crown(single, parents.split(neurons[~leaves]), settings.beta, self.deadline)
             self.visited += len(children)
             likely = children.lower > 0
             if bool(likely.any()):
