@@ -11,13 +11,16 @@ import torch
 from nets import random_network
 from torch import Tensor, nn
 
+from tenfold_grafting.attacks import margin_attack
 from tenfold_grafting.bounds import crown_intervals
 from tenfold_grafting.branching import choose_neurons
 from tenfold_grafting.domains import BetaSettings, Domains, Problem
 from tenfold_grafting.evaluate import Evaluation, decided
 from tenfold_grafting.grafting import activation_shapes, graft
 from tenfold_grafting.graph import Graph, Normalise, trace
+from tenfold_grafting.intervals import Box
 from tenfold_grafting.leaf import milp_minimum, solve_leaf
+from tenfold_grafting.optimise import AlphaSettings
 from tenfold_grafting.specification import Property, ball
 from tenfold_grafting.verify import VerifySettings, _Decision, verify
 from tenfold_shared.errors import RunFailure, UserError
@@ -55,7 +58,7 @@ def test_branch_and_bound_agrees_with_a_mixed_integer_solver(branching) -> None:
     for seed in range(8):
         graph, prop = small(seed)
         intervals, _ = crown_intervals(graph, prop.box(graph))
-        exact = [milp_minimum(graph, prop.box(graph), row, intervals) for row in prop.rows]
+        exact = [milp_minimum(graph, prop.box(graph), row, intervals)[0] for row in prop.rows]
         settings = VerifySettings(branching=branching, beta=QUICK, timeout=600, attack_steps=0)
         verdict = verify(graph, prop, settings)
         statuses.add(verdict.status)
@@ -68,6 +71,54 @@ def test_branch_and_bound_agrees_with_a_mixed_integer_solver(branching) -> None:
             assert bool((verdict.counterexample >= prop.lower - 1e-9).all())
             assert bool((verdict.counterexample <= prop.upper + 1e-9).all())
     assert len(statuses) > 1
+
+
+class Doubled(nn.Module):
+    """A sum that reads one node twice, or the same function with the weights behind it doubled."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.first, self.relu, self.last, self.twice = nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), twice
+        self.last.weight.data *= 1 if twice else 2
+
+    def forward(self, x):
+        x = self.relu(self.first(x))
+        return self.last(x + x if self.twice else x)
+
+
+def test_a_mixed_integer_program_reads_a_node_twice() -> None:
+    for seed in range(4):
+        found = []
+        for twice in (True, False):
+            torch.manual_seed(seed)
+            graph = trace(Doubled(twice).double(), (2,))
+            box = Box(-torch.ones(1, 2).double(), torch.ones(1, 2).double())
+            row = torch.tensor([1.0, -1.0]).double()
+            least, point = milp_minimum(graph, box, row, crown_intervals(graph, box)[0])
+            assert float(graph(point)[0] @ row) == pytest.approx(least, abs=1e-6)
+            found.append(least)
+        assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_the_mixed_integer_method_decides_tiny_networks() -> None:
+    """The verdicts of branch and bound, with counter-examples; a network too large for it, or no time, are said."""
+    statuses = set()
+    for seed in range(6):
+        graph, prop = small(seed)
+        settings = VerifySettings(beta=QUICK, timeout=600, attack_steps=0)
+        verdict = verify(graph, prop, dataclasses.replace(settings, method="milp"))
+        assert verdict.verified == verify(graph, prop, settings).verified
+        assert verdict.falsified == (verdict.counterexample is not None)
+        statuses.add(verdict.status)
+    assert {"verified-milp", "falsified-milp"} <= statuses
+    intervals, _ = crown_intervals(graph, prop.box(graph))
+    with pytest.raises(TimeoutError):
+        milp_minimum(graph, prop.box(graph), prop.rows[0], intervals, seconds=0.0)
+    large = trace(nn.Sequential(nn.Linear(4, 4000), nn.ReLU(), nn.Linear(4000, 3)).double(), (4,))
+    with pytest.raises(UserError, match="of up to 4000 values"):
+        verify(large, prop, VerifySettings(method="milp", attack_steps=0))
+    with pytest.raises(UserError, match="method milp is for"):
+        VerifySettings(method="milp", arithmetic="rigorous")
 
 
 @pytest.mark.parametrize("arithmetic", ["fast", "checked", "rigorous"])
@@ -96,6 +147,24 @@ def test_single_precision_believes_nothing_that_its_cancellation_made(method) ->
         prop = Property(x, x.clone(), torch.tensor([[1.0, -1.0]]).double(), torch.zeros(1).double())
         settings = VerifySettings(method=method, arithmetic="fast", attack_steps=0, beta=QUICK)
         assert not verify(trace(model, (20,)), prop, settings).verified, seed
+
+
+def test_intermediate_bounds_optimised_jointly_prove_more() -> None:
+    """Never less than with fixed ones, and sound; branch and bound goes on from the tighter intervals."""
+    better = 0
+    for seed in range(8):
+        graph, prop = small(seed)
+        settings = VerifySettings(method="alpha-crown", attack_steps=0)
+        joint = dataclasses.replace(settings, alpha=AlphaSettings(scope="joint"))
+        fixed, found = verify(graph, prop, settings), verify(graph, prop, joint)
+        better += sum(found.bounds) > sum(fixed.bounds) + 1e-3
+        points = prop.lower + (prop.upper - prop.lower) * torch.rand(500, 4, dtype=torch.float64)
+        assert bool((graph(points) @ prop.rows.T >= torch.tensor(found.bounds) - 1e-9).all())
+        complete = dataclasses.replace(joint, method="bab", beta=QUICK)
+        assert verify(graph, prop, complete).verified == verify(graph, prop, VerifySettings(beta=QUICK)).verified
+    assert better
+    with pytest.raises(UserError, match="scope joint is for"):
+        VerifySettings(arithmetic="rigorous", alpha=AlphaSettings(scope="joint"))
 
 
 def test_leaves_are_exact() -> None:
@@ -196,6 +265,10 @@ def test_the_time_limit_is_looked_at_before_every_method(monkeypatch: pytest.Mon
         for method in ("alpha-crown", "bab"):
             verdict = verify(graph, hard, VerifySettings(method=method, attack_steps=0, timeout=looks))
             assert (verdict.status, len(verdict.bounds), verdict.domains) == ("timeout", bounds, 0)
+    monkeypatch.undo()
+    seen: list[int] = []
+    margin_attack(lambda x: seen.append(1) or x[:, :1] + 1, prop.lower, prop.upper, deadline=-1.0)
+    assert len(seen) == 2  # the number of rows, and the random starts
 
 
 def test_contradiction_is_a_hard_error(monkeypatch: pytest.MonkeyPatch) -> None:

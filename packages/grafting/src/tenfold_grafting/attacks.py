@@ -2,6 +2,7 @@
 form, and the verifier's multi-target attack with Adam-signed steps.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -92,6 +93,7 @@ def margin_attack(
     step: float | None = None,
     decay: float = 0.99,
     generator: torch.Generator | None = None,
+    deadline: float = float("inf"),
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows *input"]]:
     """The smallest margin found for every row of a property over a box, and where: each row is attacked by itself.
 
@@ -104,6 +106,7 @@ def margin_attack(
         step: first step length; default: an eighth of the widest side (eps/4 of a ball).
         decay: factor on it after every step.
         generator: of the starts.
+        deadline: no step is made once `time.monotonic` is past it.
 
     """
     with torch.no_grad():
@@ -127,7 +130,7 @@ def margin_attack(
         better = seen[0] < best
         best = torch.where(better, seen[0], best)
         where = torch.where(better.view(-1, *(1 for _ in lower.shape)), x, where)
-        if bool((best < 0).any()) or i == steps:
+        if bool((best < 0).any()) or i == steps or time.monotonic() > deadline:
             break
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient.square()

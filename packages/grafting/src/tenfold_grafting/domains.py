@@ -163,7 +163,9 @@ def evaluate_with_constant(
 ) -> tuple[Float[Tensor, " domains"], Float[Tensor, " domains"]]:
     """The bounds of `evaluate`, and the pass's own constant c of each (see `backward.backward_with_constant`)."""
     if observe is None and len(domains) > chunk_size(problem):
-        bounds, constants = zip(*(evaluate_with_constant(problem, part) for part in chunks(problem, domains)), strict=True)
+        bounds, constants = zip(
+            *(evaluate_with_constant(problem, part) for part in chunks(problem, domains)), strict=True
+        )
         return torch.cat(bounds), torch.cat(constants)
     with torch.no_grad():
         alpha, beta = (v.to(problem.row).clamp(0, c) for v, c in ((domains.alpha, 1.0), (domains.beta, torch.inf)))
@@ -196,9 +198,7 @@ class BetaSettings:
             )
 
 
-def beta_crown(
-    problem: Problem, domains: Domains, settings: BetaSettings, deadline: float = float("inf")
-) -> Domains:
+def beta_crown(problem: Problem, domains: Domains, settings: BetaSettings, deadline: float = float("inf")) -> Domains:
     """The domains with better alpha and beta, warm-started, and the best bounds met; never below the given ones.
 
     The bounds are those of the problem's arithmetic. Once `time.monotonic` is past the deadline, each chunk of domains is

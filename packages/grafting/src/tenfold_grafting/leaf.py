@@ -5,6 +5,7 @@ its dual values are used as beta in a bound of our own, so that nothing rests on
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,12 @@ from tenfold_grafting.domains import Domains, Problem, domain_lines
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
 from tenfold_grafting.operations import Activation, Add, Affine, Input
+from tenfold_shared.errors import UserError
+
+OUT_OF_TIME = 1
+"""SciPy's status of a solver that met its limit."""
+MILP_VALUES = 4000
+"""Largest number of values at all nodes for a mixed-integer program, whose matrix has about its square."""
 
 
 @dataclasses.dataclass
@@ -105,24 +112,38 @@ def solve_leaf(problem: Problem, domains: Domains) -> Leaf:
     return Leaf("falsified", point, bound) if margin < 0 else Leaf("unknown", point, bound)
 
 
-def milp_minimum(graph: Graph, box: Box, row: Tensor, intervals: Intervals) -> float:
+def milp_minimum(
+    graph: Graph, box: Box, row: Tensor, intervals: Intervals, seconds: float = float("inf")
+) -> tuple[float, Tensor]:
     """The exact minimum of a margin over a box by a mixed-integer program (HiGHS): ground truth for tiny networks.
 
-    Every node's values are variables; an unstable ReLU has a binary one and the big-M constraints of its interval.
+    Every node's values are variables; an unstable ReLU has a binary one and the big-M constraints of its interval. The
+    value is exact to the solver's tolerances.
 
     Args:
         graph: in double precision.
         box: one box.
         row: the margin's coefficients of the logits, [classes].
         intervals: sound pre-activation intervals.
+        seconds: how long the solver may take.
+
+    Returns:
+        The minimum, and a normalised input at which it is taken, of the box's shape.
 
     Raises:
+        UserError: more than `MILP_VALUES` values in the network.
+        TimeoutError: no optimum in the time given.
         RuntimeError: the solver did not end with an optimum.
 
     """
     from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415
 
     sizes = [torch.Size(node.shape).numel() for node in graph.nodes]
+    if sum(sizes) > MILP_VALUES:
+        raise UserError(
+            f"a mixed-integer program is for networks of up to {MILP_VALUES} values at their nodes, "
+            f"this one has {sum(sizes)}: choose another --verify.method"
+        )
     starts = np.concatenate([[0], np.cumsum(sizes)])
     unstable = {
         i: graph.activation(i).unstable(*intervals[i]).flatten().nonzero(as_tuple=True)[0].tolist() for i in intervals
@@ -133,10 +154,10 @@ def milp_minimum(graph: Graph, box: Box, row: Tensor, intervals: Intervals) -> f
     low[: sizes[0]], high[: sizes[0]] = box.lower.flatten().numpy(), box.upper.flatten().numpy()
     matrices, lows, highs = [], [], []
 
-    def constrain(entries: dict[int, float], least: float, most: float) -> None:
+    def constrain(entries: Iterable[tuple[int, float]], least: float, most: float) -> None:
         line = np.zeros(total)
-        for place, value in entries.items():
-            line[place] += value
+        for place, value in entries:
+            line[place] += value  # a sum may read one node twice
         matrices.append(line)
         lows.append(least)
         highs.append(most)
@@ -147,7 +168,7 @@ def milp_minimum(graph: Graph, box: Box, row: Tensor, intervals: Intervals) -> f
             continue
         if isinstance(node, Add):
             for k in range(sizes[index]):
-                constrain({start + k: 1.0, before[0] + k: -1.0, before[1] + k: -1.0}, 0.0, 0.0)
+                constrain([(start + k, 1.0), (before[0] + k, -1.0), (before[1] + k, -1.0)], 0.0, 0.0)
         elif isinstance(node, Activation):
             ends = [end.flatten().tolist() for end in intervals[index]]
             for k in range(sizes[index]):
@@ -155,16 +176,16 @@ def milp_minimum(graph: Graph, box: Box, row: Tensor, intervals: Intervals) -> f
                 grafted = node.mask is not None and bool(node.mask.flatten()[k])
                 if grafted and node.slope is not None and node.intercept is not None:
                     slope, shift = float(node.slope.flatten()[k]), float(node.intercept.flatten()[k])
-                    constrain({y: 1.0, z: -slope}, shift, shift)
+                    constrain([(y, 1.0), (z, -slope)], shift, shift)
                     continue
                 if k in unstable[index]:
                     low[binary], high[binary], low[y] = 0.0, 1.0, 0.0
-                    constrain({y: 1.0, z: -1.0}, 0.0, np.inf)
-                    constrain({y: 1.0, z: -1.0, binary: -least}, -np.inf, -least)
-                    constrain({y: 1.0, binary: -most}, -np.inf, 0.0)
+                    constrain([(y, 1.0), (z, -1.0)], 0.0, np.inf)
+                    constrain([(y, 1.0), (z, -1.0), (binary, -least)], -np.inf, -least)
+                    constrain([(y, 1.0), (binary, -most)], -np.inf, 0.0)
                     binary += 1
                 elif least >= 0:
-                    constrain({y: 1.0, z: -1.0}, 0.0, 0.0)
+                    constrain([(y, 1.0), (z, -1.0)], 0.0, 0.0)
                 else:
                     low[y] = high[y] = 0.0
         else:
@@ -173,9 +194,9 @@ def milp_minimum(graph: Graph, box: Box, row: Tensor, intervals: Intervals) -> f
             matrix = node.transpose(unit).reshape(sizes[index], -1).numpy()
             constant = node.constant(unit)
             for k in range(sizes[index]):
-                entries = {start + k: 1.0} | {before[0] + j: -float(matrix[k, j]) for j in matrix[k].nonzero()[0]}
+                terms = [(before[0] + int(j), -float(matrix[k, j])) for j in matrix[k].nonzero()[0]]
                 shift = 0.0 if constant is None else float(constant[k])
-                constrain(entries, shift, shift)
+                constrain([(start + k, 1.0), *terms], shift, shift)
     cost = np.zeros(total)
     cost[int(starts[-2]) : int(starts[-1])] = row.numpy()
     integrality = np.zeros(total)
@@ -185,8 +206,11 @@ def milp_minimum(graph: Graph, box: Box, row: Tensor, intervals: Intervals) -> f
         constraints=LinearConstraint(np.stack(matrices), lows, highs),
         bounds=Bounds(low, high),
         integrality=integrality,
-        options={"mip_rel_gap": 1e-9},
+        options={"mip_rel_gap": 1e-9, "time_limit": max(seconds, 0.0)},
     )
+    if found.status == OUT_OF_TIME:
+        raise TimeoutError(f"no optimum in {seconds:.0f} s")
     if not found.success:
         raise RuntimeError(f"the solver stopped without an optimum: {found.message}")
-    return float(found.fun)
+    point = torch.from_numpy(found.x[: sizes[0]]).view(box.lower.shape)
+    return float(found.fun), torch.minimum(torch.maximum(point, box.lower), box.upper)

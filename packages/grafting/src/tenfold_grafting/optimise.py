@@ -6,6 +6,7 @@ Every value of alpha gives a sound bound, so the best bound seen is kept for eve
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,9 @@ class AlphaSettings:
     """Step size of Adam."""
     decay: float = 0.98
     """Factor on the step size after every iteration."""
+    scope: Literal["final", "joint"] = "final"
+    """What `verify` optimises: the margins' slopes over fixed intermediate bounds, or jointly those of every intermediate
+    bound too (`alpha_crown_joint`; in double precision, for small networks)."""
 
     def __post_init__(self) -> None:
         """Refuse what gives no bound."""
@@ -143,12 +147,15 @@ def alpha_crown_joint(
     spec: Float[Tensor, "batch rows classes"],
     intervals: Intervals,
     settings: AlphaSettings | None = None,
+    *,
+    deadline: float = float("inf"),
 ) -> Optimised:
     """alpha-CROWN with scope "joint": the intermediate bounds are optimised too, for the sum of the final ones.
 
     Both ends of every unstable neuron's interval have slopes of their own for all activations before; they are computed
     anew in each iteration, and gradients flow through them. An interval is never looser than the one given, and the
-    tightest that was met is kept. The memory is quadratic in the neurons: it is for small networks.
+    tightest that was met is kept. The memory is quadratic in the neurons: it is for small networks. Arguments are those
+    of `alpha_crown`.
     """
     settings = settings or AlphaSettings()
     problem = _Joint(graph, box, spec.to(box.lower), intervals)
@@ -161,6 +168,8 @@ def alpha_crown_joint(
             for i, alpha in kept.items():
                 wide = better.reshape(*better.shape, *(1 for _ in alpha.shape[2:]))
                 kept[i] = torch.where(wide, problem.slopes[graph.output, i].detach(), alpha)
+            if time.monotonic() > deadline:
+                break
     return Optimised(best, kept, problem.tight)
 
 

@@ -15,20 +15,30 @@ from tenfold_grafting.branching import Reduce, Rule, choose_neurons
 from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate_with_constant
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals, ibp, ibp_margins
-from tenfold_grafting.leaf import Leaf, solve_leaf
-from tenfold_grafting.optimise import AlphaSettings, alpha_crown
+from tenfold_grafting.leaf import Leaf, milp_minimum, solve_leaf
+from tenfold_grafting.optimise import AlphaSettings, alpha_crown, alpha_crown_joint
 from tenfold_grafting.relaxation import Lines
 from tenfold_grafting.specification import Property
 from tenfold_shared.errors import RunFailure, UserError
 
 Mode = Literal["fast", "checked", "rigorous"]
-Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown", "bab"]
+Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown", "bab", "milp"]
 Status = Literal[
-    "verified-incomplete", "verified-bab", "attacked", "falsified-bab", "timeout", "unknown", "leaf-unknown"
+    "verified-incomplete",
+    "verified-bab",
+    "verified-milp",
+    "attacked",
+    "falsified-bab",
+    "falsified-milp",
+    "timeout",
+    "unknown",
+    "leaf-unknown",
 ]
 
 FAST_MARGIN = 1e-4
 """In single precision a bound is believed from here on (times 1 + its constant, the property's and the pass's own)."""
+MILP_TOLERANCE = 1e-6
+"""What the mixed-integer solver's tolerances may have added to a minimum."""
 
 
 @dataclasses.dataclass
@@ -36,7 +46,8 @@ class VerifySettings:
     """How a property is decided."""
 
     method: Method = "bab"
-    """The strongest method that is tried; only ``bab`` is complete."""
+    """The strongest method that is tried; ``bab`` is complete, and so is ``milp``, a mixed-integer program after CROWN for
+    tiny networks, which rests on its solver's tolerances."""
     arithmetic: Mode = "checked"
     """fast: single precision, with a small margin. checked: every claim is evaluated in double precision. rigorous: double
     precision, less a bound on its own rounding errors."""
@@ -72,6 +83,9 @@ class VerifySettings:
             raise UserError(f"--verify.batch takes 0 or more, got {self.batch}")
         if self.attack_steps < 0 or self.attack_restarts < 1:
             raise UserError("--verify.attack_steps takes 0 or more and --verify.attack_restarts 1 or more")
+        if self.arithmetic != "checked" and (self.method == "milp" or self.alpha.scope == "joint"):
+            what = "method milp" if self.method == "milp" else "alpha.scope joint"
+            raise UserError(f"--verify.{what} is for --verify.arithmetic checked: its rounding errors have no bound")
 
 
 @dataclasses.dataclass
@@ -92,12 +106,12 @@ class Verdict:
     @property
     def verified(self) -> bool:
         """Whether the property was proved."""
-        return self.status in ("verified-incomplete", "verified-bab")
+        return self.status.startswith("verified")
 
     @property
     def falsified(self) -> bool:
         """Whether a counter-example was found."""
-        return self.status in ("attacked", "falsified-bab")
+        return self.status in ("attacked", "falsified-bab", "falsified-milp")
 
     def plain(self) -> dict[str, Any]:
         """Everything but the counter-example, in JSON's types."""
@@ -183,7 +197,7 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
     reached = torch.empty(0)
     with exact_arithmetic(classical=settings.arithmetic == "rigorous"):
         if settings.attack_steps:
-            reached, worst = _attack(double, prop, settings)
+            reached, worst = _attack(double, prop, settings, started + settings.timeout)
             if bool((reached < 0).any()):
                 seconds = time.monotonic() - started
                 return Verdict("attacked", [], reached.tolist(), 0, seconds, worst.cpu())
@@ -203,7 +217,7 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
     )
 
 
-def _attack(graph: Graph, prop: Property, settings: VerifySettings) -> tuple[Tensor, Tensor]:
+def _attack(graph: Graph, prop: Property, settings: VerifySettings, deadline: float) -> tuple[Tensor, Tensor]:
     """The smallest value of every margin at the points that were found, in double precision, and the worst point."""
     rows, constant = prop.rows.to(graph.device, graph.dtype), prop.constant.to(graph.device, graph.dtype)
     single, low = graph.single, prop.lower.to(graph.device).float()
@@ -215,6 +229,7 @@ def _attack(graph: Graph, prop: Property, settings: VerifySettings) -> tuple[Ten
         steps=settings.attack_steps,
         restarts=settings.attack_restarts,
         generator=torch.Generator().manual_seed(0),
+        deadline=deadline,
     )
     points = torch.minimum(torch.maximum(points.double(), prop.lower.to(points.device)), prop.upper.to(points.device))
     found = graph(points) @ rows.T + constant
@@ -248,6 +263,8 @@ class _Decision:
             return "unknown"
         if self._late():
             return "timeout"
+        if settings.method == "milp":
+            return self._milp()
         alphas = self._alpha()
         if self._all_proved():
             return "verified-incomplete"
@@ -275,6 +292,15 @@ class _Decision:
     def _alpha(self) -> dict[int, Tensor]:
         """alpha-CROWN in single precision; its slopes are evaluated in the mode's arithmetic. [1, rows, *shape]"""
         exact = self.exact
+        if (
+            self.settings.alpha.scope == "joint"
+        ):  # its intermediate bounds are claimed too: in the mode's own arithmetic
+            joint = alpha_crown_joint(
+                exact.graph, exact.box, exact.spec, exact.intervals, self.settings.alpha, deadline=self.deadline
+            )
+            self.best = torch.maximum(self.best, joint.lower[0] + exact.constant)
+            exact.intervals = joint.intervals
+            return joint.alphas
         graph = exact.graph.single
         box = Box(exact.box.lower.float(), exact.box.upper.float())
         intervals = {i: (low.float(), high.float()) for i, (low, high) in exact.intervals.items()}
@@ -291,6 +317,24 @@ class _Decision:
                 lines[i] = lines[i]._replace(lower_slope=slope)
             self.best = torch.maximum(self.best, exact.margins(lines))
         return found.alphas
+
+    def _milp(self) -> Status:
+        """The minimum of every open margin by a mixed-integer program; within the solver's tolerances of 0 nothing is said."""
+        exact, cpu = self.exact, torch.device("cpu")
+        graph, box = exact.graph.to(torch.float64, cpu), Box(exact.box.lower.cpu(), exact.box.upper.cpu())
+        intervals = {i: (low.cpu(), high.cpu()) for i, (low, high) in exact.intervals.items()}
+        for row in (~(self.best > 0)).nonzero(as_tuple=True)[0].tolist():
+            margin, constant = exact.spec[0, row].cpu(), float(exact.constant[row])
+            try:
+                least, point = milp_minimum(graph, box, margin, intervals, self.deadline - time.monotonic())
+            except TimeoutError:
+                return "timeout"
+            self.best[row] = max(float(self.best[row]), least + constant - MILP_TOLERANCE)
+            pixels = self._pixels(point)[0]
+            if float(graph(pixels[None])[0] @ margin) + constant < 0:
+                self.counterexample = pixels
+                return "falsified-milp"
+        return "verified-milp" if self._all_proved() else "unknown"
 
     def _branch(self, row: int, alphas: dict[int, Tensor]) -> Status:
         """Branch and bound of one margin."""
@@ -389,5 +433,6 @@ class _Decision:
         if self.prefix is None:
             return point
         wide = (-1, *(1 for _ in point.shape[2:]))
-        shift, factor = (t.double().reshape(wide) for t in (self.prefix.shift, self.prefix.factor))
+        ends = (self.prefix.shift, self.prefix.factor)
+        shift, factor = (t.to(point.device, torch.float64).reshape(wide) for t in ends)
         return (point.double() - shift) / factor
