@@ -229,6 +229,13 @@ def test_certify_resumes_and_shards(network: Path, tmp_path: Path, monkeypatch: 
     assert together["images"] == 12
     assert together["statuses"] == counted["statuses"]
     assert {"time_limit", "eps", "environment"} <= set(together)
+    part = [*whole[:-1], "parts", "--shard", "0", "--resume"]  # with other jobs it goes on, and nothing else may differ
+    assert run(monkeypatch, tmp_path, *part, "--shards", "2", "--jobs", "2") == 0
+    assert run(monkeypatch, tmp_path, *part, "--shards", "3") == 2
+    assert run(monkeypatch, tmp_path, *part, "--shards", "2", "--verify.method", "crown") == 2
+    assert run(monkeypatch, tmp_path, *part[:-3]) == 2
+    counted = json.loads((results.parent.parent / "parts" / "summary.json").read_text())
+    assert (counted["images"], counted["statuses"]) == (12, together["statuses"])
 
 
 def test_an_image_beyond_the_memory_is_undecided(

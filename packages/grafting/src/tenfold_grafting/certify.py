@@ -74,8 +74,9 @@ class CertifyConfig:
 def certify(config: CertifyConfig, options: RunOptions) -> None:
     """Decide every image, append one JSON line each to ``results.jsonl``, keep counter-examples, print the summary.
 
-    ``summary.json`` counts what all shards have written so far, and states the limits and the hardware. With --resume,
-    images that have a line already are left out. The exit code is 1 if a verdict contradicts an attack.
+    ``summary.json`` counts what all shards have written so far, and states the limits and the hardware; a folder has the
+    results of one configuration, in one number of shards. With --resume, images that have a line already are left out.
+    The exit code is 1 if a verdict contradicts an attack.
     """
     folder = options.output / "grafting" / (options.name or f"certify-{config.model.stem}")
     _make(folder, "--output")
@@ -83,7 +84,7 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
     path = folder / f"results{suffix}.jsonl"
     with Run.evaluation("grafting", options) as run, _locked(path):
         graph = load_graph(config.model, config.data, config.arch).to(torch.float64, run.device)
-        _claim(folder / f"config{suffix}.yaml", path, config, options)
+        _claim(path, config, options)
         done = recorded(path)
         tasks = ((*problem, config.verify, folder, config.memory) for problem in _problems(config, graph, done))
         with path.open("a", encoding="utf-8") as file:
@@ -94,7 +95,8 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
                 done[line["index"]] = line
                 if not options.quiet:
                     print(f"{line['index']}: {line['status']} in {line['seconds']:.2f} s", flush=True)
-        whole = [line for file in sorted(folder.glob("results*.jsonl")) for line in complete_lines(file)[0]]
+        files = sorted(folder.glob("results*.jsonl"))
+        whole = list({line["index"]: line for file in files for line in complete_lines(file)[0]}.values())
         about = {"eps": None if config.property else config.eps, "environment": environment(run.device)}
         write_json(folder / "summary.json", summary(whole, config.verify) | about)
     print(json.dumps(summary(list(done.values()), config.verify)))
@@ -114,14 +116,20 @@ def _locked(path: Path) -> Any:
         raise UserError(f"{path} is in use by another process; wait for it or choose another --name") from None
 
 
-def _claim(saved: Path, results: Path, config: CertifyConfig, options: RunOptions) -> None:
-    """Refuse to mix the results of two configurations in one file."""
-    text = to_yaml(config)
-    held = results.exists() and results.stat().st_size > 0  # a call that was refused leaves an empty file
-    if held and not options.resume:
+def _claim(results: Path, config: CertifyConfig, options: RunOptions) -> None:
+    """Refuse to mix the results of two configurations in one folder; shards differ in their number and their jobs alone."""
+    saved = results.with_name("config.yaml")
+    text = to_yaml(dataclasses.replace(config, shard=0, jobs=1))
+    held = [
+        file for file in results.parent.glob("results*.jsonl") if file.stat().st_size
+    ]  # a refused call leaves it empty
+    if results in held and not options.resume:
         raise UserError(f"{results} holds results already; add --resume to go on with it or choose another --name")
-    if held and saved.exists() and saved.read_text(encoding="utf-8") != text:
-        raise UserError(f"{saved} differs from the configuration given; choose another --name")
+    if held and (not saved.exists() or saved.read_text(encoding="utf-8") != text):
+        raise UserError(
+            f"{saved}, with which {held[0].name} was written, differs from the configuration given "
+            "in more than --shard and --jobs; choose another --name"
+        )
     saved.write_text(text, encoding="utf-8")
 
 
