@@ -13,13 +13,23 @@ from nets import random_network
 from tenfold_grafting import cli
 from tenfold_grafting.certify import load_graph
 from tenfold_grafting.compat import CheckpointError, load_official_checkpoint, official_names, to_official
-from tenfold_grafting.data import DataConfig, load_data
-from tenfold_grafting.grafting import activation_shapes, graft
+from tenfold_grafting.data import Data, DataConfig, Split, load_data
+from tenfold_grafting.evaluate import load_model
+from tenfold_grafting.grafting import activation_shapes, graft, grafted_masks
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.networks import architecture, create_network
 from tenfold_grafting.selection import save_masks
 from tenfold_grafting.specification import Property, ball
-from tenfold_grafting.train import Recipe, Selection, Session, _masks, objective
+from tenfold_grafting.train import (
+    Recipe,
+    Selection,
+    Session,
+    _masks,
+    base_network,
+    fine_tuned,
+    objective,
+    save,
+)
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_grafting.zoo import load_images, load_network
 from tenfold_shared.cli import load_recipe, recipes
@@ -276,6 +286,54 @@ def test_certified_networks_are_folded_in_double_precision(tmp_path: Path) -> No
     graph = load_graph(tmp_path / "net.pth.tar", DataConfig("arrays", file=tmp_path / "x.npz"))
     x = torch.rand(5, 1, 28, 28).double()
     torch.testing.assert_close(graph(x), model.double().eval()(x).detach(), rtol=0, atol=1e-12)
+
+
+def test_released_networks_are_normalised_as_they_were_trained(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The set that an architecture was released with, the data set's, or what is asked for, whatever the file says."""
+    cifar, released = DataConfig("cifar10"), tmp_path / "net.pth"
+    for arch, data, mean, std in (
+        ("cnn_b", cifar, 0.4914, 0.2023),
+        ("cnn_b", DataConfig("svhn"), 0.4377, 0.1201),
+        ("cnn_a", cifar, 125.3 / 255, 63.0 / 255),
+        ("resnet2b", cifar, 0.4914, 0.2471),
+        ("oval_deep", cifar, 0.485, 0.225),
+        ("cnn_a", DataConfig("cifar10", normalisation="resnet"), 0.4914, 0.2471),
+        ("cnn_a", DataConfig("cifar10", normalisation="none"), 0.0, 1.0),
+        ("mnist_8x200", DataConfig("mnist"), 0.0, 1.0),
+    ):
+        torch.save(create_network(arch).state_dict(), released)
+        (first, _), about = load_model(released, data)
+        assert about["arch"] == arch
+        assert (float(first.mean[0]), float(first.std[0])) == (mean, std)
+        trace(torch.nn.Sequential(first, create_network(arch)), architecture(arch).input_shape)
+    capsys.readouterr()
+    np.savez(tmp_path / "x.npz", x=np.zeros((1, 3, 32, 32), np.uint8), y=np.zeros(1, np.int64))
+    torch.save(create_network("cnn_a").state_dict(), released)
+    on_images = ["--data.name", "arrays", "--data.file", "x.npz", "--device", "cpu", "--evaluation.attack_steps", "1"]
+    assert run(monkeypatch, tmp_path, "eval", "--checkpoint", str(released), *on_images) == 0
+    assert "cnn_a with the normalisation sdp" in capsys.readouterr().err
+    with pytest.raises(UserError, match="oval is of 3 channels, the network takes 1"):
+        load_model(network, DataConfig(normalisation="oval"))
+
+
+def test_a_run_keeps_the_normalisation_of_what_it_starts_from(tmp_path: Path) -> None:
+    """Through both phases, and in its own checkpoint."""
+    torch.save(create_network("resnet2b").state_dict(), tmp_path / "net.pth")
+    options = {"method": "graft", "arch": "resnet2b", "selection.criterion": "random", "data.name": "cifar10"}
+    recipe = load_recipe(
+        "tenfold_grafting", "cifar10-resnet4b", Recipe, pretrained=str(tmp_path / "net.pth"), **options
+    )
+    images = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), 255)
+    with Run("grafting", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True)) as run:
+        session = Session(run, recipe, Data(images, None, images, 10))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("tenfold_grafting.train.fit", lambda *a: None)
+            model = fine_tuned(session, base_network(session))
+        again, _ = load_model(save(session, model, "last", {}))
+    assert again[0].std.tolist() == [0.2471, 0.2435, 0.2616]
+    assert sum(int(mask.sum()) for mask in grafted_masks(again).values()) == 3122
 
 
 def test_a_box_outside_of_the_pixels_is_refused(

@@ -143,7 +143,7 @@ def load_graph(model: Path, data: DataConfig, arch: str = "") -> Graph:
     path = resolve(model)
     if path.suffix == ".onnx":
         return read_onnx(path)
-    network, about = load_model(path, data.name, arch)
+    network, about = load_model(path, data, arch)
     shape = about["input_shape"] if "input_shape" in about else load_data(data).shape
     return trace(network.double(), shape)
 
@@ -283,7 +283,7 @@ def export(config: ExportConfig) -> None:
     if config.official:
         from tenfold_grafting.compat import to_official  # noqa: PLC0415
 
-        model, _ = load_model(config.model, config.data.name, config.arch)
+        model, _ = load_model(config.model, config.data, config.arch)
         torch.save(to_official(model[1]), config.folder / "network.pth.tar")
     count = config.images
     if count:

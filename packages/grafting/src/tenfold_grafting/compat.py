@@ -138,7 +138,7 @@ def _build(arch: str, classes: int, grafted: bool) -> nn.Module:
 
 @dataclasses.dataclass
 class Recognised:
-    """An architecture found by its keys."""
+    """A network and its architecture's name."""
 
     arch: str
     model: nn.Module
@@ -167,6 +167,16 @@ def recognise(state: Mapping[str, Tensor]) -> Recognised:
     raise _refuse(f"any known architecture, the nearest being {nearest}", misfits[nearest])
 
 
+def load_recognised(source: str | Path | Mapping[str, Any], arch: str | None = None) -> Recognised:
+    """`load_official_checkpoint` with the architecture's name."""
+    state = _read(Path(source) if isinstance(source, str) else source)
+    if arch is None:
+        return recognise(state)
+    model = _build(arch, _classes(state), any(name.startswith(ACTIVATION) for name in state))
+    load_state(model, state, arch)
+    return Recognised(arch, model)
+
+
 def load_official_checkpoint(source: str | Path | Mapping[str, Any], arch: str | None = None) -> nn.Module:
     """The network of a released checkpoint, without its normalisation.
 
@@ -178,9 +188,4 @@ def load_official_checkpoint(source: str | Path | Mapping[str, Any], arch: str |
         CheckpointError: no such file; keys that do not fit, listed.
 
     """
-    state = _read(Path(source) if isinstance(source, str) else source)
-    if arch is None:
-        return recognise(state).model
-    model = _build(arch, _classes(state), any(name.startswith(ACTIVATION) for name in state))
-    load_state(model, state, arch)
-    return model
+    return load_recognised(source, arch).model

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tenfold_grafting.graph import Normalise
 from tenfold_grafting.zoo import load_images as load_arrays
 from tenfold_shared.batches import Augmentation, Batches, Flip, RandomCrop
 from tenfold_shared.download import data_root, missing
@@ -17,12 +18,19 @@ from tenfold_shared.run import Run, derived_seed
 
 DataName = Literal["digits", "cifar10", "mnist", "svhn", "arrays"]
 
+Normalisation = Literal["", "none", "cifar10", "sdp", "resnet", "oval", "svhn"]
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "digits": ((0.0,), (1.0,)),
-    "mnist": ((0.0,), (1.0,)),
+    "none": ((0.0,), (1.0,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "sdp": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+    "resnet": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "oval": ((0.485, 0.456, 0.406), (0.225, 0.225, 0.225)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1201, 0.1231, 0.1052)),
 }
+"""Mean and standard deviation by channel: the paper's of CIFAR-10 and SVHN, and those that the released networks of the
+SDP-FO ("v2"), residual and OVAL sets were trained with (section 5 and the verification set's own table)."""
+OF_RELEASED = {"cnn_a": "sdp", "resnet2b": "resnet", "oval_base": "oval", "oval_wide": "oval", "oval_deep": "oval"}
+"""Architectures that were released with statistics of their own; resnet4b was trained with these and with the paper's."""
 VALIDATION = {"cifar10": 5000, "mnist": 6000, "svhn": 5000, "digits": 0}
 """Training images at the end of the set that choose the epoch; the digits have none, their last epoch is kept."""
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
@@ -40,6 +48,9 @@ class DataConfig:
     """Fetch the data set when it is not there."""
     file: Path = Path("verification/images_cifar10_sdp200.npz")
     """The file of ``arrays``, looked for here and in the data root."""
+    normalisation: Normalisation = ""
+    """Statistics that the network normalises its pixels with; default: the checkpoint's own, or those of a released
+    architecture, or the data set's."""
     validate: bool = False
     """Evaluate on the validation images in place of the test images; for choosing values."""
 
@@ -74,6 +85,21 @@ class Data(NamedTuple):
 def resolve(path: Path) -> Path:
     """A file given as it is, or below the data root."""
     return path if path.exists() else data_root() / path
+
+
+def normalisation(config: DataConfig, channels: int, arch: str = "") -> tuple[str, Normalise]:
+    """A network's first layer and its name: as asked for, or of a released architecture, or of the data set.
+
+    Raises:
+        UserError: what was asked for is of another number of channels.
+
+    """
+    of_data = "none" if channels != 3 else "svhn" if config.name == "svhn" else "cifar10"
+    name = config.normalisation or OF_RELEASED.get(arch, of_data)
+    mean, std = (values * channels if name == "none" else values for values in NORMALISATION[name])
+    if len(mean) != channels:
+        raise UserError(f"--data.normalisation {name} is of {len(mean)} channels, the network takes {channels}")
+    return name, Normalise(mean, std)
 
 
 def load_data(config: DataConfig) -> Data:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from tenfold_grafting.arithmetic import exact_arithmetic
 from tenfold_grafting.attacks import robust_mask
 from tenfold_grafting.bounds import crown_margins, margin_spec, relaxations
-from tenfold_grafting.compat import load_official_checkpoint
-from tenfold_grafting.data import NORMALISATION, DataConfig, load_data, resolve
+from tenfold_grafting.compat import load_recognised
+from tenfold_grafting.data import DataConfig, load_data, normalisation, resolve
 from tenfold_grafting.grafting import graft
 from tenfold_grafting.graph import Graph, Normalise, trace
 from tenfold_grafting.intervals import ibp_margins
@@ -84,46 +85,61 @@ def weights_file(checkpoint: Path) -> Path:
     return checkpoint / "checkpoints" / "last.safetensors" if checkpoint.is_dir() else checkpoint
 
 
-def load_model(checkpoint: Path, data: str = "", arch: str = "") -> tuple[nn.Sequential, dict[str, Any]]:
+def load_model(
+    checkpoint: Path, data: DataConfig | None = None, arch: str = ""
+) -> tuple[nn.Sequential, dict[str, Any]]:
     """Normalisation and network of a checkpoint, and what the checkpoint says about itself.
+
+    A released checkpoint does not say how its pixels are normalised: what is taken for it is told on stderr.
 
     Args:
         checkpoint: see `EvalConfig`.
-        data: the data set whose normalisation an authors' checkpoint was trained with; ours say so themselves.
+        data: the normalisation that is asked for, or the data set whose own an authors' checkpoint has.
         arch: architecture of an authors' checkpoint; recognised by its keys.
 
     Raises:
         UserError: unreadable, or of no known architecture (the keys that do not fit are named).
 
     """
+    data = data or DataConfig()
     path = weights_file(resolve(checkpoint))
     if path.suffix == ".npz":
-        model, meta = load_network(path)
-        return model, meta
-    if path.suffix == ".safetensors":
-        state, about = load_weights(path)
-        if not {"arch", "mean", "std"} <= set(about):
-            raise UserError(f"{path} does not say which network it holds: it was not written by this package")
-        network = create_network(about["arch"], about["classes"])
-        masks = {key.removesuffix(".mask"): mask for key, mask in state.items() if key.endswith(".mask")}
-        network = graft(network, masks) if masks else network
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit {about['arch']}: {' '.join(str(error).split())[:300]}") from error
-        return nn.Sequential(Normalise(about["mean"], about["std"]), network).eval(), about
-    network = load_official_checkpoint(path, arch or None)
-    mean, std = NORMALISATION["cifar10" if data in ("", "arrays") else data]
+        model, about = load_network(path)
+    elif path.suffix == ".safetensors":
+        model, about = _own_checkpoint(path)
+    else:
+        found = load_recognised(path, arch or None)
+        name, first = normalisation(data, _channels(found.model), found.arch)
+        model, about = nn.Sequential(first, found.model), {"arch": found.arch}
+        print(f"{path}: {found.arch} with the normalisation {name}; --data.normalisation chooses", file=sys.stderr)
+    if data.normalisation:
+        _, model[0] = normalisation(data, _channels(model[1]))
+    return model.eval(), about
+
+
+def _own_checkpoint(path: Path) -> tuple[nn.Sequential, dict[str, Any]]:
+    state, about = load_weights(path)
+    if not {"arch", "mean", "std"} <= set(about):
+        raise UserError(f"{path} does not say which network it holds: it was not written by this package")
+    network = create_network(about["arch"], about["classes"])
+    masks = {key.removesuffix(".mask"): mask for key, mask in state.items() if key.endswith(".mask")}
+    network = graft(network, masks) if masks else network
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {about['arch']}: {' '.join(str(error).split())[:300]}") from error
+    return nn.Sequential(Normalise(about["mean"], about["std"]), network), about
+
+
+def _channels(network: nn.Module) -> int:
+    """Of the images that a network takes; MNIST's alone begins with a linear layer."""
     first = next(m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    channels = first.in_channels if isinstance(first, nn.Conv2d) else 1  # MNIST's alone begins with a linear layer
-    if channels != len(mean):
-        mean, std = NORMALISATION["mnist"]
-    return nn.Sequential(Normalise(mean, std), network).eval(), {"arch": arch or "recognised by its keys"}
+    return first.in_channels if isinstance(first, nn.Conv2d) else 1
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print accuracies, verified accuracies and unstable neurons of a checkpoint as one JSON line."""
-    model, about = load_model(config.checkpoint, config.data.name, config.arch)
+    model, about = load_model(config.checkpoint, config.data, config.arch)
     data = load_data(config.data)
     with Run.evaluation("grafting", options) as run:
         check_fit(model, data.shape)

@@ -24,10 +24,9 @@ from tenfold_grafting.adversarial import (
     two_group_sgd,
 )
 from tenfold_grafting.attacks import robust_mask
-from tenfold_grafting.data import NORMALISATION, Data, DataConfig, load_data, resolve, training_batches
+from tenfold_grafting.data import Data, DataConfig, load_data, normalisation, resolve, training_batches
 from tenfold_grafting.evaluate import Evaluation, check_fit, load_model, measure_network
 from tenfold_grafting.grafting import activation_shapes, graft, graft_parameters, grafted_masks
-from tenfold_grafting.graph import Normalise
 from tenfold_grafting.networks import create_network
 from tenfold_grafting.scores import BoundName, Significance, instability, scored_images, significance
 from tenfold_grafting.selection import GAMMAS, Masks, Rank, Scope, load_masks, random_selection, select_neurons
@@ -222,7 +221,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     seed_everything(run.options.seed, "init")
     if recipe.method == "published":
         assert recipe.pretrained is not None
-        model, _ = load_model(recipe.pretrained, recipe.data.name, recipe.arch)
+        model, _ = load_model(recipe.pretrained, recipe.data, recipe.arch)
         data = load_data(recipe.data)
         check_fit(model, data.shape)
         return model, _measure(run, recipe, data, model.to(run.device))
@@ -257,7 +256,8 @@ def _measure(run: Run, recipe: Recipe, data: Data, model: nn.Module) -> dict[str
 
 def new_network(recipe: Recipe, data: Data) -> nn.Sequential:
     """Normalisation and a freshly initialised network."""
-    model = nn.Sequential(Normalise(*NORMALISATION[recipe.data.name]), create_network(recipe.arch, data.classes))
+    _, first = normalisation(recipe.data, data.shape[0])
+    model = nn.Sequential(first, create_network(recipe.arch, data.classes))
     check_fit(model, data.shape)
     return model
 
@@ -271,7 +271,7 @@ def base_network(session: Session) -> nn.Sequential:
     if recipe.pretrained is None:
         fit(session, model, "base", recipe.base)
         return model
-    loaded, _ = load_model(recipe.pretrained, recipe.data.name, recipe.arch)
+    loaded, _ = load_model(recipe.pretrained, recipe.data, recipe.arch)
     if grafted_masks(loaded):
         raise UserError(f"--pretrained {recipe.pretrained} is grafted already: start from a base network")
     try:
@@ -279,6 +279,7 @@ def base_network(session: Session) -> nn.Sequential:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--pretrained {recipe.pretrained} is no {recipe.arch}: {reason}") from error
+    model[0] = loaded[0]  # what its weights were trained with
     return model
 
 
@@ -286,6 +287,7 @@ def fine_tuned(session: Session, model: nn.Sequential) -> nn.Sequential:
     """The network after the second phase, with lines (or zeros) on the chosen neurons."""
     recipe, settings = session.recipe, session.recipe.selection
     plain = new_network(recipe, session.data)  # anew: what a phase has wrapped around the trained one stays with it
+    plain[0] = session.run.unwrap(model)[0]  # its numbers are no part of the state
     plain.load_state_dict(session.run.unwrap(model).state_dict())
     plain = plain.to(session.run.device)
     if recipe.method != "finetune":
@@ -452,14 +454,14 @@ def _certified(session: Session, wrapped: nn.Module, plain: nn.Module, x: Tensor
 def save(session: Session, model: nn.Sequential, name: str, about: dict[str, Any]) -> Path:
     """Write the network, without its normalisation, and what is needed to build it again."""
     recipe, run = session.recipe, session.run
-    mean, std = NORMALISATION[recipe.data.name]
+    first, network = run.unwrap(model)
     return run.save_weights(
         name,
-        run.unwrap(model)[1],
+        network,
         arch=recipe.arch,
         classes=session.data.classes,
         input_shape=list(session.data.shape),
-        mean=list(mean),
-        std=list(std),
+        mean=first.mean.tolist(),
+        std=first.std.tolist(),
         **about,
     )
