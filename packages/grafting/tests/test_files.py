@@ -18,6 +18,7 @@ from tenfold_grafting.evaluate import load_model
 from tenfold_grafting.grafting import activation_shapes, graft, grafted_masks
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.networks import architecture, create_network
+from tenfold_grafting.scores import instability, significance
 from tenfold_grafting.selection import save_masks
 from tenfold_grafting.specification import Property, ball
 from tenfold_grafting.train import (
@@ -413,6 +414,35 @@ def test_a_mask_file_lies_in_the_data_root(tmp_path: Path, monkeypatch: pytest.M
     settings = Selection(criterion="file", file=Path("verification/mask.pt"))
     found = _masks(Recipe(arch="digits_cnn"), settings, load_data(DataConfig()), model)
     assert {name: int(mask.sum()) for name, mask in found.items()} == {n: m.numel() for n, m in masks.items()}
+
+
+def test_scores_follow_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Significance on training images alone, of what is asked for; instability on those of the split."""
+    seen: dict[str, torch.Tensor] = {}
+    scores = {"significance": significance, "instability": instability}
+
+    def spied(name: str):
+        def call(model, images, *rest, **options):
+            found = scores[name](model, images, *rest, **options)
+            seen.update(
+                {f"{name} of": images if name == "instability" else images[0][0], name: next(iter(found.values()))}
+            )
+            return found
+
+        return call
+
+    for name in scores:
+        monkeypatch.setattr(f"tenfold_grafting.train.{name}", spied(name))
+    data, model = load_data(DataConfig()), create_network("digits_cnn")
+    found = {}
+    for split, after in (("train", False), ("test", True)):
+        settings = Selection(images=20, bounds="ibp", split=split, post_activation=after)
+        _masks(Recipe(arch="digits_cnn"), settings, data, model)
+        found[split] = dict(seen)
+    assert torch.equal(found["test"]["instability of"], data.test.pixels(20)[0].float())
+    assert torch.equal(found["train"]["instability of"], found["train"]["significance of"])
+    assert torch.equal(found["train"]["significance of"], found["test"]["significance of"])
+    assert not torch.equal(found["train"]["significance"], found["test"]["significance"])
 
 
 def test_arrays_and_networks_that_are_none(tmp_path: Path) -> None:

@@ -169,6 +169,12 @@ def test_scores_against_loops() -> None:
     torch.testing.assert_close(variance, model[0](x).detach().var(0, unbiased=False))
     post = significance(model, [(x, y)], "magnitude", post_activation=True)["1"]
     torch.testing.assert_close(post, model[0](x).detach().relu().mean(0))
+    x = x.sigmoid()
+    pixels = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(model(pixels), y), pixels)
+    bad = (x + (0.1 * 1.25 * gradient.sign()).clamp(-0.1, 0.1)).clamp(0, 1)
+    attacked = significance(model, [(x, y)], "magnitude", fgsm_eps=0.1)["1"]
+    torch.testing.assert_close(attacked, model[0](bad).detach().abs().mean(0))
 
 
 def test_instability_counts_crossings() -> None:

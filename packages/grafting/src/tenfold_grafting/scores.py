@@ -24,6 +24,9 @@ Significance = Literal["gradient", "magnitude", "variance"]
 BoundName = Literal["ibp", "crown-ibp", "crown", "alpha"]
 Batch = tuple[Tensor, Tensor]
 
+FGSM_STEP = 1.25
+"""Step over radius of the attack on scored images, as in 2.5/255 over 2/255."""
+
 
 def _attack_loss(model: nn.Module, labels: Tensor, images: Tensor) -> Tensor:
     return cross_entropy(model(images), labels)
@@ -41,7 +44,6 @@ def significance(
     kind: Significance = "gradient",
     *,
     fgsm_eps: float = 0.0,
-    fgsm_step: float = 2.5 / 255,
     post_activation: bool = False,
 ) -> dict[str, Tensor]:
     """How much each neuron matters: a mean over samples, activation's name -> [*neurons].
@@ -53,8 +55,7 @@ def significance(
         model: in any mode; it is evaluated in eval mode.
         batches: (images, labels).
         kind: which score.
-        fgsm_eps: radius of a one-step attack on the images first; 0 scores them clean.
-        fgsm_step: its step.
+        fgsm_eps: radius of a one-step attack on the images first, with a step of 1.25 times it; 0 scores them clean.
         post_activation: score the activation's output instead of its input.
 
     """
@@ -66,7 +67,7 @@ def significance(
             x = images
             if fgsm_eps:
                 attacked = partial(_attack_loss, model, labels)
-                x = x + pgd(attacked, x, eps=fgsm_eps, step_size=fgsm_step, steps=1, random_start=False)
+                x = x + pgd(attacked, x, eps=fgsm_eps, step_size=FGSM_STEP * fgsm_eps, steps=1, random_start=False)
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 values = _activation_outputs(model, x) if post_activation else _with_logits(model, x)

@@ -118,10 +118,14 @@ class Selection:
     """Significance score."""
     score_eps: float = 0.0
     """Radius of a one-step attack on the scored images; 0 scores them clean."""
+    post_activation: bool = False
+    """Score the significance of what the activations give, not of what they take."""
     bounds: BoundName = "crown"
     """Whose intervals say what is unstable."""
     images: int = 1000
     """Training images that are scored."""
+    split: Literal["train", "test"] = "train"
+    """Whose images the instability is counted on: those training images, or as many of the first that are reported on."""
     seed: int = 0
     """Seed of random masks, the same for all seeds of a run."""
     slope: float = 0.4
@@ -334,7 +338,11 @@ def _masks(recipe: Recipe, settings: Selection, data: Data, model: nn.Module) ->
     images = (data.train.images[chosen].double() / data.train.top).to(weight)
     labels = data.train.labels[chosen].to(weight.device)
     batches = list(zip(images.split(128), labels.split(128), strict=True))
-    significant = significance(model, batches, settings.significance, fgsm_eps=settings.score_eps)
+    significant = significance(
+        model, batches, settings.significance, fgsm_eps=settings.score_eps, post_activation=settings.post_activation
+    )
+    if settings.split == "test":
+        images = data.test.pixels(settings.images)[0].to(weight)
     unstable = instability(model, images, recipe.training.eps, bounds=settings.bounds)
     gammas = {"instability": [math.inf], "insignificance": [0.0]}.get(settings.criterion, settings.gammas)
     named = dict(zip(significant, unstable.values(), strict=True))
