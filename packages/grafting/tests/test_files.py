@@ -14,7 +14,7 @@ from tenfold_grafting import cli
 from tenfold_grafting.certify import load_graph
 from tenfold_grafting.compat import CheckpointError, load_official_checkpoint, official_names, to_official
 from tenfold_grafting.data import Data, DataConfig, Split, load_data
-from tenfold_grafting.evaluate import load_model
+from tenfold_grafting.evaluate import Evaluation, load_model
 from tenfold_grafting.grafting import activation_shapes, graft, grafted_masks
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.networks import architecture, create_network
@@ -29,6 +29,7 @@ from tenfold_grafting.train import (
     base_network,
     fine_tuned,
     objective,
+    run_recipe,
     save,
 )
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
@@ -314,9 +315,50 @@ def test_released_networks_are_normalised_as_they_were_trained(
     torch.save(create_network("cnn_a").state_dict(), released)
     on_images = ["--data.name", "arrays", "--data.file", "x.npz", "--device", "cpu", "--evaluation.attack_steps", "1"]
     assert run(monkeypatch, tmp_path, "eval", "--checkpoint", str(released), *on_images) == 0
-    assert "cnn_a with the normalisation sdp" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "cnn_a with the normalisation sdp" in told.err
+    line = json.loads(told.out)
+    assert "seconds_per_call" in line
+    assert line["unr_images"] == "all"
     with pytest.raises(UserError, match="oval is of 3 channels, the network takes 1"):
         load_model(network, DataConfig(normalisation="oval"))
+
+
+def test_defaults_of_evaluation_are_the_papers() -> None:
+    """PGD-100 with restarts and alpha-CROWN before branching; what was measured with fewer says so in its recipe."""
+    e = Evaluation()
+    assert (e.attack_steps, e.attack_restarts, e.verify.alpha.iterations) == (100, 5, 100)
+    for name in recipes("tenfold_grafting"):
+        recipe = load_recipe("tenfold_grafting", name, Recipe)
+        wanted = 20 if name.startswith("published") else 10 if name == "digits-cnn" else 100
+        assert recipe.evaluation.verify.alpha.iterations == wanted, name
+
+
+@pytest.mark.parametrize("verb", [["certify", "--model"], ["eval", "--checkpoint"]])
+def test_nothing_is_measured_in_half_precision(
+    verb: list[str], network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    assert run(monkeypatch, tmp_path, *verb, str(network), "--precision", "bf16", "--device", "cpu") == 2
+    assert "--precision bf16 is for training" in capsys.readouterr().err
+
+
+def test_a_network_trained_in_half_precision_is_measured_in_single(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the training has wrapped around the network is off before its accuracies are measured."""
+    seen = []
+
+    def measured(model, images, labels, evaluation, record):
+        model[1][0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        model(images[:2].float())
+        return {}
+
+    monkeypatch.setattr("tenfold_grafting.train.measure_network", measured)
+    options = {"method": "base", "base.epochs": 1}
+    recipe = load_recipe("tenfold_grafting", "digits-cnn", Recipe, **options)
+    with Run("grafting", recipe, RunOptions(output=tmp_path, device="cpu", precision="bf16", quiet=True)) as started:
+        run_recipe(started, recipe)
+    assert seen == [torch.float32]
 
 
 def test_a_run_keeps_the_normalisation_of_what_it_starts_from(tmp_path: Path) -> None:

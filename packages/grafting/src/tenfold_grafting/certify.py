@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold_grafting.compat import load_official_checkpoint
 from tenfold_grafting.data import DataConfig, load_data, resolve
-from tenfold_grafting.evaluate import load_model
+from tenfold_grafting.evaluate import check_precision, load_model
 from tenfold_grafting.grafting import activation_shapes, grafted_masks
 from tenfold_grafting.graph import Graph, trace
 from tenfold_grafting.networks import architecture, create_network
@@ -78,6 +78,7 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
     results of one configuration, in one number of shards. With --resume, images that have a line already are left out.
     The exit code is 1 if a verdict contradicts an attack.
     """
+    check_precision(options)
     folder = options.output / "grafting" / (options.name or f"certify-{config.model.stem}")
     _make(folder, "--output")
     suffix = f"-{config.shard}of{config.shards}" if config.shards > 1 else ""

@@ -44,9 +44,9 @@ class Evaluation:
     """The first images, which the verifier decides; 0: none, -1: as many as `images`."""
     attack: Literal["pgd", "auto"] = "pgd"
     """Attack of the robust accuracy: PGD, or APGD on three losses."""
-    attack_steps: int = 40
+    attack_steps: int = 100
     """Its steps."""
-    attack_restarts: int = 3
+    attack_restarts: int = 5
     """Its restarts."""
     attack_step: float = 0.0
     """Length of a PGD step; 0: eps / 4."""
@@ -138,7 +138,11 @@ def _channels(network: nn.Module) -> int:
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
-    """Print accuracies, verified accuracies and unstable neurons of a checkpoint as one JSON line."""
+    """Print accuracies, verified accuracies and unstable neurons of a checkpoint as one JSON line.
+
+    The unstable-neuron ratio is a mean over all images that are evaluated, whatever the attacks and the verifier say.
+    """
+    check_precision(options)
     model, about = load_model(config.checkpoint, config.data, config.arch)
     data = load_data(config.data)
     with Run.evaluation("grafting", options) as run:
@@ -146,11 +150,25 @@ def evaluate(config: EvalConfig, options: RunOptions) -> None:
         count = config.evaluation.images or None
         images, labels = data.test.pixels(count)
         found = measure_network(model.to(run.device), images.to(run.device), labels.to(run.device), config.evaluation)
-        for name in ("verifier_seconds", "call_seconds", "seconds_per_call"):
+        for name in ("verifier_seconds", "call_seconds"):
             found.pop(name)
         if run.is_main:
             known = {key: about[key] for key in ("arch", "method", "selection") if key in about}
             print(json.dumps({**known, **found}))
+
+
+def check_precision(options: RunOptions) -> None:
+    """Refuse a precision in which nothing could be verified.
+
+    Raises:
+        UserError: another than fp32.
+
+    """
+    if options.precision != "fp32":
+        raise UserError(
+            f"--precision {options.precision} is for training: accuracies are measured in single precision and bounds in "
+            "that of --verify.arithmetic"
+        )
 
 
 def check_fit(model: nn.Module, shape: tuple[int, ...]) -> None:
@@ -186,7 +204,7 @@ def measure_network(
     evaluation: Evaluation,
     record: Path | None = None,
 ) -> dict[str, Any]:
-    """SA, RA, incomplete and complete VA in per cent of all images considered, UNR, and the verifier's statuses.
+    """SA, RA, incomplete and complete VA in per cent of all images considered, UNR over all, and the verifier's statuses.
 
     With a record, see `decided`.
 
@@ -232,6 +250,7 @@ def _measured(model: nn.Module, images: Tensor, labels: Tensor, e: Evaluation, r
         "bounds": e.bounds,
         "incomplete_va": 100 * float(proved.double().mean()),
         "unr": 100 * sum(unstable) / graph.neurons,
+        "unr_images": "all",
         "unstable_per_layer": unstable,
     }
     count = len(images) if e.verify_images < 0 else min(e.verify_images, len(images))

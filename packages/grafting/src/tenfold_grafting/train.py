@@ -242,12 +242,16 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _measure(run: Run, recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
-    """The measured values, kept in ``measured.json``; the main process measures, as the work has no batches to share."""
+    """The measured values, kept in ``measured.json``, in single precision whatever the training's was.
+
+    The main process measures, as the work has no batches to share.
+    """
     path = run.directory / "measured.json"
     if run.is_main and not path.exists():
         images, labels = data.test.pixels(recipe.evaluation.images or None)
+        plain = run.accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
         found = measure_network(
-            run.unwrap(model).to(run.device),
+            plain.to(run.device),
             images.to(run.device),
             labels.to(run.device),
             recipe.evaluation,

@@ -65,8 +65,8 @@ class VerifySettings:
     """Which of a pair of values BaBSR's score and the filter take."""
     give_up: float = -100.0
     """No branch and bound below this bound, as in the released code."""
-    alpha: AlphaSettings = dataclasses.field(default_factory=AlphaSettings)
-    """The first alpha-CROWN pass."""
+    alpha: AlphaSettings = dataclasses.field(default_factory=lambda: AlphaSettings(iterations=100))
+    """The first alpha-CROWN pass, before branching; 20 iterations are the quick form for alpha-CROWN alone."""
     beta: BetaSettings = dataclasses.field(default_factory=BetaSettings)
     """beta-CROWN in every subdomain."""
     attack_steps: int = 100
