@@ -1,5 +1,6 @@
 """Checkpoints in the authors' layout, ONNX and VNN-LIB out and in, certification to JSON lines, recipes."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from tenfold_grafting.evaluate import Evaluation, load_model
 from tenfold_grafting.grafting import activation_shapes, graft, grafted_masks
 from tenfold_grafting.graph import Normalise, trace
 from tenfold_grafting.networks import architecture, create_network
+from tenfold_grafting.reproduce import VALUES
 from tenfold_grafting.scores import instability, significance
 from tenfold_grafting.selection import save_masks
 from tenfold_grafting.specification import Property, ball
@@ -34,6 +36,7 @@ from tenfold_grafting.train import (
 )
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_grafting.zoo import load_images, load_network
+from tenfold_shared.claims import Measurement, load_claims, summarise
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -340,6 +343,21 @@ def test_nothing_is_measured_in_half_precision(
 ) -> None:
     assert run(monkeypatch, tmp_path, *verb, str(network), "--precision", "bf16", "--device", "cpu") == 2
     assert "--precision bf16 is for training" in capsys.readouterr().err
+
+
+def test_claims_hold_of_their_own_numbers() -> None:
+    """What is published, measured anew, is judged reproduced; every metric is measured, and every arm's options load."""
+    for claim in load_claims("tenfold_grafting").claims:
+        assert claim.metric.name in VALUES, claim.id
+        for arm in claim.arms.values():
+            load_recipe("tenfold_grafting", str(arm.recipe), Recipe, **arm.options)
+        papers = {name: arm.paper for name, arm in claim.arms.items() if arm.paper is not None}
+        if len(papers) < 2:
+            continue
+        arms = {name: arm for name, arm in claim.arms.items() if name in papers}
+        found = {name: [Measurement(value + step) for step in (-0.1, 0.0, 0.1)] for name, value in papers.items()}
+        outcome = summarise(dataclasses.replace(claim, arms=arms), found, range(3), environment={})
+        assert outcome.verdict == "reproduced", (claim.id, outcome.reason)
 
 
 def test_a_network_trained_in_half_precision_is_measured_in_single(
