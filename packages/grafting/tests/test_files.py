@@ -253,6 +253,22 @@ def test_certify_resumes_and_shards(network: Path, tmp_path: Path, monkeypatch: 
     assert (counted["images"], counted["statuses"]) == (12, together["statuses"])
 
 
+def test_certify_bisects_the_radius(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)
+    with torch.no_grad():
+        y = load_network(network)[0](torch.from_numpy(x).float() / 255).argmax(1)
+    np.savez(tmp_path / "x.npz", x=x, y=y.numpy())
+    images = ["--data.name", "arrays", "--data.file", "x.npz", "--eps", "0.5", "--bisections", "4", "--name", "radii"]
+    quick = ["--verify.method", "crown", "--device", "cpu", "--quiet"]
+    assert run(monkeypatch, tmp_path, "certify", "--model", str(network), *images, *quick) == 0
+    text = (tmp_path / "runs" / "grafting" / "radii" / "results.jsonl").read_text()
+    radii = [json.loads(line)["radius"] for line in text.splitlines()]
+    assert all(radius in [k / 32 for k in range(17)] for radius in radii)
+    assert max(radii) > 0
+    assert run(monkeypatch, tmp_path, "certify", "--model", str(network), *images, "--property", "p.vnnlib") == 2
+    assert "--bisections" in capsys.readouterr().err
+
+
 def test_an_image_beyond_the_memory_is_undecided(
     network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from tenfold_grafting.intervals import Box
 from tenfold_grafting.leaf import milp_minimum, solve_leaf
 from tenfold_grafting.optimise import AlphaSettings
 from tenfold_grafting.specification import Property, ball
-from tenfold_grafting.verify import VerifySettings, _Decision, verify
+from tenfold_grafting.verify import VerifySettings, _Decision, verified_radius, verify
 from tenfold_shared.errors import RunFailure, UserError
 
 QUICK = BetaSettings(iterations=4, lr_alpha=0.1, lr_beta=0.2)
@@ -269,6 +269,19 @@ def test_the_time_limit_is_looked_at_before_every_method(monkeypatch: pytest.Mon
     seen: list[int] = []
     margin_attack(lambda x: seen.append(1) or x[:, :1] + 1, prop.lower, prop.upper, deadline=-1.0)
     assert len(seen) == 2  # the number of rows, and the random starts
+
+
+def test_the_verified_radius_of_a_line_is_exact() -> None:
+    """The margin over the weights' sum, where no pixel is near the ends of its range."""
+    linear = nn.Linear(3, 2).double()
+    x = torch.full((3,), 0.5, dtype=torch.float64)
+    row = linear.weight[0] - linear.weight[1]
+    with torch.no_grad():
+        linear.bias.copy_(torch.tensor([0.2 * float(row.abs().sum()) - float(row @ x), 0.0]))
+    graph = trace(nn.Sequential(linear), (3,))
+    settings = VerifySettings(method="crown", attack_steps=0)
+    assert verified_radius(graph, x, 0, 0.5, 10, settings) == pytest.approx(0.2, abs=0.5 / 2**10)
+    assert verified_radius(graph, x, 1, 0.5, 3, settings) == 0
 
 
 def test_contradiction_is_a_hard_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tenfold_grafting.optimise import AlphaSettings, alpha_crown, alpha_crown_jo
 from tenfold_grafting.scores import instability, significance, unstable_ratio
 from tenfold_grafting.selection import keep_masks, load_masks, overlap, random_selection, select_neurons
 from tenfold_grafting.specification import Property, ball, pixel_box
-from tenfold_grafting.verify import Verdict, VerifySettings, verify
+from tenfold_grafting.verify import Verdict, VerifySettings, verified_radius, verify
 from tenfold_grafting.zoo import load_network
 
 __all__ = [
@@ -63,5 +63,6 @@ __all__ = [
     "trace",
     "trades",
     "unstable_ratio",
+    "verified_radius",
     "verify",
 ]

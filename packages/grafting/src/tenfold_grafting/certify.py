@@ -23,7 +23,7 @@ from tenfold_grafting.onnx_io import read_onnx, write_onnx
 from tenfold_grafting.records import complete_lines, recorded
 from tenfold_grafting.selection import load_masks, overlap
 from tenfold_grafting.specification import Property, ball, check_eps, check_pixels
-from tenfold_grafting.verify import Verdict, VerifySettings, verify
+from tenfold_grafting.verify import Verdict, VerifySettings, verified_radius, verify
 from tenfold_grafting.vnnlib import read_vnnlib, write_vnnlib
 from tenfold_grafting.workers import over_processes
 from tenfold_shared.checkpoint import write_json
@@ -45,6 +45,8 @@ class CertifyConfig:
     """The images."""
     eps: float = 2 / 255
     """Radius of the balls, in pixel units."""
+    bisections: int = 0
+    """Balls that are decided to find an image's verified radius below --eps where that one is not; 0: none is looked for."""
     start: int = 0
     """First image."""
     end: int = 0
@@ -67,8 +69,10 @@ class CertifyConfig:
         check_eps(self.eps)
         if not 0 <= self.shard < self.shards:
             raise UserError(f"--shard {self.shard} is not one of the {self.shards} shards, counted from 0")
-        if self.start < 0 or self.end < 0 or self.memory < 0 or self.jobs < 0:
-            raise UserError("--start, --end, --jobs and --memory take 0 or more")
+        if self.start < 0 or self.end < 0 or self.memory < 0 or self.jobs < 0 or self.bisections < 0:
+            raise UserError("--start, --end, --jobs, --memory and --bisections take 0 or more")
+        if self.bisections and self.property is not None:
+            raise UserError("--bisections changes the radius of an image's ball: leave out --property")
 
 
 def certify(config: CertifyConfig, options: RunOptions) -> None:
@@ -87,7 +91,7 @@ def certify(config: CertifyConfig, options: RunOptions) -> None:
         graph = load_graph(config.model, config.data, config.arch).to(torch.float64, run.device)
         _claim(path, config, options)
         done = recorded(path)
-        tasks = ((*problem, config.verify, folder, config.memory) for problem in _problems(config, graph, done))
+        tasks = ((*problem, config, folder) for problem in _problems(config, graph, done))
         with path.open("a", encoding="utf-8") as file:
             for _, line in over_processes(_line, graph, tasks, config.jobs):
                 file.write(json.dumps(line) + "\n")
@@ -179,23 +183,26 @@ def _line(
     label: int | None,
     image: Tensor | None,
     prop: Property,
-    settings: VerifySettings,
+    config: CertifyConfig,
     folder: Path,
-    memory: float,
 ) -> dict[str, Any]:
     """One image's line; a counter-example is written, read again and checked."""
     line: dict[str, Any] = {"index": index, "label": label}
     if image is not None and int(graph(image[None].to(graph.device)).argmax()) != label:
         return line | {"status": "wrong", "seconds": 0.0, "domains": 0, "bounds": []}
-    if memory and sys.platform == "linux":
+    if config.memory and sys.platform == "linux":
         import resource  # noqa: PLC0415 - not on every platform
 
-        limit = int(memory * 2**30)
+        limit = int(config.memory * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     prop = prop.to(graph.device)
     started = time.monotonic()
     try:
-        verdict = verify(graph, prop, settings)
+        verdict = verify(graph, prop, config.verify)
+        if config.bisections and image is not None and label is not None:
+            line["radius"] = config.eps
+            if not verdict.verified:
+                line["radius"] = verified_radius(graph, image, label, config.eps, config.bisections, config.verify)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

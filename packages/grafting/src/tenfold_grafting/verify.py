@@ -5,6 +5,7 @@ import time
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tenfold_grafting.arithmetic import exact_arithmetic, normalisation_error
@@ -18,7 +19,7 @@ from tenfold_grafting.intervals import Box, Intervals, ibp, ibp_margins
 from tenfold_grafting.leaf import Leaf, milp_minimum, solve_leaf
 from tenfold_grafting.optimise import AlphaSettings, alpha_crown, alpha_crown_joint
 from tenfold_grafting.relaxation import Lines
-from tenfold_grafting.specification import Property
+from tenfold_grafting.specification import Property, ball
 from tenfold_shared.errors import RunFailure, UserError
 
 Mode = Literal["fast", "checked", "rigorous"]
@@ -215,6 +216,35 @@ def verify(graph: Graph, prop: Property, settings: VerifySettings | None = None)
     return Verdict(
         status, bounds.tolist(), reached.tolist(), run.visited, time.monotonic() - started, run.counterexample
     )
+
+
+def verified_radius(
+    graph: Graph,
+    image: Float[Tensor, "*input"],
+    label: int,
+    largest: float,
+    bisections: int,
+    settings: VerifySettings | None = None,
+) -> float:
+    """The largest radius met, in pixel units, whose ball is verified: a lower bound of the robust radius (section 11).
+
+    Args:
+        graph: the network.
+        image: pixels in [0, 1].
+        label: what every image of the ball is to get.
+        largest: a radius that is too large; with n bisections the answer is known to within largest / 2^n.
+        bisections: how many balls are decided.
+        settings: see `verify`, for each ball.
+
+    """
+    below, above = 0.0, largest
+    for _ in range(bisections):
+        middle = (below + above) / 2
+        if verify(graph, ball(image, label, middle, graph.classes).to(graph.device), settings).verified:
+            below = middle
+        else:
+            above = middle
+    return below
 
 
 def _attack(graph: Graph, prop: Property, settings: VerifySettings, deadline: float) -> tuple[Tensor, Tensor]:
