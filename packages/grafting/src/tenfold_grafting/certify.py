@@ -125,9 +125,8 @@ def _claim(results: Path, config: CertifyConfig, options: RunOptions) -> None:
     """Refuse to mix the results of two configurations in one folder; shards differ in their number and their jobs alone."""
     saved = results.with_name("config.yaml")
     text = to_yaml(dataclasses.replace(config, shard=0, jobs=1))
-    held = [
-        file for file in results.parent.glob("results*.jsonl") if file.stat().st_size
-    ]  # a refused call leaves it empty
+    # A refused call leaves an empty file.
+    held = [file for file in results.parent.glob("results*.jsonl") if file.stat().st_size]
     if results in held and not options.resume:
         raise UserError(f"{results} holds results already; add --resume to go on with it or choose another --name")
     if held and (not saved.exists() or saved.read_text(encoding="utf-8") != text):
