@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import tenfold_nid as nid
-from tenfold_nid import cli, embedded, evaluate, metrics, train
+from tenfold_nid import cli, embedded, evaluate, metrics, shapes, train
 from tenfold_nid.checkpoints import load_dictionary, load_model
 from tenfold_nid.evaluate import Observed, trajectory, warm_up
 from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
 from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
+from tenfold_shared.batches import generator
 from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -307,6 +308,10 @@ def test_shapes_become_meshes(tmp_path: Path) -> None:
     assert found["chamfer"] < 0.3
     mesh = o3d.io.read_triangle_mesh(str(tmp_path / "runs/nid/sdf/shape-0.ply"))
     assert len(mesh.vertices) == found["vertices"]
+    truth = nid.marching_cubes(embedded.distance_fields(1, shapes.FINE, seed=1)[0, ..., 0])
+    points, _ = shapes.sample_surface(truth, shapes.SURFACE_SAMPLES, generator(0))
+    distance = nid.surface_distance(torch.from_numpy(np.asarray(mesh.vertices)), points)
+    assert found["chamfer"] == pytest.approx(float(distance.chamfer), rel=1e-6)
     code, _, err = call(tmp_path, *arguments, "--count", "1", "--points", "1")
     assert code == 2
     assert "shape-0: the field" in err

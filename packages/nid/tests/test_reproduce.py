@@ -54,3 +54,14 @@ def test_every_arm_gives_what_its_claim_compares(
         recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **changes)
         extras = reproduce.coded(recipe, 0, options, tmp_path)
         assert np.isfinite(reproduce.VALUES[claim.metric.name](extras)), name
+
+
+def test_a_coarse_field_is_not_the_true_surface() -> None:
+    data = DataConfig(name="primitives", size=8, train_subset=1, test_subset=4)
+    coarse = embedded.distance_fields(4, 8, seed=1)
+    found = reproduce.shape_scores(coarse, coarse, data)
+    assert 0.01 < found["chamfer"] < 0.1  # the samples of a lattice of 8, spacing 0.29, and the points between them
+    assert 0.8 < found["normal_consistency"] < 0.999
+    none = reproduce.shape_scores(torch.ones_like(coarse), coarse, data)
+    assert none["chamfer"] > 0.3
+    assert none["normal_consistency"] == 0

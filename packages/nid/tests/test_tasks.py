@@ -160,6 +160,9 @@ def test_mesh_round_trip_and_leaky_meshes(tmp_path) -> None:
     field = nid.sdf_from_mesh(tmp_path / "sphere.ply", 17)
     expected = nid.lattice((17, 17, 17)).norm(dim=-1).view(17, 17, 17) - 1
     assert float((field - expected).abs().max()) < 0.05
+    again = shapes.read_mesh(tmp_path / "sphere.ply")
+    assert float((again.vertices.norm(dim=-1) - 1).abs().max()) < 0.02
+    assert float((again.vertices * again.normals).sum(-1).abs().min()) > 0.95
     nid.save_mesh(mesh._replace(faces=mesh.faces[30:]), tmp_path / "leaky.ply")
     with pytest.raises(nid.DataError, match="not watertight"):
         nid.sdf_from_mesh(tmp_path / "leaky.ply", 9)

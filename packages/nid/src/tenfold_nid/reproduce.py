@@ -10,6 +10,7 @@ import filelock
 import torch
 from torch import Tensor, nn
 
+from tenfold_shared.batches import generator
 from tenfold_shared.claims import Arm, Claim, Measurement
 from tenfold_shared.cli import config_digest, load_recipe
 from tenfold_shared.errors import UserError
@@ -24,7 +25,7 @@ from .evaluate import Point, code_prior, observe, trajectory
 from .figures import figures
 from .metrics import surface_distance
 from .recipe import UNTRAINED, Recipe
-from .shapes import marching_cubes
+from .shapes import FINE, SURFACE_SAMPLES, Mesh, marching_cubes, sample_surface
 from .signals import EMBEDDED, DataConfig, Signals, load_signals
 from .solvers import FitOptions, residual_outliers
 from .train import run_recipe
@@ -85,6 +86,7 @@ VALUES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "PSNR": lambda extras: extras["points"][-1][2],
     "processor time to 30 dB": time_to_target,
     "Chamfer distance": lambda extras: extras["chamfer"],
+    "normal consistency": lambda extras: extras["normal_consistency"],
     "F1 of the foreground": lambda extras: extras["f1"],
 }
 """Name of a claim's metric -> what of a measurement it is."""
@@ -108,7 +110,7 @@ def coded(recipe: Recipe, seed: int, options: RunOptions, folder: Path) -> dict[
     points, last = trajectory(model, recipe, observed, steps, prior=prior)
     extras: dict[str, Any] = {"points": points, "seconds": points[-1].seconds, "run": name}
     if len(observed.spatial) == 3:
-        extras["chamfer"] = chamfer(last, observed.truth)
+        extras |= shape_scores(last, observed.truth, recipe.data)
     return extras
 
 
@@ -136,17 +138,26 @@ def learned(
     return model, signals, name
 
 
-def chamfer(preds: Tensor, truth: Tensor) -> float:
-    """Mean Chamfer distance of the surfaces; a field without one counts as if its surface were the centre."""
+def shape_scores(preds: Tensor, truth: Tensor, data: DataConfig) -> dict[str, float]:
+    """Mean Chamfer distance and normal consistency of the surfaces found to samples of the true ones (section 9).
+
+    The true surface of a primitive is that of its closed form on a finer lattice. A field without a surface counts as
+    if that were the centre, without a normal.
+    """
+    if data.name == "primitives":
+        truth = load_signals(dataclasses.replace(data, size=FINE, train_subset=1)).test
     distances = []
     for found, field in zip(preds[..., 0], truth[..., 0], strict=True):
-        surface = marching_cubes(field)
+        points, normals = sample_surface(marching_cubes(field), SURFACE_SAMPLES, generator(0))
         try:
-            points = marching_cubes(found).vertices
+            mesh = marching_cubes(found)
         except ValueError:
-            points = torch.zeros(1, 3, dtype=torch.float64)
-        distances.append(float(surface_distance(points, surface.vertices).chamfer))
-    return sum(distances) / len(distances)
+            mesh = Mesh(points.new_zeros(1, 3), torch.zeros(0, 3, dtype=torch.long), points.new_zeros(1, 3))
+        distances.append(surface_distance(mesh.vertices, points, mesh.normals, normals))
+    return {
+        "chamfer": float(torch.stack([d.chamfer for d in distances]).mean()),
+        "normal_consistency": float(torch.stack([d.normal_consistency for d in distances]).mean()),  # type: ignore[arg-type]
+    }
 
 
 def separated(recipe: Recipe, seed: int) -> dict[str, Any]:

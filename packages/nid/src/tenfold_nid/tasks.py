@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenfold_shared.batches import generator
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, seed_everything
@@ -29,7 +30,17 @@ from .export import pack_codes, save_onnx, single_signal
 from .fitting import CodePrior, fit_prior, posterior, system
 from .gates import CodebookGate
 from .metrics import psnr, surface_distance
-from .shapes import Mesh, extract_mesh, marching_cubes, save_mesh, sdf_from_mesh
+from .shapes import (
+    FINE,
+    SURFACE_SAMPLES,
+    Mesh,
+    extract_mesh,
+    marching_cubes,
+    read_mesh,
+    sample_surface,
+    save_mesh,
+    sdf_from_mesh,
+)
 from .signals import DataConfig, load_signals, observation
 from .solvers import FitOptions, PatchModel, inpaint, residual_outliers, solve
 from .video import background_dictionary, mask_scores, separate
@@ -371,14 +382,16 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
         model = model.to(run.device)
         side = model.config.size[0]
         if config.meshes:
-            files = zip(stems(config.meshes), config.meshes, strict=True)
-            named = [(name, sdf_from_mesh(file, side)[..., None]) for name, file in files]
+            names, truths = stems(config.meshes), [read_mesh(file) for file in config.meshes]
+            fields = torch.stack([sdf_from_mesh(mesh, side) for mesh in truths])
         else:
-            named = [(f"shape-{i}", field) for i, field in enumerate(distance_fields(config.count, side, seed=1))]
+            names = [f"shape-{i}" for i in range(config.count)]
+            truths = [marching_cubes(field[..., 0]) for field in distance_fields(config.count, FINE, seed=1)]
+            fields = distance_fields(config.count, side, seed=1)
         coords = lattice((side,) * 3)
         seed_everything(options.seed, "points")
         chosen = torch.randperm(len(coords))[: config.points]
-        targets = torch.stack([field.reshape(-1, 1)[chosen] for _, field in named]).to(run.device)
+        targets = fields.view(len(fields), -1, 1)[:, chosen].to(run.device)
         prior = None
         if config.fit.solver == "map":
             if not isinstance(model.gate_generator, CodebookGate):
@@ -387,12 +400,12 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
         with torch.no_grad():
             problem = system(model.design(coords[chosen].to(run.device)), targets)
             codes = solve(model, problem, config.fit, prior=prior)
-        for (name, field), code in zip(named, codes, strict=True):
+        for name, truth, code in zip(names, truths, codes, strict=True):
             shape = single_signal(model, code) if model.config.atoms == "shared" else _rendered(model, code)
             mesh = _surface(shape, config.resolution, name, run.device)
             save_mesh(mesh, folder / f"{name}{config.suffix}")
-            truth = marching_cubes(field[..., 0])
-            distance = surface_distance(mesh.vertices, truth.vertices, mesh.normals, truth.normals)
+            points, normals = sample_surface(truth, SURFACE_SAMPLES, generator(options.seed))
+            distance = surface_distance(mesh.vertices, points, mesh.normals, normals)
             report(
                 shape=name,
                 vertices=len(mesh.vertices),
