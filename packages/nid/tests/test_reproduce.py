@@ -1,5 +1,6 @@
 """The arms of the claims on data that has to be brought: generated here, few and small."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_every_arm_gives_what_its_claim_compares(
         recipe = load_recipe("tenfold_nid", str(arm.recipe), Recipe, **changes)
         extras = reproduce.coded(recipe, 0, options, tmp_path)
         assert np.isfinite(reproduce.VALUES[claim.metric.name](extras)), name
+
+
+def test_all_arms_of_a_claim_are_shown_the_same() -> None:
+    for claim in load_claims("tenfold_nid").claims:
+        data = [load_recipe("tenfold_nid", str(a.recipe), Recipe, **a.options).data for a in claim.arms.values()]
+        # a network an image stands beside a dictionary of its patches
+        assert len({str(dataclasses.replace(d, patch=0)) for d in data}) == 1, claim.id
 
 
 def test_a_coarse_field_is_not_the_true_surface() -> None:
