@@ -372,6 +372,7 @@ def test_released_checkpoints_are_evaluated_and_others_refused(tmp_path: Path) -
     code, (found,), err = call(tmp_path, "eval", "--checkpoint", "0001.ckpt")
     assert code == 0, err
     assert found["atoms"] == 16
+    assert (found["data"], found["solver"]) == ("photographs", "ridge")
     assert "gate_psnr" in found
     state = torch.load(tmp_path / "0001.ckpt", weights_only=True)
     state["model"]["gate_generator.fc.bias"] = torch.zeros(5)
@@ -426,8 +427,9 @@ def test_eval_goes_on_as_the_checkpoint_was_trained(tmp_path: Path) -> None:
         assert code == 0, err
     model, about = load_model(tmp_path / "runs/nid/ksvd")
     assert about["sparsity"] == 2
-    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/ksvd", "--data.name", "faces")
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/ksvd")
     assert code == 0, err
+    assert found["data"] == "faces"
     faces = load_signals(DataConfig(name="faces")).test
     codes, _ = nid.omp(model.system(faces.flatten(1, -2)), 2)
     expected = nid.psnr(model.render(codes, 1).view_as(faces), faces).mean()
@@ -435,11 +437,36 @@ def test_eval_goes_on_as_the_checkpoint_was_trained(tmp_path: Path) -> None:
     assert load_model(tmp_path / "runs/nid/maml")[1]["test_optimiser"] == "adam"
     for name, data, word in (
         ("scratch", [*few[:-1], "3"], "a network for each of 2 signals"),
-        ("pca", few, "not to projections"),
+        ("pca", [], "not to projections"),
     ):
         code, _, err = call(tmp_path, "eval", "--checkpoint", f"runs/nid/{name}", *data)
         assert code == 2, name
         assert word in err
+
+
+def test_eval_takes_data_and_solver_from_the_checkpoint_unless_told_otherwise(tmp_path: Path) -> None:
+    path = keep(tmp_path, out_dim=1, gate="conv", gate_hidden=4, size=(25, 25))
+    data = DataConfig(name="faces", fraction=0.5, root=Path("nowhere"))
+    recipe = Recipe(data=data, fit=nid.FitOptions(solver="omp", atoms=2))
+    save_weights(path, load_model(path)[0].state_dict(), train.about(recipe, load_model(path)[0]))
+    asked = {"steps": 7, "solver": None}
+    assert vars(evaluate.OtherFit()).keys() == {f.name for f in dataclasses.fields(nid.FitOptions)}
+    assert vars(evaluate.OtherData()).keys() == {f.name for f in dataclasses.fields(DataConfig)}
+    assert evaluate.given(evaluate.OtherFit(**asked)) == {"steps": 7}  # type: ignore[arg-type]
+    about = load_model(path)[1]
+    assert evaluate.data_of(about, evaluate.OtherData()) == data
+    assert evaluate.data_of(about, evaluate.OtherData(size=9)) == dataclasses.replace(data, size=9)
+    assert evaluate.data_of(about, evaluate.OtherData(name="olivetti")) == DataConfig(name="olivetti")
+    assert evaluate.data_of({"method": "nid"}, evaluate.OtherData()) == DataConfig()
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", str(path))
+    assert code == 0, err
+    assert (found["data"], found["solver"], found["signals"]) == ("faces", "omp", 20)
+    code, (other,), err = call(
+        tmp_path, "eval", "--checkpoint", str(path), "--data.fraction", "1", "--fit.solver", "ridge"
+    )
+    assert code == 0, err
+    assert (other["data"], other["solver"]) == ("faces", "ridge")
+    assert other["psnr"] > found["psnr"]
 
 
 def test_eval_takes_every_solver_and_refuses_in_one_sentence(tmp_path: Path) -> None:

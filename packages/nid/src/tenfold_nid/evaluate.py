@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +33,8 @@ from .metrics import atom_usage, lpips, psnr, ssim
 from .networks import NetworkConfig
 from .patches import merge_patches
 from .recipe import Linear, Meta, Recipe
-from .signals import DataConfig, Signals, load_signals, observation
-from .solvers import FitOptions, finetune_gate, solve
+from .signals import Corruption, DataConfig, DataName, Signals, load_signals, observation
+from .solvers import FitOptions, Solver, Support, finetune_gate, solve
 from .sparse import omp
 
 PRIOR_SIGNALS = 2000
@@ -343,45 +343,116 @@ def code_prior(model: NeuralDictionary, signals: Signals) -> CodePrior:
 
 
 @dataclasses.dataclass
+class OtherData:
+    """What is to differ from the data that a checkpoint was trained on; None: nothing. Another set, or that of an authors'
+    checkpoint, begins at the defaults of training.
+    """
+
+    name: DataName | None = None
+    """The data set; photographs for an authors' checkpoint."""
+    root: Path | None = None
+    """Its folder."""
+    download: bool = False
+    """Fetch the data set when it is not there and may be fetched."""
+    size: int | None = None
+    """Samples along each axis to which a signal is brought; 0 leaves it as it comes."""
+    patch: int | None = None
+    """Side of the patches that images are cut into; 0 takes whole images."""
+    train_subset: int | None = None
+    """Signals that were learned from, of which some solvers take a prior."""
+    test_subset: int | None = None
+    """Images, phantoms or shapes to code."""
+    views: int | None = None
+    """Views of the tomograph, both ends of the half turn among them."""
+    category: str | None = None
+    """ShapeNet category (synset)."""
+    validation: bool | None = None
+    """Code signals held out from the training set in the place of the test set."""
+    fraction: float | None = None
+    """Part of a signal's samples that is observed, drawn at random."""
+    test_views: int | None = None
+    """Views that are observed in tomography; 0: all."""
+    corruption: Corruption | None = None
+    """What is done to the images that are coded."""
+
+
+@dataclasses.dataclass
+class OtherFit:
+    """What is to differ from the recipe that a checkpoint was trained by; None: nothing. The fields are those of FitOptions."""
+
+    solver: Solver | None = None
+    """ridge, map, omp, fista, irls, huber, admm, adam or gate; ridge for an authors' checkpoint."""
+    support: Support | None = None
+    """Atoms that may take part: those the gate picks, or all."""
+    penalty: float | None = None
+    """λ of the ridge or l1 term, or the noise variance of map."""
+    atoms: int | None = None
+    """Atoms that omp chooses."""
+    steps: int | None = None
+    """Iterations of the iterative solvers, of networks and of latent vectors."""
+    lr: float | None = None
+    """Their step size."""
+
+
+@dataclasses.dataclass
 class EvalConfig:
     """What to evaluate."""
 
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a .ckpt file of the authors' layout."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """The signals."""
-    fit: FitOptions = dataclasses.field(default_factory=FitOptions)
-    """How codes of new signals are found."""
+    data: OtherData = dataclasses.field(default_factory=OtherData)
+    """The signals; default: those of the training's data set that are to be coded."""
+    fit: OtherFit = dataclasses.field(default_factory=OtherFit)
+    """How codes of new signals are found; default: as the recipe of the training has it."""
     lpips: bool = False
     """Also give LPIPS of images of 32 pixels or more, which needs AlexNet's weights."""
+
+
+def data_of(about: Mapping[str, Any], asked: OtherData) -> DataConfig:
+    """The data of a checkpoint's training, changed in what is asked for; another data set begins at its defaults."""
+    trained = dict(about.get("data", {}))
+    if asked.name not in {None, trained.get("name")}:
+        trained = {}
+    if trained.get("root") is not None:
+        trained["root"] = Path(trained["root"])
+    return DataConfig(**{**trained, **given(asked)})
+
+
+def given(asked: OtherData | OtherFit) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in vars(asked).items() if value is not None}
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print what a checkpoint is worth on new signals as one JSON line; the rate goes to standard error."""
     model, about = load_model(config.checkpoint)
     with Run.evaluation("nid", options) as run, refusals():
-        signals = load_signals(config.data).to(run.device)
-        check_fit(model, signals, config.data.name)
+        data, fit = data_of(about, config.data), FitOptions(**{**about.get("fit", {}), **given(config.fit)})
+        signals = load_signals(data).to(run.device)
+        check_fit(model, signals, data.name)
         if about["method"] == "scratch":
-            _check_same(model, about, signals, config.data.name)
+            _check_same(model, about, signals, data.name)
         model = model.to(run.device)
-        observed = observe(signals, config.data, options.seed)
+        observed = observe(signals, data, options.seed)
         recipe = Recipe(
             method=about["method"],
-            data=config.data,
-            fit=config.fit,
+            data=data,
+            fit=fit,
             meta=Meta(test_optimiser=about.get("test_optimiser", Meta.test_optimiser)),
             linear=Linear(sparsity=about.get("sparsity", Linear.sparsity)),
         )
         prior = None
-        if config.fit.solver == "map" and isinstance(model, NeuralDictionary):
+        if fit.solver == "map" and isinstance(model, NeuralDictionary):
             prior = code_prior(model, signals)
         warm_up()
         started = time.perf_counter()
-        steps = (0,) if about["method"] == "scratch" else (0, config.fit.steps)
+        steps = (0,) if about["method"] == "scratch" else (0, fit.steps)
         points, preds = trajectory(model, recipe, observed, steps, prior=prior)
         seconds = time.perf_counter() - started
-        report: dict[str, Any] = {"method": about["method"], "signals": len(observed.truth), "psnr": points[-1].psnr}
+        report: dict[str, Any] = {"method": about["method"], "data": data.name}
+        if isinstance(model, NeuralDictionary):
+            report["solver"] = fit.solver
+        report |= {"signals": len(observed.truth), "psnr": points[-1].psnr}
         if len(observed.spatial) == 2:
             report |= image_report(assembled(preds, observed), assembled(observed.truth, observed), config.lpips)
         if isinstance(model, NeuralDictionary):
@@ -407,9 +478,10 @@ def _check_same(model: nn.Module, about: dict[str, Any], signals: Signals, name:
     """Networks of single signals can be looked at on these signals only."""
     assert isinstance(model, NetworkBatch)
     count = model.weights[0].shape[0]
-    if about["data"] != name or count != len(signals.test):
+    trained = about["data"]["name"]
+    if trained != name or count != len(signals.test):
         raise UserError(
-            f"the checkpoint holds a network for each of {count} signals of {about['data']}, not for the "
+            f"the checkpoint holds a network for each of {count} signals of {trained}, not for the "
             f"{len(signals.test)} of {name} that were asked for: give the --data options it was trained with"
         )
 

@@ -156,7 +156,7 @@ def shape_scores(preds: Tensor, truth: Tensor, data: DataConfig) -> dict[str, fl
         distances.append(surface_distance(mesh.vertices, points, mesh.normals, normals))
     return {
         "chamfer": float(torch.stack([d.chamfer for d in distances]).mean()),
-        "normal_consistency": float(torch.stack([d.normal_consistency for d in distances]).mean()),  # type: ignore[arg-type]
+        "normal_consistency": float(torch.stack([d.normal_consistency for d in distances]).mean()),  # type: ignore[misc]
     }
 
 

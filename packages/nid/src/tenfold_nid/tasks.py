@@ -25,7 +25,7 @@ from .data import read_images
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .embedded import TEST_PHOTOGRAPHS, distance_fields, moving_discs, photograph
 from .errors import refusals
-from .evaluate import check_fit, code_prior, dictionary_system, observe
+from .evaluate import OtherData, check_fit, code_prior, data_of, dictionary_system, observe
 from .export import pack_codes, save_onnx, single_signal
 from .fitting import CodePrior, fit_prior, posterior, system
 from .gates import CodebookGate
@@ -136,22 +136,22 @@ class FitConfig:
     """Distance of neighbouring patches, which are blended where they overlap; 0 tiles without overlap."""
     scale: int = 1
     """Resolution of the output, as a multiple of that of the input."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Training signals whose codes are the prior of the solver map."""
+    data: OtherData = dataclasses.field(default_factory=OtherData)
+    """Training signals whose codes are the prior of the solver map; default: those of the dictionary's training."""
     fit: FitOptions = dataclasses.field(default_factory=FitOptions)
     """How codes are found."""
 
 
 def fit(config: FitConfig, options: RunOptions) -> None:
     """Code images patch by patch; write each from its codes, and the codes as bytes."""
-    model, _ = load_dictionary(config.checkpoint)
+    model, about = load_dictionary(config.checkpoint)
     folder = folder_of(options, "fit")
     if config.scale < 1:
         raise UserError(f"--scale takes 1 or more, got {config.scale}")
     with Run.evaluation("nid", options) as run, refusals():
         model = model.to(run.device)
         patched = PatchModel(model, config.stride or None)
-        prior = prior_for(model, config.fit, config.data, run.device)
+        prior = prior_for(model, config.fit, data_of(about, config.data), run.device)
         for name, image in given_images(config.images, model):
             images = image[None].to(run.device)
             mask = observation(images, config.fraction, options.seed)

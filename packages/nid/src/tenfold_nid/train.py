@@ -64,8 +64,10 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Signals]:
 
 
 def about(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says about itself: enough to build its model again."""
-    kept: dict[str, Any] = {"method": recipe.method, "data": recipe.data.name}
+    """What a checkpoint says about itself: enough to build its model again, and to evaluate it as it was meant to be."""
+    root = None if recipe.data.root is None else str(recipe.data.root)
+    kept: dict[str, Any] = {"method": recipe.method, "data": {**dataclasses.asdict(recipe.data), "root": root}}
+    kept |= {"fit": dataclasses.asdict(recipe.fit)}
     if isinstance(model, NeuralDictionary):
         kept |= {"dictionary": dataclasses.asdict(model.config)}
         kept |= {"load_mode": model.load_mode, "importance_mode": model.importance_mode}
