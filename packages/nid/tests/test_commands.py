@@ -489,6 +489,69 @@ def test_eval_takes_every_solver_and_refuses_in_one_sentence(tmp_path: Path) -> 
     code, (found,), err = call(tmp_path, *arguments, "--fit.support", "all")
     assert code == 0, err
     assert "gate_psnr" not in found
+    table = keep(tmp_path, gate="codebook", num_signals=4)
+    code, _, err = call(tmp_path, "eval", "--checkpoint", str(table), "--fit.solver", "adam", "--fit.support", "gate")
+    assert code == 2
+    assert "codebook gate stores" in err
+    torch.save(nid.siren(hidden_dim=8).state_dict(), tmp_path / "siren.ckpt")
+    code, _, err = call(tmp_path, "eval", "--checkpoint", "siren.ckpt")
+    assert code == 2
+    assert "network of one signal" in err
+
+
+def test_precision_is_that_of_the_networks_or_refused(tmp_path: Path) -> None:
+    arguments = ["eval", "--checkpoint", str(keep(tmp_path, num_experts=128))]
+    for solver in ("ridge", "adam", "gate"):
+        values = []
+        for precision in ("fp32", "bf16"):
+            asked = ["--precision", precision, "--fit.solver", solver, "--fit.steps", "5", "--fit.lr", "0.003"]
+            code, (found,), err = call(tmp_path, *arguments, *asked)
+            assert code == 0, err
+            values.append(found["psnr"])
+        assert values[1] == pytest.approx(values[0], abs=1), solver
+        assert values[1] != values[0], solver
+    learned = []
+    small = ["--data.name", "faces", "--schedule.epochs", "1", "--network.hidden_dim", "4", "--network.pos_emb", "Id"]
+    for method in ("scratch", "maml", "reptile", "latent"):
+        for precision in ("fp32", "bf16"):
+            name = f"{method}-{precision}"
+            code, _, err = call(
+                tmp_path, "train", "--method", method, *small, "--precision", precision, "--name", name, "--quiet"
+            )
+            assert code == 0, err
+            learned.append([*load_model(tmp_path / "runs/nid" / name)[0].parameters()])
+        first, second = learned[-2:]
+        assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), method
+        assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(first, second, strict=True)), method
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/maml-fp32", "--precision", "bf16")
+    assert code == 0, err
+    for refused in (
+        [*arguments, "--compile"],
+        [*arguments, "--precision", "fp16"],
+        ["train", "--method", "pca", "--data.name", "faces", "--precision", "bf16", "--name", "pca"],
+        ["train", "--method", "maml", *small, "--compile", "--name", "compiled"],
+        ["fit", *arguments[1:], "--precision", "bf16"],
+    ):
+        code, _, err = call(tmp_path, *refused)
+        assert code == 2, refused
+        assert "runs in" in err
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 10.0}, {"schedule": "cosine"}], ids=str)
+@pytest.mark.parametrize("method", ["scratch", "maml", "latent", "pointcloud"])
+def test_baselines_take_the_whole_schedule(method: str, change: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "load_signals", generated)
+    learned = []
+    for name, options in (("plain", {}), ("other", change)):
+        recipe = Recipe(
+            method="scratch" if method == "pointcloud" else method,  # type: ignore[arg-type]
+            data=DataConfig(name="pointcloud" if method == "pointcloud" else "faces"),
+            network=nid.NetworkConfig(hidden_dim=4, pos_emb="Id", act_type="sine"),
+            schedule=Schedule(epochs=3, lr=1e-2, **options),
+        )
+        with Run("nid", recipe, RunOptions(output=tmp_path, name=name, device="cpu", quiet=True)) as run:
+            learned.append([p.detach().clone() for p in train.run_recipe(run, recipe)[0].parameters()])
+    assert not all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
 
 
 def test_a_start_that_diverges_is_not_kept(tmp_path: Path) -> None:

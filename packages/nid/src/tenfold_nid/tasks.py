@@ -24,7 +24,7 @@ from .data import frames as read_frames
 from .data import read_images
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .embedded import TEST_PHOTOGRAPHS, distance_fields, moving_discs, photograph
-from .errors import refusals
+from .errors import refusals, refuse_precision
 from .evaluate import OtherData, check_fit, code_prior, data_of, dictionary_system, observe
 from .export import pack_codes, save_onnx, single_signal
 from .fitting import CodePrior, fit_prior, posterior, system
@@ -41,18 +41,19 @@ from .shapes import (
     save_mesh,
     sdf_from_mesh,
 )
-from .signals import DataConfig, load_signals, observation
+from .signals import PROJECTED, DataConfig, load_signals, observation
 from .solvers import FitOptions, PatchModel, inpaint, residual_outliers, solve
 from .video import background_dictionary, mask_scores, separate
 
 
 def folder_of(options: RunOptions, verb: str) -> Path:
-    """Where a verb writes; it is made.
+    """Where a verb, which computes in fp32, writes; it is made.
 
     Raises:
-        UserError: it cannot be.
+        UserError: it cannot be, or other arithmetic is asked for.
 
     """
+    refuse_precision(options, verb, networks=False)
     folder = options.output / "nid" / (options.name or verb)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,7 +305,7 @@ def tomography(config: TomographyConfig, options: RunOptions) -> None:
     """Reconstruct slices from few views, beside filtered back-projection and total variation."""
     model, _ = load_dictionary(config.checkpoint)
     folder = folder_of(options, "ct")
-    if config.data.name not in {"phantoms", "ct"}:
+    if config.data.name not in PROJECTED:
         raise UserError(f"--data.name {config.data.name}: tomography takes phantoms or ct")
     if config.noise < 0 or config.tv_weight < 0:
         raise UserError("--noise and --tv_weight take 0 or more")
