@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import tenfold_nid as nid
-from tenfold_nid import cli, embedded, evaluate, metrics, train
+from tenfold_nid import cli, embedded, evaluate, metrics, shapes, train
 from tenfold_nid.checkpoints import load_dictionary, load_model
 from tenfold_nid.evaluate import Observed, trajectory, warm_up
 from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
 from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
+from tenfold_shared.batches import generator
 from tenfold_shared.checkpoint import save_weights
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -307,6 +308,10 @@ def test_shapes_become_meshes(tmp_path: Path) -> None:
     assert found["chamfer"] < 0.3
     mesh = o3d.io.read_triangle_mesh(str(tmp_path / "runs/nid/sdf/shape-0.ply"))
     assert len(mesh.vertices) == found["vertices"]
+    truth = nid.marching_cubes(embedded.distance_fields(1, shapes.FINE, seed=1)[0, ..., 0])
+    points, _ = shapes.sample_surface(truth, shapes.SURFACE_SAMPLES, generator(0))
+    distance = nid.surface_distance(torch.from_numpy(np.asarray(mesh.vertices)), points)
+    assert found["chamfer"] == pytest.approx(float(distance.chamfer), rel=1e-6)
     code, _, err = call(tmp_path, *arguments, "--count", "1", "--points", "1")
     assert code == 2
     assert "shape-0: the field" in err
@@ -367,6 +372,7 @@ def test_released_checkpoints_are_evaluated_and_others_refused(tmp_path: Path) -
     code, (found,), err = call(tmp_path, "eval", "--checkpoint", "0001.ckpt")
     assert code == 0, err
     assert found["atoms"] == 16
+    assert (found["data"], found["solver"]) == ("photographs", "ridge")
     assert "gate_psnr" in found
     state = torch.load(tmp_path / "0001.ckpt", weights_only=True)
     state["model"]["gate_generator.fc.bias"] = torch.zeros(5)
@@ -421,8 +427,9 @@ def test_eval_goes_on_as_the_checkpoint_was_trained(tmp_path: Path) -> None:
         assert code == 0, err
     model, about = load_model(tmp_path / "runs/nid/ksvd")
     assert about["sparsity"] == 2
-    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/ksvd", "--data.name", "faces")
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/ksvd")
     assert code == 0, err
+    assert found["data"] == "faces"
     faces = load_signals(DataConfig(name="faces")).test
     codes, _ = nid.omp(model.system(faces.flatten(1, -2)), 2)
     expected = nid.psnr(model.render(codes, 1).view_as(faces), faces).mean()
@@ -430,11 +437,36 @@ def test_eval_goes_on_as_the_checkpoint_was_trained(tmp_path: Path) -> None:
     assert load_model(tmp_path / "runs/nid/maml")[1]["test_optimiser"] == "adam"
     for name, data, word in (
         ("scratch", [*few[:-1], "3"], "a network for each of 2 signals"),
-        ("pca", few, "not to projections"),
+        ("pca", [], "not to projections"),
     ):
         code, _, err = call(tmp_path, "eval", "--checkpoint", f"runs/nid/{name}", *data)
         assert code == 2, name
         assert word in err
+
+
+def test_eval_takes_data_and_solver_from_the_checkpoint_unless_told_otherwise(tmp_path: Path) -> None:
+    path = keep(tmp_path, out_dim=1, gate="conv", gate_hidden=4, size=(25, 25))
+    data = DataConfig(name="faces", fraction=0.5, root=Path("nowhere"))
+    recipe = Recipe(data=data, fit=nid.FitOptions(solver="omp", atoms=2))
+    save_weights(path, load_model(path)[0].state_dict(), train.about(recipe, load_model(path)[0]))
+    asked = {"steps": 7, "solver": None}
+    assert vars(evaluate.OtherFit()).keys() == {f.name for f in dataclasses.fields(nid.FitOptions)}
+    assert vars(evaluate.OtherData()).keys() == {f.name for f in dataclasses.fields(DataConfig)}
+    assert evaluate.given(evaluate.OtherFit(**asked)) == {"steps": 7}  # type: ignore[arg-type]
+    about = load_model(path)[1]
+    assert evaluate.data_of(about, evaluate.OtherData()) == data
+    assert evaluate.data_of(about, evaluate.OtherData(size=9)) == dataclasses.replace(data, size=9)
+    assert evaluate.data_of(about, evaluate.OtherData(name="olivetti")) == DataConfig(name="olivetti")
+    assert evaluate.data_of({"method": "nid"}, evaluate.OtherData()) == DataConfig()
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", str(path))
+    assert code == 0, err
+    assert (found["data"], found["solver"], found["signals"]) == ("faces", "omp", 20)
+    code, (other,), err = call(
+        tmp_path, "eval", "--checkpoint", str(path), "--data.fraction", "1", "--fit.solver", "ridge"
+    )
+    assert code == 0, err
+    assert (other["data"], other["solver"]) == ("faces", "ridge")
+    assert other["psnr"] > found["psnr"]
 
 
 def test_eval_takes_every_solver_and_refuses_in_one_sentence(tmp_path: Path) -> None:
@@ -457,6 +489,69 @@ def test_eval_takes_every_solver_and_refuses_in_one_sentence(tmp_path: Path) -> 
     code, (found,), err = call(tmp_path, *arguments, "--fit.support", "all")
     assert code == 0, err
     assert "gate_psnr" not in found
+    table = keep(tmp_path, gate="codebook", num_signals=4)
+    code, _, err = call(tmp_path, "eval", "--checkpoint", str(table), "--fit.solver", "adam", "--fit.support", "gate")
+    assert code == 2
+    assert "codebook gate stores" in err
+    torch.save(nid.siren(hidden_dim=8).state_dict(), tmp_path / "siren.ckpt")
+    code, _, err = call(tmp_path, "eval", "--checkpoint", "siren.ckpt")
+    assert code == 2
+    assert "network of one signal" in err
+
+
+def test_precision_is_that_of_the_networks_or_refused(tmp_path: Path) -> None:
+    arguments = ["eval", "--checkpoint", str(keep(tmp_path, num_experts=128))]
+    for solver in ("ridge", "adam", "gate"):
+        values = []
+        for precision in ("fp32", "bf16"):
+            asked = ["--precision", precision, "--fit.solver", solver, "--fit.steps", "5", "--fit.lr", "0.003"]
+            code, (found,), err = call(tmp_path, *arguments, *asked)
+            assert code == 0, err
+            values.append(found["psnr"])
+        assert values[1] == pytest.approx(values[0], abs=1), solver
+        assert values[1] != values[0], solver
+    learned = []
+    small = ["--data.name", "faces", "--schedule.epochs", "1", "--network.hidden_dim", "4", "--network.pos_emb", "Id"]
+    for method in ("scratch", "maml", "reptile", "latent"):
+        for precision in ("fp32", "bf16"):
+            name = f"{method}-{precision}"
+            code, _, err = call(
+                tmp_path, "train", "--method", method, *small, "--precision", precision, "--name", name, "--quiet"
+            )
+            assert code == 0, err
+            learned.append([*load_model(tmp_path / "runs/nid" / name)[0].parameters()])
+        first, second = learned[-2:]
+        assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), method
+        assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(first, second, strict=True)), method
+    code, (found,), err = call(tmp_path, "eval", "--checkpoint", "runs/nid/maml-fp32", "--precision", "bf16")
+    assert code == 0, err
+    for refused in (
+        [*arguments, "--compile"],
+        [*arguments, "--precision", "fp16"],
+        ["train", "--method", "pca", "--data.name", "faces", "--precision", "bf16", "--name", "pca"],
+        ["train", "--method", "maml", *small, "--compile", "--name", "compiled"],
+        ["fit", *arguments[1:], "--precision", "bf16"],
+    ):
+        code, _, err = call(tmp_path, *refused)
+        assert code == 2, refused
+        assert "runs in" in err
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 10.0}, {"schedule": "cosine"}], ids=str)
+@pytest.mark.parametrize("method", ["scratch", "maml", "latent", "pointcloud"])
+def test_baselines_take_the_whole_schedule(method: str, change: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "load_signals", generated)
+    learned = []
+    for name, options in (("plain", {}), ("other", change)):
+        recipe = Recipe(
+            method="scratch" if method == "pointcloud" else method,  # type: ignore[arg-type]
+            data=DataConfig(name="pointcloud" if method == "pointcloud" else "faces"),
+            network=nid.NetworkConfig(hidden_dim=4, pos_emb="Id", act_type="sine"),
+            schedule=Schedule(epochs=3, lr=1e-2, **options),
+        )
+        with Run("nid", recipe, RunOptions(output=tmp_path, name=name, device="cpu", quiet=True)) as run:
+            learned.append([p.detach().clone() for p in train.run_recipe(run, recipe)[0].parameters()])
+    assert not all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
 
 
 def test_a_start_that_diverges_is_not_kept(tmp_path: Path) -> None:

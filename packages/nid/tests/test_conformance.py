@@ -10,4 +10,3 @@ class TestConformance(Conformance):
     train = ["--config", "faces-nid", "--schedule.epochs", "10", "--schedule.warmup_epochs", "2"]
     reproduce = ["mini-sdf", "--arms", "siren", "--seeds", "1"]
     needs_data = ["--config", "celeba-nid"]
-    eval_options = ["--data.name", "faces"]

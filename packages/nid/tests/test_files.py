@@ -61,6 +61,19 @@ def test_official_checkpoints_go_round(fields: dict, tmp_path) -> None:
     assert torch.equal(loaded(signal, coords).preds, model(signal, coords).preds)
 
 
+@pytest.mark.parametrize("make", [nid.ffm, nid.siren, nid.pe_mlp])
+def test_released_networks_of_single_signals_load(make, tmp_path) -> None:
+    network = make(hidden_dim=8)
+    torch.save({"model": network.state_dict(), "optimizer": {}, "current_epoch": 3}, tmp_path / "0003.ckpt")
+    loaded = nid.load_official_checkpoint(tmp_path / "0003.ckpt")
+    coords = torch.rand(7, 2)
+    assert isinstance(loaded, nid.CoordinateNetwork)
+    assert torch.equal(loaded(coords), network(coords))
+    torch.save({k: v for k, v in network.state_dict().items() if k != "net.net.0.0.bias"}, tmp_path / "bad.ckpt")
+    with pytest.raises(nid.DataError, match=r"missing: net\.net\.0\.0\.bias"):
+        nid.load_official_checkpoint(tmp_path / "bad.ckpt")
+
+
 def test_the_released_layout_is_read_off_the_shapes() -> None:
     with torch.device("meta"):
         state = nid.NeuralDictionary(nid.celeba_config(128)).state_dict()
@@ -308,9 +321,19 @@ def test_observations_are_the_same_for_every_arm_of_a_seed() -> None:
     assert not torch.equal(first, other)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="at least one"):
         observation(signals, 0.01, 0)
-    for bad in ({"fraction": 0.0}, {"views": 0}, {"size": -1}):
-        with pytest.raises(UserError):
+    for bad in (
+        {"fraction": 0.0},
+        {"views": 0},
+        {"size": -1},
+        {"name": "phantoms", "fraction": 0.5},
+        {"name": "faces", "test_views": 3},
+        {"patch": 8},
+    ):
+        with pytest.raises(UserError, match=f"--data.{[*bad][-1]}|--data.size"):
             DataConfig(**bad)  # type: ignore[arg-type]
+    for change in ({"schedule": "cosine"}, {"weight_decay": 0.1}):
+        with pytest.raises(UserError, match="--method reptile"):
+            Recipe(method="reptile", schedule=Schedule(**change))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="epochs"):
         Schedule(epochs=0)
     with pytest.raises(UserError, match="lr"):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tenfold_nid as nid
+from tenfold_nid import fitting, solvers
 from tenfold_nid.fitting import System
 
 
@@ -173,7 +174,13 @@ def test_refinement_is_adam_on_the_codes() -> None:
         assert not bool(found[:, s, rest].any())
 
 
-def dictionary(gate: str = "conv") -> nid.NeuralDictionary:
+def test_only_the_wanted_codes_are_kept() -> None:
+    problem, start = problem_of(), torch.zeros(3, 15, dtype=torch.float64)
+    every = nid.refine_codes(problem, start, steps=5)
+    assert torch.equal(nid.refine_codes(problem, start, steps=5, keep=(0, 3, 5)), every[[0, 3, 5]])
+
+
+def dictionary(gate: str = "conv", **fields: object) -> nid.NeuralDictionary:
     torch.manual_seed(0)
     return nid.NeuralDictionary(
         nid.DictionaryConfig(
@@ -186,6 +193,7 @@ def dictionary(gate: str = "conv") -> nid.NeuralDictionary:
             gate_hidden=8,
             size=(8, 8),
             num_signals=4,
+            **fields,
         )
     )
 
@@ -209,6 +217,39 @@ def test_hidden_pixels_never_reach_the_code(solver: str, gate: str) -> None:
         assert torch.equal(nid.fit_codes(model, changed, mask, options, prior=prior), code)
     moved = torch.where(mask[..., None], images + 0.3, images)
     assert not torch.equal(nid.fit_codes(model, moved, mask, options, prior=prior), code)
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "gate"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_signals_are_coded_in_parts_that_bound_the_memory(solver: str, hidden: bool, monkeypatch) -> None:
+    model, images = dictionary().double(), torch.rand(5, 8, 8, 3, dtype=torch.float64)
+    mask = nid.observe_fraction(5, 64, 0.5).view(5, 8, 8) if hidden else None
+    prior, options = (
+        nid.fit_prior(torch.randn(30, 27, dtype=torch.float64)),
+        nid.FitOptions(solver=solver, steps=3, penalty=1e-2),
+    )
+    whole = nid.fit_codes(model, images, mask, options, prior=prior)
+    sizes: dict[str, list[int]] = {"solved": [], "gated": []}
+
+    def solve(model, problem, *rest, **more):
+        sizes["solved"].append(len(problem.targets))
+        return solvers_solve(model, problem, *rest, **more)
+
+    solvers_solve = solvers.solve
+    monkeypatch.setattr(solvers, "solve", solve)
+    monkeypatch.setattr(solvers, "ENTRIES", 1)
+    monkeypatch.setattr(fitting, "GATED", 2)
+    assert torch.allclose(nid.fit_codes(model, images, mask, options, prior=prior), whole, rtol=1e-8, atol=1e-9)
+    assert sizes["solved"] == [1] * 5
+    model.gate_generator.register_forward_hook(lambda gate, args, found: sizes["gated"].append(len(found)))
+    nid.gate_code(model, images)
+    assert sizes["gated"] == [2, 2, 1]
+
+
+def test_a_noisy_codebook_is_fine_tuned_on_any_number_of_signals() -> None:
+    model = dictionary("codebook", noise=True)
+    code = nid.finetune_gate(model, torch.rand(6, 8, 8, 3), steps=1)
+    assert code.shape == (6, 27)
 
 
 def test_fitting_recovers_a_signal_of_the_dictionary() -> None:

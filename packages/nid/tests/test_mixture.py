@@ -1,5 +1,6 @@
 """Gating, losses and the evaluation of mixtures against obvious references."""
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tenfold_nid as nid
+from tenfold_nid import train
 from tenfold_nid.coordinates import FourierFeatures, PositionalEncoding, RadialBasis
 from tenfold_nid.experts import IndependentExperts, SharedTrunkExperts
 from tenfold_nid.gates import CodebookGate
@@ -70,6 +72,18 @@ def test_every_route_gives_the_same_values_and_gradients(per_signal: bool, spars
         gates = nid.top_k_gates(code, 5) if sparse else dense_gates(code)
         reference = by_loops(experts, coords, gates.dense, torch.ones(4, 3, dtype=torch.float64))
         assert torch.allclose(outcomes["merge"][0], reference, rtol=1e-12, atol=1e-12)
+
+
+def test_all_routes_run_in_half_precision() -> None:
+    experts = SharedTrunkExperts(nid.NetworkConfig(hidden_dim=12, ffm_map_size=10, ffm_map_scale=2.0), 20)
+    gates, coords = nid.top_k_gates(torch.randn(4, 20), 5), torch.rand(7, 2)
+    with torch.no_grad():
+        expected = experts.mix(experts.features(coords), gates, torch.zeros(4, 3), "dense")
+        half = gates._replace(dense=gates.dense.bfloat16(), value=gates.value.bfloat16())
+        for route in ("dense", "merge", "bag"):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = experts.mix(experts.features(coords), half, torch.zeros(4, 3), route)
+            assert torch.allclose(found.float(), expected, atol=0.05 * float(expected.abs().max())), route
 
 
 def test_independent_experts_are_separate_networks() -> None:
@@ -185,6 +199,21 @@ def test_the_codebook_rescales_only_the_rows_it_looks_up() -> None:
         expected = before[row] / norms[row] if row in {1, 3} and norms[row] > 1 else before[row]
         assert torch.allclose(after[row], expected, rtol=1e-5)
     assert bool((code.norm(dim=1) <= 1 + 1e-5).all())
+
+
+def test_processes_rescale_the_rows_of_the_whole_batch_in_every_codebook() -> None:
+    model = nid.NeuralDictionary(small(noise=True)).train()
+    before = {name: 3 * value for name, value in model.state_dict().items()}
+    model.load_state_dict(before)
+    ranks = [copy.deepcopy(model), copy.deepcopy(model)]
+    for rank, own in zip(ranks, ([0, 1], [2, 3]), strict=True):
+        train.look_up(rank, torch.tensor([0, 1, 2, 3]))
+        rank(torch.tensor(own), torch.rand(5, 2))
+    tables = [rank.state_dict() for rank in ranks]
+    for name in ("gate_generator.codebook.weight", "noise_generator.codebook.weight"):
+        assert torch.allclose(tables[0][name], tables[1][name], rtol=1e-6), name
+        assert float(tables[0][name][:4].norm(dim=1).max()) <= 1 + 1e-5
+        assert torch.equal(tables[0][name][4:], before[name][4:])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tenfold_nid as nid
-from tenfold_nid import ct, embedded, shapes
+from tenfold_nid import ct, embedded, metrics, patches, shapes
 from tenfold_nid.baselines.classical import fbp, interpolate, median_background, projection_matrix, rpca, tv
 from tenfold_nid.patches import blend_windows, extract_windows
 from tenfold_nid.solvers import residual_outliers
@@ -160,6 +160,9 @@ def test_mesh_round_trip_and_leaky_meshes(tmp_path) -> None:
     field = nid.sdf_from_mesh(tmp_path / "sphere.ply", 17)
     expected = nid.lattice((17, 17, 17)).norm(dim=-1).view(17, 17, 17) - 1
     assert float((field - expected).abs().max()) < 0.05
+    again = shapes.read_mesh(tmp_path / "sphere.ply")
+    assert float((again.vertices.norm(dim=-1) - 1).abs().max()) < 0.02
+    assert float((again.vertices * again.normals).sum(-1).abs().min()) > 0.95
     nid.save_mesh(mesh._replace(faces=mesh.faces[30:]), tmp_path / "leaky.ply")
     with pytest.raises(nid.DataError, match="not watertight"):
         nid.sdf_from_mesh(tmp_path / "leaky.ply", 9)
@@ -264,6 +267,26 @@ def test_whole_images_are_fitted_patch_by_patch_at_any_resolution() -> None:
             nid.PatchModel(model, stride=stride).reconstruct(images)
 
 
+class Places(torch.nn.Module):
+    """In the place of a dictionary of patches: a code is where a patch lies, its values are the pixels' own places."""
+
+    config = nid.DictionaryConfig(size=(4, 4), out_dim=2)
+
+    def render(self, codes: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+        return (coords + 1) / 2 * 3 + codes[:, None]
+
+
+@pytest.mark.parametrize("stride", [4, 3, 1])
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_enlarged_patches_go_on_where_the_one_before_ends(stride: int, scale: int) -> None:
+    rows, cols = patches.window_starts(10, 4, stride), patches.window_starts(7, 4, stride)
+    codes = torch.cartesian_prod(torch.tensor(rows), torch.tensor(cols)).double()
+    image = nid.PatchModel(Places(), stride).render(codes, (10, 7), scale)[0]  # type: ignore[arg-type]
+    centres = [(torch.arange(n * scale).double() + 0.5) / scale - 0.5 for n in (10, 7)]
+    expected = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1)
+    assert torch.allclose(image, expected, atol=1e-5)
+
+
 def test_inpainting_replaces_the_hidden_and_nothing_else() -> None:
     model = dictionary()
     images = torch.full((1, 16, 16, 3), 0.5)
@@ -340,8 +363,10 @@ def test_psnr_and_ssim_of_simple_cases() -> None:
     np.testing.assert_array_less(nid.ssim(image, 1 - image).numpy(), 0.5)
 
 
-def test_usage_and_overlap_of_supports() -> None:
+def test_usage_and_overlap_of_supports(monkeypatch) -> None:
     codes = torch.tensor([[1.0, 0, 2, 0], [1.0, 0, 0, 3], [1.0, 0, 2, 0]])
     used, overlap = nid.atom_usage(codes)
     assert torch.allclose(used, torch.tensor([1.0, 0.0, 2 / 3, 1 / 3]))
     assert float(overlap) == pytest.approx((1 / 3 + 1 + 1 / 3) / 3)
+    monkeypatch.setattr(metrics, "USED", 2)
+    assert float(nid.atom_usage(codes)[1]) == pytest.approx(float(overlap))

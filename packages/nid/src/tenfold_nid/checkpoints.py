@@ -32,7 +32,8 @@ def load_model(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
     if path.suffix != ".safetensors":
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}: give a run's folder, a .safetensors or the authors' .ckpt file")
-        return load_official_checkpoint(path), {"method": "nid", "data": "", "official": True}
+        found = load_official_checkpoint(path)
+        return found, {"method": "nid" if isinstance(found, NeuralDictionary) else "scratch"}
     state, about = load_weights(path)
     try:
         model = _built(about, state)

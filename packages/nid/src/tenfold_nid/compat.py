@@ -6,6 +6,8 @@ the shape of the dictionary, is read off the tensors.
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tenfold_shared.checkpoint import load_pickled
 
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .errors import DataError
+from .networks import CoordinateNetwork, NetworkConfig
 
 RELEASED_CHECKPOINT = "https://huggingface.co/peihaowang/neural-implicit-dict/resolve/main/celeba_pretrained.ckpt"
 """CelebA checkpoint of the authors (269 MB, MIT)."""
@@ -36,42 +39,41 @@ def infer_config(state: dict[str, Tensor], **overrides: Any) -> DictionaryConfig
         DataError: the state is not that of a dictionary; the message lists what is missing.
 
     """
-    heads = sorted(
-        (int(match[1]), key) for key in state if (match := re.fullmatch(r"experts\.net\.net\.(\d+)\.0\.weight", key))
-    )
     gates = [key for key in state if key.startswith("gate_generator.")]
-    if len(heads) < 2 or not gates:
-        missing = ["experts.net.net.*.0.weight"] * (len(heads) < 2) + ["gate_generator.*"] * (not gates)
-        raise DataError(
-            f"this is not the state of a neural implicit dictionary: there is no {' and no '.join(missing)}"
-        )
+    if not gates:
+        raise DataError("this is not the state of a neural implicit dictionary: there is no gate_generator.*")
+    fields = _infer_network(state, "experts.")
     gate = _infer_gate(state)
-    outputs, hidden = state[heads[-1][1]].shape
-    code_dim = _code_dim(state, gate["gate"])
-    channels = _channels(outputs, code_dim)
-    first = state[heads[0][1]]
-    fields: dict[str, Any] = {
-        "num_layers": len(heads),
-        "hidden_dim": hidden,
-        "out_dim": channels,
-        "num_experts": outputs // channels,
-        **gate,
-    }
+    outputs = fields["out_dim"]
+    fields["out_dim"] = _channels(outputs, _code_dim(state, gate["gate"]))
+    fields |= {"num_experts": outputs // fields["out_dim"], **gate}
     fields["num_topk"] = max(1, fields["num_experts"] // (16 if fields["num_experts"] == 4096 else 8))
-    if "experts.map.B" in state:
-        half, in_dim = state["experts.map.B"].shape
-        scale = float(state["experts.map.B"].float().std()) if half * in_dim > 1 else 1.0
-        fields |= {"pos_emb": "ffm", "in_dim": in_dim, "ffm_map_size": 2 * half, "ffm_map_scale": scale}
-    elif first.shape[1] in {2, 3}:
-        fields |= {"pos_emb": "Id", "in_dim": first.shape[1], "act_type": "sine"}
-    else:
-        fields |= _infer_octaves(first.shape[1])
     fields["noise"] = any(key.startswith("noise_generator.") for key in state)
     fields |= overrides
     if fields["gate"] == "linear" and "size" not in overrides:
-        side = math.isqrt(state["gate_generator.w"].shape[0] // channels)
+        side = math.isqrt(state["gate_generator.w"].shape[0] // fields["out_dim"])
         fields["size"] = (side, side)
     return DictionaryConfig(**fields)
+
+
+def _infer_network(state: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    """Shape of a coordinate network, or of the trunk with all heads; a sine is taken where there is no embedding."""
+    pattern = re.escape(prefix) + r"net\.net\.(\d+)\.0\.weight"
+    found = filter(None, (re.fullmatch(pattern, key) for key in state))
+    layers = [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+    if len(layers) < 2:
+        raise DataError(f"this is no network: there is no {prefix}net.net.*.0.weight of two layers or more")
+    outputs, hidden = state[layers[-1]].shape
+    fields = {"num_layers": len(layers), "hidden_dim": hidden, "out_dim": outputs}
+    width = state[layers[0]].shape[1]
+    if f"{prefix}map.B" in state:
+        frequencies = state[f"{prefix}map.B"]
+        half, in_dim = frequencies.shape
+        scale = float(frequencies.float().std()) if frequencies.numel() > 1 else 1.0
+        return fields | {"pos_emb": "ffm", "in_dim": in_dim, "ffm_map_size": 2 * half, "ffm_map_scale": scale}
+    if width in {2, 3}:
+        return fields | {"pos_emb": "Id", "in_dim": width, "act_type": "sine"}
+    return fields | _infer_octaves(width)
 
 
 def _infer_octaves(width: int) -> dict[str, Any]:
@@ -120,8 +122,8 @@ def _channels(outputs: int, code_dim: int) -> int:
     return (code_dim - root) // 2
 
 
-def load_official_checkpoint(path: str | Path, **overrides: Any) -> NeuralDictionary:
-    """A dictionary from a checkpoint of the released code, with its gating statistics as released.
+def load_official_checkpoint(path: str | Path, **overrides: Any) -> NeuralDictionary | CoordinateNetwork:
+    """A dictionary from a checkpoint of the released code, with its gating statistics as released, or a baseline's network.
 
     Args:
         path: file with the entries ``model``, ``optimizer`` and ``current_epoch``, or a bare state.
@@ -138,19 +140,24 @@ def load_official_checkpoint(path: str | Path, **overrides: Any) -> NeuralDictio
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path}: holds no dictionary of tensors under 'model'")
+    make: Callable[[], NeuralDictionary | CoordinateNetwork]
     try:
-        config = infer_config(state, **overrides)
+        if any(key.startswith("net.") for key in state):
+            make = partial(CoordinateNetwork, NetworkConfig(**_infer_network(state) | overrides))
+        else:
+            config = infer_config(state, **overrides)
+            make = partial(NeuralDictionary, config, load_mode="official", importance_mode="signed")
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     with torch.device("meta"):
-        skeleton = NeuralDictionary(config)
+        skeleton = make()
     expected = skeleton.state_dict()
     wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     if wrong or missing or unexpected:
         parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
         raise DataError(f"{path}: keys that do not fit - " + "; ".join(f"{n}: {_list(k)}" for n, k in parts if k))
-    model = NeuralDictionary(config, load_mode="official", importance_mode="signed")
+    model = make()
     model.to(next(iter(state.values())).dtype).load_state_dict(state)
     return model.eval()
 

@@ -123,6 +123,16 @@ class NeuralDictionary(nn.Module):
         self.gate_generator = _gate(config, config.code_dim)
         self.noise_generator = _gate(config, config.num_experts) if config.noise else None
 
+    def codebooks(self) -> list[CodebookGate]:
+        """The tables of the gate and of its noise, where they are tables."""
+        return [gate for gate in (self.gate_generator, self.noise_generator) if isinstance(gate, CodebookGate)]
+
+    def renew_codebooks(self, num_signals: int) -> None:
+        """Begin the tables of the gate and of its noise anew, with a row a signal."""
+        self.gate_generator = CodebookGate(num_signals, self.config.code_dim)
+        if self.noise_generator is not None:
+            self.noise_generator = CodebookGate(num_signals, self.config.num_experts)
+
     def code(self, signal: Tensor) -> Float[Tensor, "batch code"]:
         """Raw code of each signal: E logits, then C biases.
 

@@ -3,9 +3,12 @@
 import contextlib
 import importlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenfold_shared.errors import UserError
+
+if TYPE_CHECKING:  # slow to import, and all modules import this one
+    from tenfold_shared.run import RunOptions
 
 
 class DataError(UserError):
@@ -21,6 +24,21 @@ def refusals() -> Iterator[None]:
         raise
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
+
+
+def refuse_precision(options: "RunOptions", what: str, *, networks: bool) -> None:
+    """Refuse arithmetic that does not apply: linear algebra keeps to fp32, networks of single signals to fp32 and bf16.
+
+    Raises:
+        UserError: naming ``what`` was to be computed so.
+
+    """
+    allowed = {"fp32", "bf16"} if networks else {"fp32"}
+    if options.compile or options.precision not in allowed:
+        kinds = " or ".join(sorted(allowed, reverse=True))
+        raise UserError(
+            f"{what} runs in {kinds}, not compiled: --compile and other --precision are for training a dictionary"
+        )
 
 
 def import_open3d() -> Any:

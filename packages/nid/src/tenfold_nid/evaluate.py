@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +25,16 @@ from .checkpoints import load_model
 from .coordinates import lattice
 from .ct import pick_views, projection_design, ray_coordinates, sinogram, view_angles
 from .dictionary import NeuralDictionary
-from .errors import refusals
+from .errors import refusals, refuse_precision
 from .fitting import CodePrior, System, fit_prior, gate_code, refine_codes, ridge, system
 from .gates import CodebookGate
 from .gating import cv_squared
 from .metrics import atom_usage, lpips, psnr, ssim
-from .networks import NetworkConfig
+from .networks import CoordinateNetwork, NetworkConfig
 from .patches import merge_patches
-from .recipe import Linear, Meta, Recipe
-from .signals import DataConfig, Signals, load_signals, observation
-from .solvers import FitOptions, finetune_gate, solve
+from .recipe import LINEAR, Linear, Meta, Recipe
+from .signals import PROJECTED, Corruption, DataConfig, DataName, Signals, load_signals, observation
+from .solvers import FitOptions, Solver, Support, finetune_gate, gate_start, signal_parts, solve
 from .sparse import omp
 
 PRIOR_SIGNALS = 2000
@@ -58,6 +58,11 @@ class Observed(NamedTuple):
         """Samples along each axis."""
         return tuple(self.truth.shape[1:-1])
 
+    def part(self, signals: slice) -> "Observed":
+        """Some of the signals."""
+        mask = None if self.mask is None else self.mask[signals]
+        return self._replace(truth=self.truth[signals], seen=self.seen[signals], mask=mask)
+
     def targets(self) -> Float[Tensor, "batch points channels"]:
         """Samples in a row, or the sinograms."""
         return self.seen.flatten(1, -2) if self.rays is None else sinogram(self.seen, self.rays)
@@ -66,7 +71,7 @@ class Observed(NamedTuple):
 def observe(signals: Signals, data: DataConfig, seed: int) -> Observed:
     """The test signals as the experiment shows them."""
     size = signals.seen.shape[1:3]
-    if data.name not in {"phantoms", "ct"}:
+    if data.name not in PROJECTED:
         mask = observation(signals.seen, data.fraction, seed)
         return Observed(signals.test, signals.seen, mask, None, None, signals.image)
     angles = view_angles(data.views, device=signals.seen.device)
@@ -108,8 +113,8 @@ def trajectory(
     warm_up()
     points, last = [], observed.truth
     for step, seconds, preds in reconstructions(model, recipe, observed, steps, prior):
-        last = preds
-        points.append(Point(step, seconds, float(quality(preds, observed).mean())))
+        last = preds.to(observed.truth.dtype)
+        points.append(Point(step, seconds, float(quality(last, observed).mean())))
         if points[-1].psnr >= target:
             break
     return points, last
@@ -179,26 +184,47 @@ def _by_dictionary(
     if fit.solver == "gate":
         yield from _by_gate(model, fit, observed, steps)
         return
+    steps = sorted({*steps}) if fit.solver == "adam" else (0,)
+    parts = [
+        _coded(model, fit, observed.part(part), steps, prior)
+        for part in signal_parts(model, fit, observed.seen, observed.mask)
+    ]
+    begun, each = sum(part.begun for part in parts), sum(part.each for part in parts)
+    for step, code in zip(steps, torch.cat([part.codes for part in parts], dim=1), strict=True):
+        with torch.no_grad():
+            yield step, begun + each * step, model.render(code, coords).view_as(observed.truth)
+
+
+class Coded(NamedTuple):
+    """Codes on their way, and the processor time they took."""
+
+    codes: Float[Tensor, "steps batch code"]
+    begun: float
+    """seconds before the first step"""
+    each: float
+    """seconds of a step; they are all alike"""
+
+
+@torch.no_grad()
+def _coded(
+    model: NeuralDictionary, fit: FitOptions, observed: Observed, steps: Sequence[int], prior: CodePrior | None
+) -> Coded:
+    # What is solved for is linear algebra, which half precision would spoil.
+    full = torch.autocast(observed.truth.device.type, enabled=False)
     start = time.process_time()
-    with torch.no_grad():
-        problem = dictionary_system(model, observed)
-        if fit.solver != "adam":
-            images = observed.seen if observed.rays is None else None
+    problem = dictionary_system(model, observed)
+    images = observed.seen if observed.rays is None else None
+    if fit.solver != "adam":
+        with full:
             codes = solve(model, problem, fit, images=images, mask=observed.mask, prior=prior)[None]
-            taken, steps = [time.process_time() - start], (0,)
-        else:
-            warm = fit.support != "all" and observed.rays is None
-            if warm and not isinstance(model.gate_generator, CodebookGate):
-                code, support = gate_code(model, observed.seen, observed.mask)
-            else:
-                code, support = problem.targets.new_zeros(len(problem.targets), model.config.code_dim), None
-            begun = time.process_time() - start
-            codes = refine_codes(problem, code, support, steps=max(steps), lr=fit.lr)
-            each = (time.process_time() - start - begun) / max(*steps, 1)  # the steps are all alike
-            taken = [begun + each * step for step in steps]
-            codes = codes[torch.tensor(list(steps), device=codes.device)]
-        for step, seconds, code in zip(steps, taken, codes, strict=True):
-            yield step, seconds, model.render(code, coords).view_as(observed.truth)
+        return Coded(codes, time.process_time() - start, 0.0)
+    code, support = gate_start(model, fit, images, observed.mask)
+    if code is None:
+        code = problem.targets.new_zeros(len(problem.targets), model.config.code_dim)
+    begun = time.process_time() - start
+    with full:
+        codes = refine_codes(problem, code.to(problem.targets), support, steps=max(steps), lr=fit.lr, keep=steps)
+    return Coded(codes, begun, (time.process_time() - start - begun) / max(*steps, 1))
 
 
 def _by_gate(model: NeuralDictionary, fit: FitOptions, observed: Observed, steps: Sequence[int]) -> Iterator[Step]:
@@ -218,10 +244,10 @@ def _by_gate(model: NeuralDictionary, fit: FitOptions, observed: Observed, steps
 def dictionary_system(model: NeuralDictionary, observed: Observed) -> System:
     """What was observed, as a linear system in the codes."""
     if observed.rays is not None:
-        return system(projection_design(model, observed.rays), observed.targets())
+        return system(projection_design(model, observed.rays).to(observed.truth.dtype), observed.targets())
     coords = lattice(observed.spatial, device=observed.truth.device)
     flat = None if observed.mask is None else observed.mask.flatten(1)
-    return system(model.design(coords), observed.targets(), flat)
+    return system(model.design(coords).to(observed.truth.dtype), observed.targets(), flat)
 
 
 def _by_linear(model: LinearDictionary, recipe: Recipe, observed: Observed) -> Iterator[Step]:
@@ -334,7 +360,7 @@ def code_prior(model: NeuralDictionary, signals: Signals) -> CodePrior:
     train = signals.train[torch.linspace(0, len(signals.train) - 1, min(PRIOR_SIGNALS, len(signals.train))).long()]
     with torch.no_grad():
         if not isinstance(model.gate_generator, CodebookGate):
-            return fit_prior(torch.cat([model.sparse_code(part) for part in train.split(256)]))
+            return fit_prior(gate_code(model, train)[0])
         coords = lattice(train.shape[1:-1], device=train.device)
         return fit_prior(ridge(system(model.design(coords), train.flatten(1, -2)), penalty=1e-4))
 
@@ -343,45 +369,120 @@ def code_prior(model: NeuralDictionary, signals: Signals) -> CodePrior:
 
 
 @dataclasses.dataclass
+class OtherData:
+    """What is to differ from the data that a checkpoint was trained on; None: nothing. Another set, or that of an authors'
+    checkpoint, begins at the defaults of training.
+    """
+
+    name: DataName | None = None
+    """The data set; photographs for an authors' checkpoint."""
+    root: Path | None = None
+    """Its folder."""
+    download: bool = False
+    """Fetch the data set when it is not there and may be fetched."""
+    size: int | None = None
+    """Samples along each axis to which a signal is brought; 0 leaves it as it comes."""
+    patch: int | None = None
+    """Side of the patches that images are cut into; 0 takes whole images."""
+    train_subset: int | None = None
+    """Signals that were learned from, of which some solvers take a prior."""
+    test_subset: int | None = None
+    """Images, phantoms or shapes to code."""
+    views: int | None = None
+    """Views of the tomograph, both ends of the half turn among them."""
+    category: str | None = None
+    """ShapeNet category (synset)."""
+    validation: bool | None = None
+    """Code signals held out from the training set in the place of the test set."""
+    fraction: float | None = None
+    """Part of a signal's samples that is observed, drawn at random."""
+    test_views: int | None = None
+    """Views that are observed in tomography; 0: all."""
+    corruption: Corruption | None = None
+    """What is done to the images that are coded."""
+
+
+@dataclasses.dataclass
+class OtherFit:
+    """What is to differ from the recipe that a checkpoint was trained by; None: nothing. The fields are those of FitOptions."""
+
+    solver: Solver | None = None
+    """ridge, map, omp, fista, irls, huber, admm, adam or gate; ridge for an authors' checkpoint."""
+    support: Support | None = None
+    """Atoms that may take part: those the gate picks, or all."""
+    penalty: float | None = None
+    """λ of the ridge or l1 term, or the noise variance of map."""
+    atoms: int | None = None
+    """Atoms that omp chooses."""
+    steps: int | None = None
+    """Iterations of the iterative solvers, of networks and of latent vectors."""
+    lr: float | None = None
+    """Their step size."""
+
+
+@dataclasses.dataclass
 class EvalConfig:
     """What to evaluate."""
 
     checkpoint: Path
     """A run's folder, a .safetensors file of ours, or a .ckpt file of the authors' layout."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """The signals."""
-    fit: FitOptions = dataclasses.field(default_factory=FitOptions)
-    """How codes of new signals are found."""
+    data: OtherData = dataclasses.field(default_factory=OtherData)
+    """The signals; default: those of the training's data set that are to be coded."""
+    fit: OtherFit = dataclasses.field(default_factory=OtherFit)
+    """How codes of new signals are found; default: as the recipe of the training has it."""
     lpips: bool = False
     """Also give LPIPS of images of 32 pixels or more, which needs AlexNet's weights."""
+
+
+def data_of(about: Mapping[str, Any], asked: OtherData) -> DataConfig:
+    """The data of a checkpoint's training, changed in what is asked for; another data set begins at its defaults."""
+    trained = dict(about.get("data", {}))
+    if asked.name not in {None, trained.get("name")}:
+        trained = {}
+    if trained.get("root") is not None:
+        trained["root"] = Path(trained["root"])
+    return DataConfig(**{**trained, **given(asked)})
+
+
+def given(asked: OtherData | OtherFit) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in vars(asked).items() if value is not None}
 
 
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print what a checkpoint is worth on new signals as one JSON line; the rate goes to standard error."""
     model, about = load_model(config.checkpoint)
+    refuse_precision(options, f"evaluating {about['method']}", networks=about["method"] not in LINEAR)
     with Run.evaluation("nid", options) as run, refusals():
-        signals = load_signals(config.data).to(run.device)
-        check_fit(model, signals, config.data.name)
+        data, fit = data_of(about, config.data), FitOptions(**{**about.get("fit", {}), **given(config.fit)})
+        signals = load_signals(data).to(run.device)
+        check_fit(model, signals, data.name)
         if about["method"] == "scratch":
-            _check_same(model, about, signals, config.data.name)
+            _check_same(model, about, signals, data.name)
         model = model.to(run.device)
-        observed = observe(signals, config.data, options.seed)
+        observed = observe(signals, data, options.seed)
         recipe = Recipe(
             method=about["method"],
-            data=config.data,
-            fit=config.fit,
+            data=data,
+            fit=fit,
             meta=Meta(test_optimiser=about.get("test_optimiser", Meta.test_optimiser)),
             linear=Linear(sparsity=about.get("sparsity", Linear.sparsity)),
         )
         prior = None
-        if config.fit.solver == "map" and isinstance(model, NeuralDictionary):
+        if fit.solver == "map" and isinstance(model, NeuralDictionary):
             prior = code_prior(model, signals)
         warm_up()
         started = time.perf_counter()
-        steps = (0,) if about["method"] == "scratch" else (0, config.fit.steps)
-        points, preds = trajectory(model, recipe, observed, steps, prior=prior)
+        steps = (0,) if about["method"] == "scratch" else (0, fit.steps)
+        # Weights change within, so that no cast of theirs is kept.
+        half = torch.autocast(run.device.type, torch.bfloat16, enabled=options.precision == "bf16", cache_enabled=False)
+        with half:
+            points, preds = trajectory(model, recipe, observed, steps, prior=prior)
         seconds = time.perf_counter() - started
-        report: dict[str, Any] = {"method": about["method"], "signals": len(observed.truth), "psnr": points[-1].psnr}
+        report: dict[str, Any] = {"method": about["method"], "data": data.name}
+        if isinstance(model, NeuralDictionary):
+            report["solver"] = fit.solver
+        report |= {"signals": len(observed.truth), "psnr": points[-1].psnr}
         if len(observed.spatial) == 2:
             report |= image_report(assembled(preds, observed), assembled(observed.truth, observed), config.lpips)
         if isinstance(model, NeuralDictionary):
@@ -407,9 +508,10 @@ def _check_same(model: nn.Module, about: dict[str, Any], signals: Signals, name:
     """Networks of single signals can be looked at on these signals only."""
     assert isinstance(model, NetworkBatch)
     count = model.weights[0].shape[0]
-    if about["data"] != name or count != len(signals.test):
+    trained = about["data"]["name"]
+    if trained != name or count != len(signals.test):
         raise UserError(
-            f"the checkpoint holds a network for each of {count} signals of {about['data']}, not for the "
+            f"the checkpoint holds a network for each of {count} signals of {trained}, not for the "
             f"{len(signals.test)} of {name} that were asked for: give the --data options it was trained with"
         )
 
@@ -439,6 +541,10 @@ def check_fit(model: nn.Module, signals: Signals, name: str) -> None:
         UserError: naming both.
 
     """
+    if isinstance(model, CoordinateNetwork):
+        raise UserError(
+            "the checkpoint holds an authors' network of one signal, and not which: load it with load_official_checkpoint"
+        )
     size, channels = tuple(signals.test.shape[1:-1]), signals.test.shape[-1]
     if isinstance(model, LinearDictionary):
         if model.mean.numel() != signals.test[0].numel():

@@ -73,7 +73,8 @@ class SharedTrunkExperts(CoordinateNetwork):
         weight = head.weight.view(self.num_experts, self.channels * head.in_features)
         bias = head.bias.view(self.num_experts, self.channels)
         if route == "bag" and gates.support is not None:
-            mixed = F.embedding_bag(gates.support, weight, per_sample_weights=gates.value, mode="sum")
+            value = gates.value.to(weight.dtype)  # type: ignore[union-attr]  # may be half under autocast
+            mixed = F.embedding_bag(gates.support, weight, per_sample_weights=value, mode="sum")
         else:
             mixed = gates.dense @ weight
         return mixed.view(-1, self.channels, head.in_features), gates.dense @ bias

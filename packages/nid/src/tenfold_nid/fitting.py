@@ -5,6 +5,7 @@ For a fixed dictionary the samples of a signal are ``design @ code``; pixels, ma
 points of a distance field differ in the rows of ``design`` only. Rows run over points, channels innermost.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 
 from .dictionary import NeuralDictionary
 from .gates import CodebookGate
+
+ENTRIES = 1 << 26
+"""Numbers held at once, roughly: signals are coded in parts of as many as this allows."""
+GATED = 256
+"""Signals that a gate looks at at a time."""
 
 
 class System(NamedTuple):
@@ -129,7 +135,7 @@ def gate_code(
             "a codebook gate stores the codes of its training signals and cannot predict one; "
             "fit without the gate (all atoms, or OMP to choose them)"
         )
-    code = model.sparse_code(gate_input(images, mask))
+    code = torch.cat([model.sparse_code(part) for part in gate_input(images, mask).split(GATED)])
     support = code[:, : model.config.num_experts].abs().topk(model.config.num_topk, dim=1).indices
     return code, support
 
@@ -149,7 +155,7 @@ def ridge(
     support: Int[Tensor, "batch active"] | None = None,
     *,
     penalty: float = 1e-4,
-    max_entries: int = 1 << 26,
+    max_entries: int = ENTRIES,
 ) -> Float[Tensor, "batch code"]:
     """Codes that minimise ``mean (design @ code - targets)² + penalty · ‖coefficients‖²``, biases free (section 2.5).
 
@@ -308,6 +314,7 @@ def refine_codes(
     *,
     steps: int = 100,
     lr: float = 1e-2,
+    keep: Collection[int] | None = None,
 ) -> Float[Tensor, "steps batch code"]:
     """Adam on the codes alone, the support fixed: the anytime solver of the miniature (sections 2.5 and 12).
 
@@ -319,22 +326,25 @@ def refine_codes(
         support: atoms that may move; None lets all move.
         steps: number of steps.
         lr: step size.
+        keep: numbers of steps after which the codes are wanted, 0 for the start; None: all.
 
     Returns:
-        The codes before the first step and after each.
+        The codes before the first step and after each, as far as they are wanted.
 
     """
+    keep = range(steps + 1) if keep is None else keep
     cols = columns(problem.num_experts, code.shape[1], support, code.device)
     free = _scatter(torch.ones_like(cols, dtype=code.dtype).expand(len(code), -1), cols, code.shape[1])
     scale = 2 / problem.counts[:, None]
     if problem.weights is not None:
         scale = scale * problem.weights
     first, second = torch.zeros_like(code), torch.zeros_like(code)
-    trajectory = [code]
+    trajectory = [code] if 0 in keep else []
     for t in range(1, steps + 1):
         gradient = problem.adjoint((problem.predict(code) - problem.targets) * scale) * free
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient.square()
         code = code - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
-        trajectory.append(code)
+        if t in keep:
+            trajectory.append(code)
     return torch.stack(trajectory)

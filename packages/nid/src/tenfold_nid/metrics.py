@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+USED = 1024
+"""Signals whose supports are compared with all others at a time."""
+
 
 def psnr(preds: Float[Tensor, "batch *shape"], targets: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
     """Peak signal-to-noise ratio of each image in dB for a range of 1, over all its entries, nothing clamped."""
@@ -123,8 +126,9 @@ def _nearest(queries: Tensor, points: Tensor, entries: int = 1 << 24) -> tuple[T
 def atom_usage(codes: Float[Tensor, "signals experts"]) -> tuple[Float[Tensor, " experts"], Float[Tensor, ""]]:
     """Fraction of the signals that use each atom, and the mean overlap (Jaccard index) of two signals' supports."""
     used = (codes != 0).to(codes.dtype)
-    common = used @ used.T
     sizes = used.sum(dim=1)
-    overlap = common / (sizes[:, None] + sizes[None] - common).clamp(min=1)
-    pairs = len(codes) * (len(codes) - 1)
-    return used.mean(dim=0), (overlap.sum() - overlap.diagonal().sum()) / max(pairs, 1)
+    total = -(sizes > 0).sum().to(used.dtype)  # a signal with itself
+    for part, size in zip(used.split(USED), sizes.split(USED), strict=True):
+        common = part @ used.T
+        total = total + (common / (size[:, None] + sizes[None] - common).clamp(min=1)).sum()
+    return used.mean(dim=0), total / max(len(codes) * (len(codes) - 1), 1)

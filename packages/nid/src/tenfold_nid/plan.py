@@ -18,6 +18,7 @@ from .experts import SharedTrunkExperts
 from .gates import CodebookGate
 from .optimisation import Places, coordinate_chunks
 from .recipe import Recipe
+from .signals import PROJECTED
 
 KEPT_ENTRIES = 1 << 26
 """An embedding of the lattice with at most as many numbers is kept for the whole run."""
@@ -142,7 +143,7 @@ class Plan:
 def _places(recipe: Recipe, signals: Tensor, model: NeuralDictionary) -> tuple[Places, Tensor, Tensor]:
     """How the dictionary is sampled, where, and what the signals are there."""
     spatial = signals.shape[1:-1]
-    if recipe.data.name in {"phantoms", "ct"}:
+    if recipe.data.name in PROJECTED:
         rays = ray_coordinates((spatial[0], spatial[1]), view_angles(recipe.data.views, device=signals.device))
         return "rays", rays, sinogram(signals, rays)
     coords, targets = lattice(spatial, device=signals.device), signals.flatten(1, -2)

@@ -18,6 +18,8 @@ Method = Literal[
 ]
 UNTRAINED = ("interpolation", "fbp", "tv", "rpca", "median")
 """Methods that learn nothing before they see the signal."""
+LINEAR = ("pca", "ksvd")
+"""Methods that are linear algebra alone."""
 
 
 @dataclasses.dataclass
@@ -41,7 +43,7 @@ class Schedule:
     schedule: Literal["constant", "cosine"] = "constant"
     """Step size over the run."""
     weight_decay: float = 0.0
-    """L2 regularisation."""
+    """L2 regularisation of what Adam learns."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can have."""
@@ -110,7 +112,7 @@ class Recipe:
     latent_dim: int = 64
     """Length of the auto-decoder's latent vectors."""
     latent_lr: float = 1e-3
-    """Their step size in training; each is moved once an epoch only."""
+    """Their step size in training; Adam moves all of them at every step, by its moments those of other signals too."""
     linear: Linear = dataclasses.field(default_factory=Linear)
     """Settings of pca and ksvd."""
     pretrained: Path | None = None
@@ -124,6 +126,11 @@ class Recipe:
         """Refuse what does not go together."""
         if self.latent_dim < 1:
             raise UserError(f"--latent_dim takes 1 or more, got {self.latent_dim}")
+        if self.method == "reptile" and (self.schedule.schedule != "constant" or self.schedule.weight_decay):
+            raise UserError(
+                "--method reptile has no optimiser but the rate of --meta.rate: leave out --schedule.schedule and "
+                "--schedule.weight_decay"
+            )
         if self.finetune and self.pretrained is None:
             raise UserError("--finetune keeps the atoms of a trained dictionary: name it with --pretrained")
         if self.finetune and self.method != "nid":

@@ -33,6 +33,12 @@ SYNSETS = {
 """ShapeNet categories of the experiments; the first is the default."""
 
 
+SURFACE_SAMPLES = 10_000
+"""Points that stand for a true surface where another is compared with it, as many as a point cloud has (section 5)."""
+FINE = 64
+"""Samples along each axis at which a field in closed form is taken for the true surface."""
+
+
 class Mesh(NamedTuple):
     """Triangles with a normal a vertex."""
 
@@ -103,8 +109,8 @@ def normalise_vertices(vertices: Float[Tensor, "vertices 3"]) -> Float[Tensor, "
     return (centred - low) / (high - low) * 2 - 1
 
 
-def sdf_from_mesh(path: str | Path, resolution: int = 128) -> Float[Tensor, "depth height width"]:
-    """Signed distance on the lattice over [-1, 1]³ by ray casting, negative inside (section 5).
+def read_mesh(path: str | Path) -> Mesh:
+    """A watertight mesh in any format of Open3D, centred and scaled to [-1, 1] (section 5).
 
     Raises:
         DataError: the file holds no triangles, or they do not enclose a volume.
@@ -120,10 +126,28 @@ def sdf_from_mesh(path: str | Path, resolution: int = 128) -> Float[Tensor, "dep
             f"{path}: the mesh is not watertight, so inside and outside are undefined; close its holes "
             "(for example with ManifoldPlus) and try again"
         )
-    vertices = normalise_vertices(torch.from_numpy(np.asarray(mesh.vertices)))
-    mesh.vertices = o3d.utility.Vector3dVector(vertices.numpy())
+    mesh.compute_vertex_normals()
+    vertices, faces, normals = (
+        torch.from_numpy(np.array(x)) for x in (mesh.vertices, mesh.triangles, mesh.vertex_normals)
+    )
+    return Mesh(normalise_vertices(vertices), faces.long(), normals)
+
+
+def sdf_from_mesh(mesh: Mesh | str | Path, resolution: int = 128) -> Float[Tensor, "depth height width"]:
+    """Signed distance on the lattice over [-1, 1]³ by ray casting, negative inside (section 5).
+
+    Args:
+        mesh: watertight, in [-1, 1]³, or a file that ``read_mesh`` brings there.
+        resolution: samples along each axis.
+
+    Raises:
+        DataError: the file holds no triangles, or they do not enclose a volume.
+
+    """
+    o3d = import_open3d()
+    vertices, faces, _ = mesh if isinstance(mesh, Mesh) else read_mesh(mesh)
     scene = o3d.t.geometry.RaycastingScene()
-    scene.add_triangles(o3d.t.geometry.TriangleMesh.from_legacy(mesh))
+    scene.add_triangles(o3d.core.Tensor(vertices.float().numpy()), o3d.core.Tensor(faces.numpy().astype(np.uint32)))
     points = o3d.core.Tensor(lattice((resolution,) * 3).numpy())
     distances = scene.compute_signed_distance(points).numpy()
     return torch.from_numpy(distances).view(resolution, resolution, resolution)

@@ -26,6 +26,8 @@ DataName = Literal[
 ]  # fmt: skip
 EMBEDDED: tuple[DataName, ...] = get_args(DataName)[:5]
 """Sets that need no download."""
+PROJECTED = ("phantoms", "ct")
+"""Sets that are seen through a tomograph."""
 Corruption = Literal["none", "occlusion", "colour", "both"]
 
 
@@ -68,6 +70,14 @@ class DataConfig:
         for name in ("train_subset", "test_subset", "views"):
             if getattr(self, name) < 1:
                 raise UserError(f"--data.{name} takes 1 or more, got {getattr(self, name)}")
+        if self.name in PROJECTED and self.fraction < 1:
+            raise UserError(
+                f"--data.fraction hides samples, of {self.name} projections are seen: use --data.test_views"
+            )
+        if self.name not in PROJECTED and self.test_views:
+            raise UserError(f"--data.test_views are a tomograph's, {self.name} is sampled: use --data.fraction")
+        if self.name == "photographs" and self.patch:
+            raise UserError("--data.patch: photographs come in patches of 16 pixels, leave it out")
         if self.test_views < 0 or self.size < 0 or self.patch < 0:
             raise UserError("--data.size, --data.patch and --data.test_views take 0 or more")
 
@@ -113,7 +123,7 @@ def load_signals(config: DataConfig) -> Signals:
     if config.size:
         train, test = (_sized(x, config.size) for x in (train, test))
     seen = corrupt(test, config.corruption)
-    if not config.patch or config.name == "photographs":
+    if not config.patch:
         return Signals(train, test, seen)
     side = (config.patch, config.patch)
     try:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .coordinates import lattice
 from .dictionary import NeuralDictionary
-from .fitting import CodePrior, System, gate_code, gate_input, posterior, refine_codes, ridge, system
+from .fitting import ENTRIES, CodePrior, System, gate_code, gate_input, posterior, refine_codes, ridge, system
 from .gates import CodebookGate
 from .optimisation import Objective, adam, gate_parameters, training_step
 from .patches import blend_windows, extract_windows
@@ -81,12 +81,50 @@ def fit_codes(
             f"got an array of shape {tuple(images.shape)}"
         )
     with torch.no_grad():
-        coords = lattice(images.shape[1:-1], device=images.device, dtype=images.dtype)
-        flat_mask = None if mask is None else mask.flatten(1)
-        problem = system(model.design(coords), images.flatten(1, -2), flat_mask)
         if options.solver != "gate":
-            return solve(model, problem, options, images=images, mask=mask, prior=prior)
+            design = model.design(lattice(images.shape[1:-1], device=images.device, dtype=images.dtype))
+            codes = []
+            for part in signal_parts(model, options, images, mask):
+                some, seen = images[part], None if mask is None else mask[part]
+                problem = system(design, some.flatten(1, -2), None if seen is None else seen.flatten(1))
+                codes.append(solve(model, problem, options, images=some, mask=seen, prior=prior))
+            return torch.cat(codes)
     return finetune_gate(model, images, mask, steps=options.steps, lr=options.lr)
+
+
+def signal_parts(
+    model: NeuralDictionary,
+    options: FitOptions,
+    images: Float[Tensor, "batch *spatial channels"],
+    mask: Bool[Tensor, "batch *spatial"] | None,
+) -> list[slice]:
+    """The signals to solve for at a time, which bounds the memory of whatever a solver keeps for each of them."""
+    width, active = model.config.code_dim, options.atoms or model.config.num_topk
+    numbers = {"omp": active * width, "admm": width**2}.get(options.solver, active**2)
+    if mask is not None:  # rows of its own
+        numbers += int(mask.flatten(1).sum(dim=1).max()) * images.shape[-1] * width
+    size = max(1, ENTRIES // numbers)
+    return [slice(first, first + size) for first in range(0, len(images), size)]
+
+
+def gate_start(
+    model: NeuralDictionary,
+    options: FitOptions,
+    images: Float[Tensor, "batch *spatial channels"] | None,
+    mask: Bool[Tensor, "batch *spatial"] | None = None,
+) -> tuple[Float[Tensor, "batch code"] | None, Int[Tensor, "batch active"] | None]:
+    """The gate's code and support where the options ask for them, or leave it open and it can predict; else None.
+
+    Raises:
+        ValueError: they ask for the gate, which is a table or has no images to look at.
+
+    """
+    predicts = images is not None and not isinstance(model.gate_generator, CodebookGate)
+    if options.support == "all" or (options.support is None and not predicts):
+        return None, None
+    if images is None:
+        raise ValueError("the gate looks at images; without any, set support to 'all'")
+    return gate_code(model, images, mask)
 
 
 def solve(
@@ -109,13 +147,7 @@ def solve(
         prior: distribution of the codes, for the solver ``map``.
 
     """
-    predicts = images is not None and not isinstance(model.gate_generator, CodebookGate)
-    use_gate = options.support == "gate" or (options.support is None and predicts)
-    start, support = None, None
-    if use_gate:
-        if images is None:
-            raise ValueError("the gate looks at images; without any, set support to 'all'")
-        start, support = gate_code(model, images, mask)
+    start, support = gate_start(model, options, images, mask)
     solver, penalty = options.solver, options.penalty
     if solver == "ridge":
         return ridge(problem, support, penalty=penalty)
@@ -136,7 +168,7 @@ def solve(
     if solver == "adam":
         if start is None:
             start = problem.targets.new_zeros(len(problem.targets), model.config.code_dim)
-        return refine_codes(problem, start, support, steps=options.steps, lr=options.lr)[-1]
+        return refine_codes(problem, start, support, steps=options.steps, lr=options.lr, keep=[options.steps])[0]
     raise ValueError(f"the solver {solver!r} does not work on a linear system")
 
 
@@ -164,7 +196,8 @@ def finetune_gate(
     if isinstance(model.gate_generator, CodebookGate):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model.gate_generator = CodebookGate(len(images), model.config.code_dim).to(images)
+            model.renew_codebooks(len(images))
+        model.to(images)
         signal = torch.arange(len(images), device=images.device)
     coords = lattice(images.shape[1:-1], device=images.device, dtype=images.dtype)
     targets = images.flatten(1, -2)
@@ -234,9 +267,16 @@ class PatchModel:
     def render(
         self, codes: Float[Tensor, "patches code"], size: tuple[int, int], scale: int = 1
     ) -> Float[Tensor, "batch rows cols channels"]:
-        """Images of a size, at ``scale`` times the resolution, from the codes of their patches."""
+        """Images of a size, at ``scale`` times the resolution, from the codes of their patches.
+
+        A patch is evaluated at the centres of the fine pixels, which lie around that of the coarse one, so that
+        neighbouring patches go on where the other ends.
+        """
         fine = (self.patch[0] * scale, self.patch[1] * scale)
         coords = lattice(fine, device=codes.device, dtype=codes.dtype)
+        if scale > 1:
+            coarse, many = (torch.tensor(n, device=codes.device, dtype=codes.dtype) for n in (self.patch, fine))
+            coords = coords * (many - 1) / (coarse - 1).clamp(min=1) / scale
         with torch.no_grad():
             rendered = self.model.render(codes, coords).unflatten(1, fine)
         return blend_windows(rendered, (size[0] * scale, size[1] * scale), self.stride * scale)

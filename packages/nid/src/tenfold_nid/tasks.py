@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenfold_shared.batches import generator
 from tenfold_shared.checkpoint import atomic_write
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, seed_everything
@@ -23,25 +24,36 @@ from .data import frames as read_frames
 from .data import read_images
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .embedded import TEST_PHOTOGRAPHS, distance_fields, moving_discs, photograph
-from .errors import refusals
-from .evaluate import check_fit, code_prior, dictionary_system, observe
+from .errors import refusals, refuse_precision
+from .evaluate import OtherData, check_fit, code_prior, data_of, dictionary_system, observe
 from .export import pack_codes, save_onnx, single_signal
 from .fitting import CodePrior, fit_prior, posterior, system
 from .gates import CodebookGate
 from .metrics import psnr, surface_distance
-from .shapes import Mesh, extract_mesh, marching_cubes, save_mesh, sdf_from_mesh
-from .signals import DataConfig, load_signals, observation
+from .shapes import (
+    FINE,
+    SURFACE_SAMPLES,
+    Mesh,
+    extract_mesh,
+    marching_cubes,
+    read_mesh,
+    sample_surface,
+    save_mesh,
+    sdf_from_mesh,
+)
+from .signals import PROJECTED, DataConfig, load_signals, observation
 from .solvers import FitOptions, PatchModel, inpaint, residual_outliers, solve
 from .video import background_dictionary, mask_scores, separate
 
 
 def folder_of(options: RunOptions, verb: str) -> Path:
-    """Where a verb writes; it is made.
+    """Where a verb, which computes in fp32, writes; it is made.
 
     Raises:
-        UserError: it cannot be.
+        UserError: it cannot be, or other arithmetic is asked for.
 
     """
+    refuse_precision(options, verb, networks=False)
     folder = options.output / "nid" / (options.name or verb)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,22 +137,22 @@ class FitConfig:
     """Distance of neighbouring patches, which are blended where they overlap; 0 tiles without overlap."""
     scale: int = 1
     """Resolution of the output, as a multiple of that of the input."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Training signals whose codes are the prior of the solver map."""
+    data: OtherData = dataclasses.field(default_factory=OtherData)
+    """Training signals whose codes are the prior of the solver map; default: those of the dictionary's training."""
     fit: FitOptions = dataclasses.field(default_factory=FitOptions)
     """How codes are found."""
 
 
 def fit(config: FitConfig, options: RunOptions) -> None:
     """Code images patch by patch; write each from its codes, and the codes as bytes."""
-    model, _ = load_dictionary(config.checkpoint)
+    model, about = load_dictionary(config.checkpoint)
     folder = folder_of(options, "fit")
     if config.scale < 1:
         raise UserError(f"--scale takes 1 or more, got {config.scale}")
     with Run.evaluation("nid", options) as run, refusals():
         model = model.to(run.device)
         patched = PatchModel(model, config.stride or None)
-        prior = prior_for(model, config.fit, config.data, run.device)
+        prior = prior_for(model, config.fit, data_of(about, config.data), run.device)
         for name, image in given_images(config.images, model):
             images = image[None].to(run.device)
             mask = observation(images, config.fraction, options.seed)
@@ -293,7 +305,7 @@ def tomography(config: TomographyConfig, options: RunOptions) -> None:
     """Reconstruct slices from few views, beside filtered back-projection and total variation."""
     model, _ = load_dictionary(config.checkpoint)
     folder = folder_of(options, "ct")
-    if config.data.name not in {"phantoms", "ct"}:
+    if config.data.name not in PROJECTED:
         raise UserError(f"--data.name {config.data.name}: tomography takes phantoms or ct")
     if config.noise < 0 or config.tv_weight < 0:
         raise UserError("--noise and --tv_weight take 0 or more")
@@ -371,14 +383,16 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
         model = model.to(run.device)
         side = model.config.size[0]
         if config.meshes:
-            files = zip(stems(config.meshes), config.meshes, strict=True)
-            named = [(name, sdf_from_mesh(file, side)[..., None]) for name, file in files]
+            names, truths = stems(config.meshes), [read_mesh(file) for file in config.meshes]
+            fields = torch.stack([sdf_from_mesh(mesh, side) for mesh in truths])
         else:
-            named = [(f"shape-{i}", field) for i, field in enumerate(distance_fields(config.count, side, seed=1))]
+            names = [f"shape-{i}" for i in range(config.count)]
+            truths = [marching_cubes(field[..., 0]) for field in distance_fields(config.count, FINE, seed=1)]
+            fields = distance_fields(config.count, side, seed=1)
         coords = lattice((side,) * 3)
         seed_everything(options.seed, "points")
         chosen = torch.randperm(len(coords))[: config.points]
-        targets = torch.stack([field.reshape(-1, 1)[chosen] for _, field in named]).to(run.device)
+        targets = fields.view(len(fields), -1, 1)[:, chosen].to(run.device)
         prior = None
         if config.fit.solver == "map":
             if not isinstance(model.gate_generator, CodebookGate):
@@ -387,12 +401,12 @@ def shapes_to_meshes(config: ShapeConfig, options: RunOptions) -> None:
         with torch.no_grad():
             problem = system(model.design(coords[chosen].to(run.device)), targets)
             codes = solve(model, problem, config.fit, prior=prior)
-        for (name, field), code in zip(named, codes, strict=True):
+        for name, truth, code in zip(names, truths, codes, strict=True):
             shape = single_signal(model, code) if model.config.atoms == "shared" else _rendered(model, code)
             mesh = _surface(shape, config.resolution, name, run.device)
             save_mesh(mesh, folder / f"{name}{config.suffix}")
-            truth = marching_cubes(field[..., 0])
-            distance = surface_distance(mesh.vertices, truth.vertices, mesh.normals, truth.normals)
+            points, normals = sample_surface(truth, SURFACE_SAMPLES, generator(options.seed))
+            distance = surface_distance(mesh.vertices, points, mesh.normals, normals)
             report(
                 shape=name,
                 vertices=len(mesh.vertices),

@@ -17,13 +17,13 @@ from .baselines.networks import AutoDecoder, NetworkBatch, maml_step, reptile_st
 from .checkpoints import load_dictionary
 from .coordinates import lattice
 from .dictionary import Mixture, NeuralDictionary
+from .errors import refuse_precision
 from .evaluate import observe, shown_to
-from .gates import CodebookGate
 from .losses import l1_weights
 from .networks import NetworkConfig
 from .optimisation import Sampled, adam, gate_parameters, is_dense, training_step
 from .plan import Plan
-from .recipe import UNTRAINED, Recipe
+from .recipe import LINEAR, UNTRAINED, Recipe
 from .shapes import point_cloud_loss
 from .signals import Signals, load_points, load_signals
 
@@ -49,8 +49,10 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Signals]:
     """
     if recipe.method in UNTRAINED:
         raise UserError(f"{recipe.method} learns nothing: reproduce compares with it, and so does the verb of its task")
-    if recipe.method != "nid" and run.world > 1:
-        raise UserError(f"{recipe.method} trains in one process: start it without torchrun")
+    if recipe.method != "nid":
+        if run.world > 1:
+            raise UserError(f"{recipe.method} trains in one process: start it without torchrun")
+        refuse_precision(run.options, recipe.method, networks=recipe.method not in LINEAR)
     if recipe.data.name == "pointcloud":
         return learn_surface(run, recipe), Signals(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     signals = load_signals(recipe.data).to(run.device)
@@ -64,8 +66,10 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Signals]:
 
 
 def about(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says about itself: enough to build its model again."""
-    kept: dict[str, Any] = {"method": recipe.method, "data": recipe.data.name}
+    """What a checkpoint says about itself: enough to build its model again, and to evaluate it as it was meant to be."""
+    root = None if recipe.data.root is None else str(recipe.data.root)
+    kept: dict[str, Any] = {"method": recipe.method, "data": {**dataclasses.asdict(recipe.data), "root": root}}
+    kept |= {"fit": dataclasses.asdict(recipe.fit)}
     if isinstance(model, NeuralDictionary):
         kept |= {"dictionary": dataclasses.asdict(model.config)}
         kept |= {"load_mode": model.load_mode, "importance_mode": model.importance_mode}
@@ -111,9 +115,8 @@ def learn_dictionary(run: Run, recipe: Recipe, signals: Signals) -> NeuralDictio
         for group in optimiser.param_groups:
             group["lr"] = rate(recipe, step, plan.steps)
         batch = plan[step]
-        if run.world > 1 and isinstance(model.gate_generator, CodebookGate):
-            with torch.no_grad():  # rescales the rows of the whole batch, so that the processes stay alike
-                model.code(batch.ids.to(run.device))
+        if run.world > 1:
+            look_up(model, batch.ids.to(run.device))
         losses = training_step(
             sampled,
             optimiser,
@@ -139,6 +142,13 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
     return peak if recipe.schedule.schedule == "constant" else peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def look_up(model: NeuralDictionary, ids: Tensor) -> None:
+    """Rescale the rows that all processes' signals have in the codebooks, so that the processes stay alike."""
+    with torch.no_grad():
+        for codebook in model.codebooks():
+            codebook(ids)
+
+
 def over_processes(mixture: Mixture) -> Mixture:
     """Importance and load of the batch that all processes share; their variation is no mean over signals."""
     from torch.distributed.nn.functional import all_reduce  # noqa: PLC0415
@@ -162,7 +172,7 @@ def pretrained(recipe: Recipe, signals: Tensor) -> NeuralDictionary:
         )
     if model.config.gate == "codebook":
         model.config = dataclasses.replace(model.config, num_signals=len(signals), size=size)
-        model.gate_generator = CodebookGate(len(signals), model.config.code_dim)
+        model.renew_codebooks(len(signals))
     return model.train()
 
 
@@ -179,7 +189,7 @@ def learn_networks(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     observed, schedule = observe(signals, recipe.data, run.options.seed), recipe.schedule
     networks = NetworkBatch(network_config(recipe, signals.seen), len(signals.seen)).to(run.device)
     fitted, where, targets = shown_to(networks, observed)
-    optimiser: Any = torch.optim.Adam(networks.parameters(), lr=schedule.lr)
+    optimiser: Any = torch.optim.Adam(networks.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
     for step in run.steps("train", schedule.epochs, model=networks, optimiser=optimiser):
         for group in optimiser.param_groups:
             group["lr"] = rate(recipe, step, schedule.epochs)
@@ -187,7 +197,8 @@ def learn_networks(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
         if targets.shape[1] > schedule.chunk_size:
             points = torch.randperm(targets.shape[1], device=run.device)[: schedule.chunk_size]
             places, there = where[points] if observed.mask is None else where[:, points], targets[:, points]
-        loss = signal_losses(fitted(places), there, None)
+        with run.accelerator.autocast():
+            loss = signal_losses(fitted(places), there, None)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -204,12 +215,16 @@ def learn_surface(run: Run, recipe: Recipe) -> nn.Module:
     surface, normals = (x.to(run.device) for x in load_points(recipe.data))
     config = dataclasses.replace(recipe.network, in_dim=3, out_dim=1)
     network = NetworkBatch(config, 1).to(run.device)
-    optimiser: Any = torch.optim.Adam(network.parameters(), lr=recipe.schedule.lr)
-    count = recipe.schedule.batch_size
-    for _ in run.steps("train", recipe.schedule.epochs, model=network, optimiser=optimiser):
+    schedule = recipe.schedule
+    optimiser: Any = torch.optim.Adam(network.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    count = schedule.batch_size
+    for step in run.steps("train", schedule.epochs, model=network, optimiser=optimiser):
+        for group in optimiser.param_groups:
+            group["lr"] = rate(recipe, step, schedule.epochs)
         chosen = torch.randint(len(surface), (count,), device=run.device)
         off = torch.rand(count, 3, device=run.device) * 2 - 1
-        loss = point_cloud_loss(lambda x: network(x)[0], surface[chosen], normals[chosen], off)
+        with run.accelerator.autocast():
+            loss = point_cloud_loss(lambda x: network(x)[0], surface[chosen], normals[chosen], off)
         optimiser.zero_grad(set_to_none=True)
         loss.total.backward()
         optimiser.step()
@@ -224,7 +239,7 @@ def learn_start(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     meta, schedule = recipe.meta, recipe.schedule
     coords, targets = lattice(signals.train.shape[1:-1], device=run.device), signals.train.flatten(1, -2)
     start = NetworkBatch(network_config(recipe, signals.train), 1).to(run.device)
-    optimiser: Any = torch.optim.Adam(start.parameters(), lr=schedule.lr)
+    optimiser: Any = torch.optim.Adam(start.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
     per_epoch = -(-len(targets) // schedule.batch_size)
     for step in run.steps("train", schedule.epochs * per_epoch, model=start, optimiser=optimiser):
         chosen = batch_of(run, step, per_epoch, len(targets), schedule.batch_size)
@@ -233,20 +248,22 @@ def learn_start(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
         if recipe.method == "maml":
             for group in optimiser.param_groups:
                 group["lr"] = rate(recipe, step, schedule.epochs * per_epoch)
-            loss = maml_step(
-                start,
-                optimiser,
-                places,
-                batch,
-                inner_steps=meta.inner_steps,
-                inner_lr=meta.inner_lr,
-                second_order=meta.second_order,
-            )
+            with run.accelerator.autocast():
+                loss = maml_step(
+                    start,
+                    optimiser,
+                    places,
+                    batch,
+                    inner_steps=meta.inner_steps,
+                    inner_lr=meta.inner_lr,
+                    second_order=meta.second_order,
+                )
             run.log(loss=loss)
         else:
-            moved = reptile_step(
-                start, places, batch, inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate
-            )
+            with run.accelerator.autocast():
+                moved = reptile_step(
+                    start, places, batch, inner_steps=meta.inner_steps, inner_lr=meta.inner_lr, rate=meta.rate
+                )
             run.log(moved=moved)
     run.complete("train", start, **about(recipe, start))
     return start
@@ -258,7 +275,7 @@ def learn_decoder(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
     coords, targets = lattice(signals.train.shape[1:-1], device=run.device), signals.train.flatten(1, -2)
     decoder = AutoDecoder(network_config(recipe, signals.train), recipe.latent_dim, len(targets)).to(run.device)
     groups = [{"params": decoder.network.parameters()}, {"params": decoder.latents.parameters()}]
-    optimiser: Any = torch.optim.Adam(groups, lr=schedule.lr)
+    optimiser: Any = torch.optim.Adam(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
     per_epoch = -(-len(targets) // schedule.batch_size)
     for step in run.steps("train", schedule.epochs * per_epoch, model=decoder, optimiser=optimiser):
         pace = rate(recipe, step, schedule.epochs * per_epoch)
@@ -266,7 +283,8 @@ def learn_decoder(run: Run, recipe: Recipe, signals: Signals) -> nn.Module:
         optimiser.param_groups[1]["lr"] = pace * recipe.latent_lr / schedule.lr
         chosen = batch_of(run, step, per_epoch, len(targets), schedule.batch_size)
         points = torch.randint(len(coords), (min(schedule.chunk_size, len(coords)),), device=run.device)
-        preds = decoder(chosen, coords[points])
+        with run.accelerator.autocast():
+            preds = decoder(chosen, coords[points])
         loss = (preds - targets[chosen[:, None], points]).square().mean()
         loss = loss + 1e-4 * decoder.latents(chosen).square().sum(dim=1).mean()
         optimiser.zero_grad(set_to_none=True)
