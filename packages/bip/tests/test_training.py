@@ -176,6 +176,14 @@ def test_variants_of_the_bilevel_loop(settings: dict, tmp_path: Path) -> None:
     assert result.passes == 3 * (1000 // 64)
 
 
+@pytest.mark.parametrize("settings", [{}, {"trainer": "released", "ig": "released"}])
+def test_a_held_out_upper_level_shortens_no_epoch(settings: dict, tmp_path: Path) -> None:
+    recipe = short("bip", bilevel=Bilevel(epochs=1, **settings), data=DataConfig(upper="heldout"))
+    with Run("bip", recipe, options(tmp_path)) as run:
+        _, result = run_recipe(run, recipe)
+    assert result.passes == (3 if settings else 2) * (900 // 64)
+
+
 def test_hydra_trains_in_bf16_and_the_released_trainer_says_at_once_that_it_does_not(tmp_path: Path) -> None:
     """Hydra leaves the weights as they were trained, in any precision, and fine-tuning trains them again."""
     how = options(tmp_path, precision="bf16")

@@ -35,7 +35,7 @@ class Bilevel:
     """BiP's own settings (sections 2.2-2.6)."""
 
     epochs: int = 30
-    """Passes over the upper level's images."""
+    """Passes over the training images; a held-out upper level, which has fewer, is gone through as often as it takes."""
     alpha: float = 0.01
     """Step size of the lower level (weights)."""
     alpha_schedule: Literal["cosine", "step", "mask_step"] = "cosine"

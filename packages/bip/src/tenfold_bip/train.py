@@ -221,7 +221,7 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
     if settings.tie_scores:  # the way to a GPU parts the scores from the weights, which would lose their first step
         set_masks(model)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
-    per_epoch, n = len(data.upper), settings.lower_steps
+    per_epoch, n = len(data.lower), settings.lower_steps
     for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
         epoch, position = divmod(step, per_epoch)
         session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, settings.epochs)
@@ -250,7 +250,7 @@ def released_bip(session: Session, model: nn.Module) -> nn.Module:
     lower = released_optimizer(model, settings.alpha, settings.momentum, settings.weight_decay)
     upper = released_optimizer(model, settings.beta, settings.momentum, score_decay(settings))
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
-    per_epoch = len(data.upper)
+    per_epoch = len(data.lower)
     for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
         epoch, position = divmod(step, per_epoch)
         session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, settings.epochs)
