@@ -245,6 +245,9 @@ def test_eval_counts_a_layer_that_kept_all_its_weights(command: Command, tmp_pat
     code, out, err = command(*train, *given)
     assert code == 0, err
     assert "70.00 % of the weights kept" in out
+    kept = json.loads((tmp_path / "bip" / "x" / "result.json").read_text())
+    assert (kept["method"], kept["seed"], kept["layers_emptied"]) == ("omp", 0, [])
+    assert kept["costs"]["kept_per_layer"]["6.weight"] == [9216, 9216]
     _, out, err = command("eval", "--checkpoint", tmp_path / "bip" / "x", "--device", "cpu")
     found = json.loads(out.splitlines()[-1])
     assert found["kept_per_layer"]["6.weight"] == [9216, 9216]

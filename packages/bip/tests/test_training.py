@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 import tenfold_bip.data
+import tenfold_bip.ledger
 import tenfold_bip.train
 import tenfold_shared.images
 from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
@@ -223,6 +227,42 @@ def test_statistics_are_gathered_under_the_final_mask(tmp_path: Path) -> None:
     scores = "3.parametrizations.weight.0.scores"
     other = load_weights(tmp_path / "bip" / "y" / "checkpoints" / "prune.safetensors")[0]
     assert before[scores].norm() < 0.99 * other[scores].norm()
+
+
+def test_the_best_epoch_is_of_the_phase_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathering statistics has no epochs of its own."""
+    falling = itertools.count(90, -1)
+    monkeypatch.setattr(tenfold_bip.train, "accuracy", lambda *_: torch.tensor(float(next(falling))))
+    recipe = short("bip", recalibrate=1)  # two epochs and the end of dense training; one epoch, its end; statistics
+    with Run("bip", recipe, options(tmp_path)) as run:
+        _, result = run_recipe(run, recipe)
+    assert (result.accuracy, result.best_accuracy) == (85.0, 87.0)
+
+
+def test_an_interrupted_phase_keeps_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand seconds pass in the first life of a run, which ends in the middle of a phase."""
+    step, count, late = tenfold_bip.train.m_step, itertools.count(1), 0.0
+
+    def interrupted(*arguments: object, **settings: object) -> object:
+        nonlocal late
+        if (number := next(count)) == 2:
+            late = 1000.0
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(*arguments, **settings)
+
+    clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
+    monkeypatch.setattr(tenfold_bip.ledger, "time", clock)
+    monkeypatch.setattr(tenfold_bip.train, "m_step", interrupted)
+    for resume in (False, True):
+        late = 0.0
+        with (
+            contextlib.nullcontext() if resume else pytest.raises(KeyboardInterrupt),
+            Run("bip", short("bip"), options(tmp_path, resume=resume, checkpoint_every=1)) as run,
+        ):
+            _, result = run_recipe(run, short("bip"))
+    dense, prune = (phase["seconds"] for phase in result.history)
+    assert dense < 1000 < prune < 2000
 
 
 def test_random_scores_are_drawn_alike_after_a_resume(tmp_path: Path) -> None:
