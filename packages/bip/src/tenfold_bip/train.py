@@ -1,7 +1,7 @@
 """Training: dense, BiP (section 2.3) and the methods it is compared with (section 8), one explicit loop each way.
 
 A run is a sequence of phases (`Run.steps`): ``dense``, then ``prune`` for BiP and Hydra, ``round-k`` for IMP, ``train``
-for one-shot masks, ``recalibrate`` and ``finetune`` where asked for. Every phase's outcome is kept, so a resumed run goes on in the middle
+for one-shot masks, ``recalibrate`` and ``finetune`` where asked for; ``finetune`` alone for a pruned network. Every phase's outcome is kept, so a resumed run goes on in the middle
 of any of them.
 """
 
@@ -28,7 +28,7 @@ from tenfold_bip.baselines import (
 )
 from tenfold_bip.bilevel import m_step, theta_step
 from tenfold_bip.data import Data, load_data
-from tenfold_bip.evaluate import accuracy, check_fit, costs, has_masks, load_model
+from tenfold_bip.evaluate import accuracy, check_fit, costs, has_masks, load_model, weights_file
 from tenfold_bip.ledger import Ledger, flops
 from tenfold_bip.masking import (
     bake_masks,
@@ -157,7 +157,10 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         model = create_model(recipe.arch, session.data.classes)
         check_fit(model, session.data, recipe.data.name)
         session.forward_flops = flops(model, torch.zeros(1, *session.data.shape)).dense
-        if recipe.method != "dense":  # a cut that cannot be made is refused before anything is trained
+        if recipe.method not in (
+            "dense",
+            "finetune",
+        ):  # a cut that cannot be made is refused before anything is trained
             masks_of(session, magnitude_importance(model))
         model = METHODS[recipe.method](session, model)
     except (
@@ -287,6 +290,22 @@ def hydra(session: Session, model: nn.Module) -> nn.Module:
             run.log(accuracy=accuracy(model, session.data.evaluation, run))
     hydra_freeze(run.unwrap(model), False)
     return finish(session, model, passes=phase.epochs * len(batches))
+
+
+def finetune(session: Session, model: nn.Module) -> nn.Module:
+    """Go on training a network that was pruned before, under its masks (section 2.8).
+
+    Of an authors' file, which holds scores alone, the recipe's keep ratio and structure give the masks.
+    """
+    recipe, path = session.recipe, session.recipe.pretrained
+    assert path is not None, "checked with the recipe"
+    ours = weights_file(path).suffix == ".safetensors"
+    keep, structure = (0.0, "") if ours else (recipe.keep, recipe.structure)
+    model, _ = load_model(path, recipe.arch, keep, structure)
+    check_fit(model, session.data, recipe.data.name)
+    if not has_masks(model):
+        raise UserError(f"--pretrained {path}: finetune takes a pruned network, and every weight of this one is kept")
+    return fit(session, freeze_masks(model), "finetune", recipe.finetune)
 
 
 # -- their parts ----------------------------------------------------------------------------------------------------------
@@ -434,6 +453,7 @@ METHODS = {
     "imp": imp,
     "omp": omp,
     "hydra": hydra,
+    "finetune": finetune,
     "random": at_initialisation,
     "snip": at_initialisation,
     "grasp": at_initialisation,
