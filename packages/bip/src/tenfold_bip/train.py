@@ -1,8 +1,8 @@
 """Training: dense, BiP (section 2.3) and the methods it is compared with (section 8), one explicit loop each way.
 
 A run is a sequence of phases (`Run.steps`): ``dense``, then ``prune`` for BiP and Hydra, ``round-k`` for IMP, ``train``
-for one-shot masks, ``recalibrate`` and ``finetune`` where asked for; ``finetune`` alone for a pruned network. Every phase's outcome is kept, so a resumed run goes on in the middle
-of any of them.
+for one-shot masks, ``recalibrate`` and ``finetune`` where asked for; ``finetune`` alone for a pruned network. Every
+phase's outcome is kept, so a resumed run goes on in the middle of any of them.
 """
 
 import copy
@@ -157,10 +157,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         model = create_model(recipe.arch, session.data.classes)
         check_fit(model, session.data, recipe.data.name)
         session.forward_flops = flops(model, torch.zeros(1, *session.data.shape)).dense
-        if recipe.method not in (
-            "dense",
-            "finetune",
-        ):  # a cut that cannot be made is refused before anything is trained
+        # a cut that cannot be made is refused before anything is trained
+        if recipe.method not in ("dense", "finetune"):
             masks_of(session, magnitude_importance(model))
         model = METHODS[recipe.method](session, model)
     except (
