@@ -67,10 +67,21 @@ def test_rounds_of_iterative_pruning() -> None:
     assert imp_keep_schedule(0.64) == pytest.approx([0.8, 0.64])
     assert imp_keep_schedule(1.0) == [1.0]
     assert len(imp_keep_schedule(0.1)) == 11
+    assert imp_keep_schedule(0.985, 0.01) == pytest.approx([0.99, 0.985])
     with pytest.raises(ValueError, match="remains"):
         imp_keep_schedule(0.0)
     with pytest.raises(ValueError, match="pruning rate"):
         imp_keep_schedule(0.5, 1.0)
+
+
+PAPER_GRID = (0.8, 0.64, 0.512, 0.41, 0.328, 0.262, 0.2097, 0.1678, 0.1342, 0.1074, 0.0859, 0.0687, 0.055, 0.044, 0.035)
+PAPER_GRID += (0.028, 0.0225, 0.018, 0.0144, 0.0115, 0.0092)
+
+
+def test_the_papers_ratios_take_no_round_for_their_rounding() -> None:
+    for number, keep in enumerate(PAPER_GRID, 1):
+        assert len(imp_keep_schedule(keep)) == number
+        assert imp_keep_schedule(keep)[-1] == keep
 
 
 def test_snip_is_the_derivative_in_the_mask() -> None:

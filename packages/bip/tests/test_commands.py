@@ -209,6 +209,8 @@ def test_a_network_of_other_classes_is_refused(classes: int, command: Command, t
         ),
         (["--method", "dense", "--pretrained", "x"], "--pretrained: dense starts from the initialisation"),
         (["--method", "snip", "--pretrained", "x"], "--pretrained: snip starts from the initialisation"),
+        (["--method", "finetune", "--finetune.epochs", "1"], "--method finetune: give the pruned network"),
+        (["--method", "finetune", "--pretrained", "x"], "--method finetune: .* and --finetune.epochs"),
         (["--method", "imp", "--structure", "2:4"], "--structure 2:4: IMP cuts more in every round"),
         (["--bilevel.tie_scores", "true", "--bilevel.scores_init", "random"], "--bilevel.scores_init random"),
         (["--data.official_split", "true"], "--data.official_split is a split of tiny-imagenet"),
@@ -222,6 +224,13 @@ def test_train_refuses_before_it_trains(arguments: list[str], words: str, comman
     given = ["--output", tmp_path, "--device", "cpu", "--quiet", "true"]
     refused(command("train", "--config", "digits-cnn", *arguments, *given), words)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_finetune_refuses_a_network_that_is_not_pruned(command: Command, runs: Path, tmp_path: Path) -> None:
+    train = ["train", "--config", "digits-cnn", "--method", "finetune", "--finetune.epochs", 1, "--output", tmp_path]
+    dense = pretrained_with_a_weak_layer(tmp_path, "digits_cnn", "3.weight")
+    refused(command(*train, "--pretrained", dense, "--quiet"), "finetune takes a pruned network")
+    refused(command(*train, "--pretrained", runs / "dense.pt", "--quiet"), "no scores to make a mask of")
 
 
 @pytest.mark.parametrize("method", ["omp", "imp", "hydra", "bip"])
@@ -245,6 +254,9 @@ def test_eval_counts_a_layer_that_kept_all_its_weights(command: Command, tmp_pat
     code, out, err = command(*train, *given)
     assert code == 0, err
     assert "70.00 % of the weights kept" in out
+    kept = json.loads((tmp_path / "bip" / "x" / "result.json").read_text())
+    assert (kept["method"], kept["seed"], kept["layers_emptied"]) == ("omp", 0, [])
+    assert kept["costs"]["kept_per_layer"]["6.weight"] == [9216, 9216]
     _, out, err = command("eval", "--checkpoint", tmp_path / "bip" / "x", "--device", "cpu")
     found = json.loads(out.splitlines()[-1])
     assert found["kept_per_layer"]["6.weight"] == [9216, 9216]

@@ -283,6 +283,15 @@ def test_changing_the_ratio() -> None:
     assert keep_ratio(model, "all") == pytest.approx(1 - pruned / everything)
 
 
+def test_the_ratio_of_a_mask_gives_its_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in torch.randint(2, 3000, (200,), generator=generator).tolist():
+        kept = int(torch.randint(1, n + 1, (), generator=generator))
+        ratio = keep_ratio(fix_masks(nn.Linear(n, 1), {"weight": torch.arange(n)[None] < kept}))
+        assert keep_count(ratio, n) == kept
+        assert ratio == pytest.approx(kept / n, abs=0.51 / n)
+
+
 def test_overlap() -> None:
     a, b = {"w": torch.tensor([1, 1, 0, 0])}, {"w": torch.tensor([1, 0, 1, 0])}
     assert mask_iou(a, b) == pytest.approx(1 / 3)

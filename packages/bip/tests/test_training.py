@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,19 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 import tenfold_bip.data
+import tenfold_bip.ledger
 import tenfold_bip.train
 import tenfold_shared.images
-from tenfold_bip import create_model, keep_ratio, m_step, prune_parametrize, split_parameters, theta_step
+from tenfold_bip import (
+    create_model,
+    get_masks,
+    keep_ratio,
+    m_step,
+    prune_parametrize,
+    split_parameters,
+    theta_step,
+    to_official,
+)
 from tenfold_bip.data import EVALUATION_BATCH, DataConfig, load_data, load_evaluation
 from tenfold_bip.evaluate import load_model
 from tenfold_bip.masking import masked_layers
@@ -85,7 +98,7 @@ def test_every_recipe_is_built_and_stepped(name: str) -> None:
     assert torch.equal(layer.theta, layer.masking.scores) is settings.tie_scores
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "finetune"])
 def test_every_method_ends_at_its_keep_ratio(method: str, tmp_path: Path) -> None:
     with Run("bip", short(method), options(tmp_path)) as run:
         model, result = run_recipe(run, short(method))
@@ -176,6 +189,35 @@ def test_variants_of_the_bilevel_loop(settings: dict, tmp_path: Path) -> None:
     assert result.passes == 3 * (1000 // 64)
 
 
+def test_a_pruned_network_is_fine_tuned_under_its_masks(tmp_path: Path) -> None:
+    """Its own masks, whatever ratio the recipe has; those of an authors' file are at that ratio."""
+    torch.manual_seed(0)
+    released = prune_parametrize(create_model("digits_cnn"), 0.3)
+    torch.save(to_official(released, arch="digits_cnn"), tmp_path / "released.pth.tar")
+    recipe = short("omp", keep=0.3)
+    with Run("bip", recipe, options(tmp_path)) as run:
+        pruned, _ = run_recipe(run, recipe)
+    for path, before in ((tmp_path / "bip" / "x", pruned), (tmp_path / "released.pth.tar", released)):
+        keep = 0.5 if path.is_dir() else 0.3
+        recipe = short("finetune", keep=keep, pretrained=path, finetune=Phase(epochs=2))
+        with Run("bip", recipe, dataclasses.replace(options(tmp_path), name=f"tuned-{path.name}")) as run:
+            model, result = run_recipe(run, recipe)
+        masks = get_masks(before)
+        assert all(torch.equal(mask, masks[name]) for name, mask in get_masks(model).items())
+        assert not torch.equal(masked_layers(model)[0].theta, masked_layers(before)[0].theta)
+        assert result.passes == 2 * (1000 // 64)
+        assert [entry["phase"] for entry in result.history] == ["finetune"]
+    assert Recipe().finetune.lr == Recipe().sparse.lr  # 0.1, as every other phase's
+
+
+@pytest.mark.parametrize("settings", [{}, {"trainer": "released", "ig": "released"}])
+def test_a_held_out_upper_level_shortens_no_epoch(settings: dict, tmp_path: Path) -> None:
+    recipe = short("bip", bilevel=Bilevel(epochs=1, **settings), data=DataConfig(upper="heldout"))
+    with Run("bip", recipe, options(tmp_path)) as run:
+        _, result = run_recipe(run, recipe)
+    assert result.passes == (3 if settings else 2) * (900 // 64)
+
+
 def test_hydra_trains_in_bf16_and_the_released_trainer_says_at_once_that_it_does_not(tmp_path: Path) -> None:
     """Hydra leaves the weights as they were trained, in any precision, and fine-tuning trains them again."""
     how = options(tmp_path, precision="bf16")
@@ -215,6 +257,42 @@ def test_statistics_are_gathered_under_the_final_mask(tmp_path: Path) -> None:
     scores = "3.parametrizations.weight.0.scores"
     other = load_weights(tmp_path / "bip" / "y" / "checkpoints" / "prune.safetensors")[0]
     assert before[scores].norm() < 0.99 * other[scores].norm()
+
+
+def test_the_best_epoch_is_of_the_phase_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathering statistics has no epochs of its own."""
+    falling = itertools.count(90, -1)
+    monkeypatch.setattr(tenfold_bip.train, "accuracy", lambda *_: torch.tensor(float(next(falling))))
+    recipe = short("bip", recalibrate=1)  # two epochs and the end of dense training; one epoch, its end; statistics
+    with Run("bip", recipe, options(tmp_path)) as run:
+        _, result = run_recipe(run, recipe)
+    assert (result.accuracy, result.best_accuracy) == (85.0, 87.0)
+
+
+def test_an_interrupted_phase_keeps_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand seconds pass in the first life of a run, which ends in the middle of a phase."""
+    step, count, late = tenfold_bip.train.m_step, itertools.count(1), 0.0
+
+    def interrupted(*arguments: object, **settings: object) -> object:
+        nonlocal late
+        if (number := next(count)) == 2:
+            late = 1000.0
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(*arguments, **settings)
+
+    clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
+    monkeypatch.setattr(tenfold_bip.ledger, "time", clock)
+    monkeypatch.setattr(tenfold_bip.train, "m_step", interrupted)
+    for resume in (False, True):
+        late = 0.0
+        with (
+            contextlib.nullcontext() if resume else pytest.raises(KeyboardInterrupt),
+            Run("bip", short("bip"), options(tmp_path, resume=resume, checkpoint_every=1)) as run,
+        ):
+            _, result = run_recipe(run, short("bip"))
+    dense, prune = (phase["seconds"] for phase in result.history)
+    assert dense < 1000 < prune < 2000
 
 
 def test_random_scores_are_drawn_alike_after_a_resume(tmp_path: Path) -> None:

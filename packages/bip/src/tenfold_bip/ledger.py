@@ -97,6 +97,14 @@ class Ledger:
         """Wall-clock seconds so far."""
         return self.earlier_seconds + time.perf_counter() - self._started
 
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint in the middle of a phase keeps: the time so far. Passes are counted when a phase closes."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from that time."""
+        self.earlier_seconds, self._started = state["seconds"], time.perf_counter()
+
     def training_flops(self, forward: int) -> int:
         """Operations of all passes, a backward pass counted as two forward passes of `forward` operations a sample.
 

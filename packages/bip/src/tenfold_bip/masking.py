@@ -21,7 +21,6 @@ from torch.nn.utils import parametrize
 from tenfold_bip.projections import CONVOLUTIONS, Projection, keep_count
 
 M = TypeVar("M", bound=nn.Module)
-PRUNABLE = (*CONVOLUTIONS, nn.Linear)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -322,13 +321,17 @@ def kept_per_layer(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def keep_ratio(model: nn.Module, over: Literal["masked", "all"] = "masked") -> float:
-    """Fraction of weights that remains, over the masked weights or over all trainable parameters except the scores."""
+    """Fraction of weights that remains, over the masked weights or over all trainable parameters except the scores.
+
+    Over the masked weights it is one at which `keep_count` gives their number: where it would give one more, for want
+    of digits, the fraction is half a weight smaller.
+    """
     counts = kept_per_layer(model).values()
     kept, total = sum(k for k, _ in counts), sum(n for _, n in counts)
     if over == "all":
         everything = sum(parameter.numel() for parameter in split_parameters(model)[0])
-        kept, total = everything - (total - kept), everything
-    return kept / total
+        return (everything - (total - kept)) / everything
+    return kept / total if keep_count(kept / total, total) == kept else (kept - 0.5) / total
 
 
 def sparsity(model: nn.Module, over: Literal["masked", "all"] = "masked") -> float:

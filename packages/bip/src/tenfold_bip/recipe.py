@@ -9,9 +9,9 @@ from tenfold_bip.data import DataConfig
 from tenfold_bip.projections import check_keep
 from tenfold_shared.errors import UserError
 
-Method = Literal["dense", "bip", "imp", "omp", "random", "snip", "grasp", "synflow", "hydra"]
+Method = Literal["dense", "bip", "imp", "omp", "random", "snip", "grasp", "synflow", "hydra", "finetune"]
 FROM_TRAINED: tuple[Method, ...] = ("bip", "imp", "omp", "hydra")
-"""The methods that prune a densely trained network; the others start from the initialisation."""
+"""The methods that prune a densely trained network; the others but ``finetune`` start from the initialisation."""
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class Bilevel:
     """BiP's own settings (sections 2.2-2.6)."""
 
     epochs: int = 30
-    """Passes over the upper level's images."""
+    """Passes over the training images; a held-out upper level, which has fewer, is gone through as often as it takes."""
     alpha: float = 0.01
     """Step size of the lower level (weights)."""
     alpha_schedule: Literal["cosine", "step", "mask_step"] = "cosine"
@@ -71,7 +71,7 @@ class Recipe:
     """One experiment."""
 
     method: Method = "bip"
-    """How to prune; ``dense`` does not."""
+    """How to prune; ``dense`` does not, ``finetune`` goes on with a pruned network under its masks."""
     arch: str = "digits_cnn"
     """Architecture."""
     keep: float = 0.1
@@ -89,7 +89,8 @@ class Recipe:
     score_batches: int = 1
     """Batches on which SNIP and GraSP are scored."""
     pretrained: Path | None = None
-    """A dense run's folder or checkpoint to start from in place of dense training; for bip, imp, omp and hydra."""
+    """A dense run's folder or checkpoint to start from in place of dense training, for bip, imp, omp and hydra; the pruned
+    one that ``finetune`` is of."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The images."""
     dense: Phase = dataclasses.field(default_factory=Phase)
@@ -102,8 +103,8 @@ class Recipe:
     """BiP."""
     recalibrate: int = 0
     """Batches on which the statistics of batch normalisation are gathered anew under the final mask of BiP or Hydra."""
-    finetune: Phase = dataclasses.field(default_factory=lambda: Phase(epochs=0, lr=0.01))
-    """Training under the final mask after BiP or Hydra; no epochs: none."""
+    finetune: Phase = dataclasses.field(default_factory=lambda: Phase(epochs=0))
+    """Training under the final mask after BiP or Hydra, or of a pruned network; no epochs: none."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before anything is."""
@@ -125,7 +126,9 @@ class Recipe:
             )
         if self.bilevel.tie_scores and self.bilevel.scores_init != "weight":
             raise UserError("--bilevel.scores_init random: tied scores are the weights themselves, drop one of the two")
-        if self.pretrained is not None and self.method not in FROM_TRAINED:
+        if self.method == "finetune" and not (self.pretrained and self.finetune.epochs):
+            raise UserError("--method finetune: give the pruned network, --pretrained, and --finetune.epochs")
+        if self.pretrained is not None and self.method not in (*FROM_TRAINED, "finetune"):
             raise UserError(f"--pretrained: {self.method} starts from the initialisation, not from a trained network")
         if self.method == "imp" and ":" in self.structure:
             raise UserError(f"--structure {self.structure}: IMP cuts more in every round, which n:m does not; use omp")

@@ -16,7 +16,7 @@ from tenfold_bip.masking import expected_iou, mask_iou, prunable_weights
 from tenfold_bip.recipe import FROM_TRAINED, Recipe
 from tenfold_bip.train import run_recipe
 from tenfold_shared.checkpoint import atomic_write
-from tenfold_shared.claims import Arm, Claim, Measurement, Metric, Outcome
+from tenfold_shared.claims import Arm, Claim, ClaimSet, Measurement, Metric, Outcome, load_claims
 from tenfold_shared.cli import config_digest, load_recipe, to_yaml
 from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
@@ -29,7 +29,45 @@ if TYPE_CHECKING:
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     """Measure claims of the paper; without arguments the miniature on digits."""
-    reproduce_claims("bip", claims, request, options, measure, figures)
+    outcomes = reproduce_claims("bip", claims, request, options, measure, figures)
+    for line in winning_tickets(load_claims("tenfold_bip"), outcomes):
+        print(line)
+
+
+def winning_tickets(claims: ClaimSet, outcomes: Sequence[Outcome]) -> list[str]:
+    """Two lines for every network that was measured dense too: the best and the sparsest winning ticket of each method.
+
+    A winning ticket is a sparse network whose mean accuracy over the seeds is at least the dense one's (section 7), or,
+    in the second line, that less one standard deviation; the sparsities are those of the outcomes.
+    """
+    networks: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        claim = claims[outcome.claim]
+        if claim.metric.name == "test accuracy":
+            networks.setdefault(f"{claim.model} on {claim.data}", []).append(outcome)
+    lines = []
+    for network, measured in networks.items():
+        dense = next((outcome.arms["dense"] for outcome in measured if "dense" in outcome.arms), None)
+        if dense is None or dense.mean is None:
+            continue
+        for margin, name in ((0.0, "dense"), (dense.std or 0.0, "dense less one standard deviation")):
+            found: dict[str, list[tuple[float, float]]] = {}
+            for outcome in measured:
+                for arm, result in outcome.arms.items():
+                    if arm != "dense" and result.mean is not None:
+                        tickets = found.setdefault(arm, [])
+                        if result.mean >= dense.mean - margin:
+                            tickets.append((result.mean, _points(outcome, arm)[0][1]["keep"]))
+            told = [f"{arm} {_tickets(tickets)}" for arm, tickets in found.items()]
+            lines.append(f"winning tickets, {network}, {dense.mean - margin:.2f} % ({name}): {'; '.join(told)}")
+    return lines
+
+
+def _tickets(tickets: Sequence[tuple[float, float]]) -> str:
+    if not tickets:
+        return "none"
+    (accuracy, keep), sparsest = max(tickets), min(keep for _, keep in tickets)
+    return f"best {accuracy:.2f} % with {100 * keep:.2f} % of the weights, sparsest {100 * sparsest:.2f} %"
 
 
 VALUES = {"test accuracy": "accuracy", "validation accuracy": "accuracy", "gradient evaluations": "passes"}

@@ -1,13 +1,14 @@
 """Training: dense, BiP (section 2.3) and the methods it is compared with (section 8), one explicit loop each way.
 
 A run is a sequence of phases (`Run.steps`): ``dense``, then ``prune`` for BiP and Hydra, ``round-k`` for IMP, ``train``
-for one-shot masks, ``recalibrate`` and ``finetune`` where asked for. Every phase's outcome is kept, so a resumed run goes on in the middle
-of any of them.
+for one-shot masks, ``recalibrate`` and ``finetune`` where asked for; ``finetune`` alone for a pruned network. Every
+phase's outcome is kept, so a resumed run goes on in the middle of any of them.
 """
 
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from tenfold_bip.baselines import (
 )
 from tenfold_bip.bilevel import m_step, theta_step
 from tenfold_bip.data import Data, load_data
-from tenfold_bip.evaluate import accuracy, check_fit, costs, has_masks, load_model
+from tenfold_bip.evaluate import accuracy, check_fit, costs, has_masks, load_model, weights_file
 from tenfold_bip.ledger import Ledger, flops
 from tenfold_bip.masking import (
     bake_masks,
@@ -45,7 +46,7 @@ from tenfold_bip.recipe import Bilevel, Phase, Recipe
 from tenfold_bip.released import hydra_freeze, hydra_step, released_bilevel_step, released_optimizer
 from tenfold_bip.schedules import SCHEDULES
 from tenfold_shared.batches import Stream
-from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.checkpoint import load_weights, write_json
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 
@@ -59,7 +60,7 @@ class Result:
     accuracy: float
     """After the last epoch."""
     best_accuracy: float
-    """At the best epoch of the last phase: optimistic, since it is chosen on the evaluation images themselves."""
+    """At the best epoch of the last phase that trained: optimistic, since it is chosen on the evaluation images themselves."""
     keep: float
     """Fraction of the prunable weights that is left."""
     passes: int
@@ -85,6 +86,10 @@ class Session:
     forward_flops: int = 0
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def steps(self, phase: str, total: int, **tracked: Any) -> Iterator[int]:
+        """The steps of a phase still to do; a resumed run goes on counting its time where the checkpoint has it."""
+        return self.run.steps(phase, total, ledger=self.ledger, **tracked)
 
     def rate(self, optimiser: Any, schedule: str, epoch: int, peak: float, epochs: int) -> None:
         """Set the learning rate of an epoch."""
@@ -119,10 +124,12 @@ class Session:
 
 
 def train(recipe: Recipe, options: RunOptions) -> None:
-    """Run a recipe and keep its network."""
+    """Run a recipe; its network and ``result.json`` are kept in the run's folder."""
     with Run("bip", recipe, options) as run:
         _, result = run_recipe(run, recipe)
         if run.is_main:
+            about = {"method": recipe.method, "seed": options.seed}
+            write_json(run.directory / "result.json", about | dataclasses.asdict(result))
             print(
                 f"{recipe.method} {recipe.arch} on {recipe.data.name}: {result.accuracy:.2f} % after the last epoch "
                 f"({result.best_accuracy:.2f} % at the best), {100 * result.keep:.2f} % of the weights kept, "
@@ -150,7 +157,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         model = create_model(recipe.arch, session.data.classes)
         check_fit(model, session.data, recipe.data.name)
         session.forward_flops = flops(model, torch.zeros(1, *session.data.shape)).dense
-        if recipe.method != "dense":  # a cut that cannot be made is refused before anything is trained
+        # a cut that cannot be made is refused before anything is trained
+        if recipe.method not in ("dense", "finetune"):
             masks_of(session, magnitude_importance(model))
         model = METHODS[recipe.method](session, model)
     except (
@@ -158,7 +166,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     ) as error:  # of the method: no prunable layer, a layer that would be empty, an unknown architecture
         raise UserError(str(error)) from error
     last = session.history[-1]
-    epochs = run.logged(last["phase"], "accuracy")
+    trained = next(entry["phase"] for entry in reversed(session.history) if entry["phase"] != "recalibrate")
+    epochs = run.logged(trained, "accuracy")
     result = Result(
         accuracy=last["accuracy"],
         best_accuracy=max([last["accuracy"], *epochs]),
@@ -190,7 +199,7 @@ def fit(session: Session, model: nn.Module, name: str, phase: Phase, *, dense: b
     if dense and snapshot == 0 and not run.completed(name):
         run.save_weights("rewind", model, epoch=snapshot)
     stream = Stream(batches)
-    for step in run.steps(name, epochs * len(batches), model=model, optimiser=optimiser):
+    for step in session.steps(name, epochs * len(batches), model=model, optimiser=optimiser):
         epoch, position = divmod(step, len(batches))
         session.rate(optimiser, phase.schedule, epoch, phase.lr, epochs)
         images, labels = stream[step]
@@ -221,8 +230,8 @@ def bip(session: Session, model: nn.Module) -> nn.Module:
     if settings.tie_scores:  # the way to a GPU parts the scores from the weights, which would lose their first step
         set_masks(model)
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
-    per_epoch, n = len(data.upper), settings.lower_steps
-    for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
+    per_epoch, n = len(data.lower), settings.lower_steps
+    for step in session.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
         epoch, position = divmod(step, per_epoch)
         session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, settings.epochs)
         session.rate(upper, settings.beta_schedule, epoch, settings.beta, settings.epochs)
@@ -250,8 +259,8 @@ def released_bip(session: Session, model: nn.Module) -> nn.Module:
     lower = released_optimizer(model, settings.alpha, settings.momentum, settings.weight_decay)
     upper = released_optimizer(model, settings.beta, settings.momentum, score_decay(settings))
     lower_stream, upper_stream = Stream(data.lower), Stream(data.upper)
-    per_epoch = len(data.upper)
-    for step in run.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
+    per_epoch = len(data.lower)
+    for step in session.steps("prune", settings.epochs * per_epoch, model=model, lower=lower, upper=upper):
         epoch, position = divmod(step, per_epoch)
         session.rate(lower, settings.alpha_schedule, epoch, settings.alpha, settings.epochs)
         session.rate(upper, settings.beta_schedule, epoch, settings.beta, settings.epochs)
@@ -270,7 +279,7 @@ def hydra(session: Session, model: nn.Module) -> nn.Module:
     hydra_freeze(model)  # before processes agree on whose gradients they average
     model, optimiser = run.prepare(model, optimiser, channels_last=True)
     stream = Stream(batches)
-    for step in run.steps("prune", phase.epochs * len(batches), model=model, optimiser=optimiser):
+    for step in session.steps("prune", phase.epochs * len(batches), model=model, optimiser=optimiser):
         epoch, position = divmod(step, len(batches))
         session.rate(optimiser, phase.schedule, epoch, phase.lr, phase.epochs)
         loss, _ = hydra_step(model, stream[step], optimiser, backward=session.backward)
@@ -279,6 +288,22 @@ def hydra(session: Session, model: nn.Module) -> nn.Module:
             run.log(accuracy=accuracy(model, session.data.evaluation, run))
     hydra_freeze(run.unwrap(model), False)
     return finish(session, model, passes=phase.epochs * len(batches))
+
+
+def finetune(session: Session, model: nn.Module) -> nn.Module:
+    """Go on training a network that was pruned before, under its masks (section 2.8).
+
+    Of an authors' file, which holds scores alone, the recipe's keep ratio and structure give the masks.
+    """
+    recipe, path = session.recipe, session.recipe.pretrained
+    assert path is not None, "checked with the recipe"
+    ours = weights_file(path).suffix == ".safetensors"
+    keep, structure = (0.0, "") if ours else (recipe.keep, recipe.structure)
+    model, _ = load_model(path, recipe.arch, keep, structure)
+    check_fit(model, session.data, recipe.data.name)
+    if not has_masks(model):
+        raise UserError(f"--pretrained {path}: finetune takes a pruned network, and every weight of this one is kept")
+    return fit(session, freeze_masks(model), "finetune", recipe.finetune)
 
 
 # -- their parts ----------------------------------------------------------------------------------------------------------
@@ -426,6 +451,7 @@ METHODS = {
     "imp": imp,
     "omp": omp,
     "hydra": hydra,
+    "finetune": finetune,
     "random": at_initialisation,
     "snip": at_initialisation,
     "grasp": at_initialisation,
