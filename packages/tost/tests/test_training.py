@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tenfold_tost.data
+from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.claims import Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
@@ -121,6 +122,19 @@ def test_steps_of_warm_up_leave_the_ticket_alone(tmp_path: Path) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_a_ticket_that_is_drawn_anew_keeps_its_mask(tmp_path: Path) -> None:
+    """The control trains other weights under the very mask that was found, however many rounds found it."""
+    masks, starts = [], []
+    for rewind in ("init", "random"):
+        mask = MaskConfig(method="lth", density=0.2, percent=0.5, rewind=rewind)
+        recipe = short(techniques="vanilla", epochs=1, milestones=[], batch_size=500, mask=mask)
+        model, _ = run(recipe, tmp_path / rewind)
+        masks.append(masks_from_zeros(model))
+        starts.append(load_weights(tmp_path / rewind / "tost" / "x" / "checkpoints" / "start.safetensors")[0])
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert not torch.equal(starts[0]["model/3.weight"], starts[1]["model/3.weight"])
+
+
 def test_the_whole_recipe_ends_in_the_plain_network(tmp_path: Path) -> None:
     recipe = short(techniques="tost", recalibrate=2, warmup_steps=2, decay_norm=False, data=DataConfig(dev=200))
     model, result = run(recipe, tmp_path)
@@ -139,8 +153,6 @@ def test_momentum_outlives_the_ghosts(tmp_path: Path) -> None:
     """The network's parameters go on with their momentum when the skips' are gone."""
     recipe = short(techniques="skip")
     run(recipe, tmp_path)
-    from tenfold_shared.checkpoint import load_weights  # noqa: PLC0415
-
     state, _ = load_weights(tmp_path / "tost" / "x" / "checkpoints" / "train-ghosts.safetensors")
     momentum = {key for key in state if key.startswith("momentum/")}
     assert momentum == {f"momentum/{name}" for name, _ in create_model("digits_net").named_parameters()}

@@ -29,6 +29,7 @@ from tenfold_tost.pruning import (
 MaskMethod = Literal[
     "dense", "lth", "lth-layerwise", "omp", "magnitude", "snip", "grasp", "synflow", "taylor", "random", "erk", "file"
 ]
+Rewind = Literal["init", "late", "none", "random"]
 SCORED = ("magnitude", "snip", "grasp", "synflow", "taylor", "random")  # the methods that rank scores
 TICKETS = ("lth", "lth-layerwise", "omp")  # the methods that train before they cut
 
@@ -50,9 +51,9 @@ class MaskConfig:
     """Batches on which SNIP, GraSP and Taylor are scored."""
     percent: float = 0.2
     """Fraction of the survivors that one round of a lottery ticket removes."""
-    rewind: Literal["init", "late", "none", "random"] = "init"
+    rewind: Rewind = "init"
     """Weights a ticket is trained from: the initial ones, those of `rewind_epoch`, the trained ones (learning-rate
-    rewinding), or newly drawn ones."""
+    rewinding), or, under the mask found from the initial ones, newly drawn ones."""
     rewind_epoch: int = 2
     """The epoch of dense training to which `late` goes back."""
     file: Path | None = None

@@ -23,7 +23,7 @@ from tenfold_tost.evaluate import accuracy, check_fit, operations, weight_counts
 from tenfold_tost.ghosts import Ghosts, Skips, Smoothing, Soft, SparseRecipe, parse_techniques
 from tenfold_tost.lrsi import Batch, Lrsi, learn_scales
 from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_masks, density, prunable_weights
-from tenfold_tost.maskmaking import TICKETS, MaskConfig, masks_at_initialisation
+from tenfold_tost.maskmaking import TICKETS, MaskConfig, Rewind, masks_at_initialisation
 from tenfold_tost.models import create_model, normalizes_inside
 from tenfold_tost.pruning import layerwise_cut, magnitude_cut, ticket_rounds
 from tenfold_tost.schedules import learning_rate
@@ -225,9 +225,12 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 def ticket(session: Session) -> tuple[nn.Module, Masks]:
     """A lottery ticket: train, cut, rewind, again until the density is reached. The weights to go on from, and the mask.
 
-    `omp` cuts once. Every training here is vanilla; the techniques come in when the ticket itself is trained.
+    `omp` cuts once. Every training here is vanilla; the techniques come in when the ticket itself is trained. The rounds of
+    a ticket that is to be drawn anew go back to its initial weights all the same: what the control changes is the weights
+    under the mask, not the mask.
     """
     settings = session.recipe.mask
+    between: Rewind = "init" if settings.rewind == "random" else settings.rewind
     model = fit(session, session.fresh(), {}, "dense", VANILLA, snapshot=settings.rewind == "late")
     one_shot = settings.method == "omp"
     rounds = [1.0 - settings.density] if one_shot else ticket_rounds(settings.density, settings.percent)
@@ -241,15 +244,14 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
         )
         check_masks(model, masks)
         if number < len(rounds):
-            model = rewound(session, model)
+            model = rewound(session, model, between)
             apply_masks(model, masks)
             model = fit(session, model, masks, f"round-{number}", VANILLA)
-    return rewound(session, model), masks
+    return rewound(session, model, settings.rewind), masks
 
 
-def rewound(session: Session, trained: nn.Module) -> nn.Module:
+def rewound(session: Session, trained: nn.Module, how: Rewind) -> nn.Module:
     """The network to train a ticket from."""
-    how = session.recipe.mask.rewind
     if how == "none":
         return trained
     model = session.fresh("redrawn" if how == "random" else "init")
