@@ -1,5 +1,6 @@
 """Every recipe is built and stepped, every mask and technique runs, and a sparse network learns."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -266,6 +267,8 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"mask": lambda: MaskConfig(method="lth", scope="layer")}, "lth-layerwise"),
         ({"skip": lambda: Skips(lr_factor=-1.0)}, "lr_factor"),
         ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
+        ({"mask": lambda: MaskConfig(method="snip", rewind="late")}, "for tickets"),
+        ({"mask": lambda: MaskConfig(method="lth", weights=Path("w.pt"))}, "mask.weights"),
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
         ({"data": lambda: DataConfig(dev=2000)}, "2000"),
         ({"data": lambda: DataConfig(dev=3, dev_split="first")}, "lack a class"),
@@ -285,6 +288,28 @@ def test_a_mask_of_another_network_is_refused(tmp_path: Path) -> None:
     recipe = short(mask=MaskConfig(method="file", file=tmp_path / "mask.safetensors"))
     with pytest.raises(UserError, match=r"does not fit DigitsNet: conv1\.weight"):
         run(recipe, tmp_path)
+
+
+def test_an_imported_ticket_brings_its_weights(tmp_path: Path) -> None:
+    """Rewound late, to weights that no seed gives; without their option they are missed aloud."""
+    mask, changes = tmp_path / "mask.safetensors", {"techniques": "vanilla", "epochs": 1, "milestones": []}
+    late = MaskConfig(method="omp", density=0.3, rewind="late", rewind_epoch=1)
+    make_mask(short(**changes, mask=late), options(tmp_path / "m"), mask)
+    found, start = [], "tost/x/checkpoints/start.safetensors"
+    for name, weights in (("with", mask), ("without", None)):
+        recipe = short(**changes, mask=MaskConfig(method="file", file=mask, weights=weights))
+        with contextlib.nullcontext() if weights else pytest.warns(UserWarning, match="holds weights beside the mask"):
+            run(recipe, tmp_path / name)
+        found.append(load_weights(tmp_path / name / start)[0])
+    state, _ = load_weights(mask)
+    for name in ("0.weight", "3.weight", "20.bias"):
+        expected = state[name] * state.get(f"{name}_mask", 1)
+        assert torch.equal(found[0][f"model/{name}"], expected)
+        assert not torch.equal(found[1][f"model/{name}"], expected)
+    with pytest.raises(UserError, match="does not fit digits_net"):
+        torch.save(create_model("oresnet20").state_dict(), tmp_path / "other.pt")
+        other = MaskConfig(method="file", file=mask, weights=tmp_path / "other.pt")
+        run(short(**changes, mask=other), tmp_path / "other")
 
 
 def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:

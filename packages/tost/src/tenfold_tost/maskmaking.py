@@ -58,12 +58,21 @@ class MaskConfig:
     """The epoch of dense training to which `late` goes back."""
     file: Path | None = None
     """The mask of the method `file`."""
+    weights: Path | None = None
+    """The initial weights that belong to the mask of the method `file`: any checkpoint of the network, the mask's own file
+    where that holds one. Without it they are drawn."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no mask."""
         check_density(self.density)
         if (self.method == "file") != (self.file is not None):
             raise UserError("--mask.file belongs to --mask.method file, and that method needs it")
+        if self.weights is not None and self.method != "file":
+            raise UserError(f"--mask.weights belongs to --mask.method file, not to {self.method}")
+        if self.rewind != "init" and self.method not in TICKETS:
+            raise UserError(
+                f"--mask.rewind {self.rewind} is for tickets ({', '.join(TICKETS)}), not for --mask.method {self.method}"
+            )
         if self.batches < 1:
             raise UserError(f"--mask.batches takes 1 or more, got {self.batches}")
         if self.scope == "layer" and self.method not in SCORED:

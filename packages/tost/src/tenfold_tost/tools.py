@@ -37,7 +37,8 @@ class AnalyseConfig:
 
 
 def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safetensors")) -> None:
-    """Make the recipe's mask, print its layers and write it for ``train --mask.method file --mask.file FILE``.
+    """Make the recipe's mask, print its layers and write it for ``train --mask.method file --mask.file FILE``; a ticket
+    with the weights that it is rewound to, from which ``--mask.weights FILE`` trains it.
 
     Its run has a folder of its own, the name followed by "-mask", in which a ticket's training is kept.
     """
@@ -62,7 +63,7 @@ def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safet
         except ValueError as error:  # of the method, as in training
             raise UserError(str(error)) from error
         if run.is_main:
-            save_masks(file, masks)
+            save_masks(file, masks, model.state_dict() if recipe.mask.method in TICKETS else None)
             print("\n".join(mask_report(model, masks)))
             print(f"{100 * density(masks):.2f} % of the weights remain; written to {file}")
 

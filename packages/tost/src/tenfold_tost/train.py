@@ -7,7 +7,9 @@ a resumed run goes on in the middle of any of them.
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from tenfold_shared.batches import Stream
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
+from tenfold_tost.compat import from_released, load_official_checkpoint
 from tenfold_tost.data import Data, DataConfig, load_data
 from tenfold_tost.evaluate import accuracy, check_fit, operations, weight_counts, zero_rates
 from tenfold_tost.ghosts import Ghosts, Skips, Smoothing, Soft, SparseRecipe, parse_techniques
 from tenfold_tost.lrsi import Batch, Lrsi, learn_scales
+from tenfold_tost.maskfiles import read_tensors
 from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_masks, density, prunable_weights
 from tenfold_tost.maskmaking import TICKETS, MaskConfig, Rewind, masks_at_initialisation
 from tenfold_tost.models import create_model, normalizes_inside
@@ -211,6 +215,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         if recipe.mask.method in TICKETS:
             model, masks = ticket(session)
         elif recipe.mask.method != "dense" and not run.completed("start"):
+            if recipe.mask.file is not None:
+                model = imported(session, model, recipe.mask.file)
             masks = session.mask(model)
         return sparse_training(session, model, masks)
     except UserError:
@@ -248,6 +254,22 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
             apply_masks(model, masks)
             model = fit(session, model, masks, f"round-{number}", VANILLA)
     return rewound(session, model, settings.rewind), masks
+
+
+def imported(session: Session, drawn: nn.Module, file: Path) -> nn.Module:
+    """The network at the weights that belong to a mask's file (section 2.1); as drawn where none are named."""
+    recipe = session.recipe
+    if recipe.mask.weights is not None:
+        model = load_official_checkpoint(recipe.mask.weights, recipe.arch)
+        check_fit(model, session.data, recipe.data.name)
+        return model.to(session.run.device)
+    if from_released(read_tensors(file)).keys() >= dict(drawn.named_parameters()).keys():
+        warnings.warn(
+            f"{file} holds weights beside the mask, and the run starts from newly drawn ones: add --mask.weights {file} to "
+            "start from those",
+            stacklevel=2,
+        )
+    return drawn
 
 
 def rewound(session: Session, trained: nn.Module, how: Rewind) -> nn.Module:
