@@ -20,7 +20,7 @@ from tenfold_tost.evaluate import check_fit, load_model, weights_file, zero_filt
 from tenfold_tost.export import save_compact, sparsify
 from tenfold_tost.ghosts import has_ghosts
 from tenfold_tost.maskfiles import mask_report, save_masks
-from tenfold_tost.masking import check_masks, density, hamming_distance, masks_from_zeros
+from tenfold_tost.masking import density, hamming_distance, masks_from_zeros
 from tenfold_tost.maskmaking import TICKETS
 from tenfold_tost.models import create_model, normalizes_inside
 from tenfold_tost.train import Recipe, Session, ticket
@@ -57,7 +57,6 @@ def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safet
                 model, masks = ticket(session)
             else:
                 masks = session.mask(model)
-            check_masks(model, masks)
         except UserError:
             raise
         except ValueError as error:  # of the method, as in training

@@ -26,7 +26,7 @@ from tenfold_tost.evaluate import accuracy, check_fit, operations, weight_counts
 from tenfold_tost.ghosts import Ghosts, Skips, Smoothing, Soft, SparseRecipe, parse_techniques
 from tenfold_tost.lrsi import Batch, Lrsi, learn_scales
 from tenfold_tost.maskfiles import read_tensors
-from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_masks, density, prunable_weights
+from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_flow, density, prunable_weights
 from tenfold_tost.maskmaking import TICKETS, MaskConfig, Rewind, masks_at_initialisation
 from tenfold_tost.models import create_model, normalizes_inside
 from tenfold_tost.pruning import layerwise_cut, magnitude_cut, ticket_rounds
@@ -171,7 +171,9 @@ class Session:
     def mask(self, model: nn.Module) -> Masks:
         """The recipe's mask, of a method that does not train first."""
         seed = derived_seed(self.run.options.seed, "random masks")
-        return masks_at_initialisation(self.recipe.mask, model, self.data.shape, seed, self.stream())
+        masks = masks_at_initialisation(self.recipe.mask, model, self.data.shape, seed, self.stream())
+        check_flow(model, masks, self.data.shape)
+        return masks
 
     def stream(self) -> Iterator[Batch]:
         """Training batches without end, whole in every process."""
@@ -201,7 +203,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     """Make the mask and train under it; returns the network and what it is worth and cost.
 
     Raises:
-        UserError: the recipe does not fit the data or the architecture, or its mask leaves a layer empty.
+        UserError: the recipe does not fit the data or the architecture, or its mask lets nothing through.
         RunFailure: the loss is no longer finite.
 
     """
@@ -248,7 +250,7 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
             if settings.method == "lth-layerwise"
             else magnitude_cut(weights, percent)[0]
         )
-        check_masks(model, masks)
+        check_flow(model, masks, session.data.shape)
         if number < len(rounds):
             model = rewound(session, model, between)
             apply_masks(model, masks)
@@ -300,8 +302,6 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         scales = scale_summary(session, model, plan.lrsi, masks)
     scales = run.complete("start", carried, scales=scales)["scales"]  # type: ignore[arg-type]
     masks = carried.masks
-    if masks:
-        check_masks(model, masks)
     session.steps += int(scales.get("iterations", 0))
     session.losses = []
     model = fit(session, model, masks, "train", plan, ghosts=ghosts, warm=recipe.warmup_steps)
