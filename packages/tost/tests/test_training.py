@@ -136,6 +136,21 @@ def test_a_ticket_that_is_drawn_anew_keeps_its_mask(tmp_path: Path) -> None:
     assert not torch.equal(starts[0]["model/3.weight"], starts[1]["model/3.weight"])
 
 
+def test_tickets_of_other_activations_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Soft neurons while the mask is looked for, and another mask; the ticket is trained with ReLU all the same."""
+    folders = []
+    for activation in ("relu", "mish", "pswish"):
+        mask = MaskConfig(method="lth", density=0.3, percent=0.5, rewind="none", activation=activation)
+        recipe = short(techniques="vanilla", epochs=1, milestones=[], batch_size=500, mask=mask)
+        model, _ = run(recipe, tmp_path / activation)
+        assert sum(isinstance(module, torch.nn.ReLU) for module in model.modules()) == 6
+        folders.append(str(tmp_path / activation / "tost" / "x"))
+    analyse(*folders, config=AnalyseConfig(batch=20), options=options(tmp_path))
+    distances = [json.loads(line)["hamming_distance"] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert len(distances) == 3
+    assert min(distances) > 0.0
+
+
 def test_the_whole_recipe_ends_in_the_plain_network(tmp_path: Path) -> None:
     recipe = short(techniques="tost", recalibrate=2, warmup_steps=2, decay_norm=False, data=DataConfig(dev=200))
     model, result = run(recipe, tmp_path)
@@ -268,6 +283,8 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"skip": lambda: Skips(lr_factor=-1.0)}, "lr_factor"),
         ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
         ({"mask": lambda: MaskConfig(method="snip", rewind="late")}, "for tickets"),
+        ({"mask": lambda: MaskConfig(method="snip", activation="mish")}, "for tickets"),
+        ({"mask": lambda: MaskConfig(method="lth", activation="mihs")}, "mihs"),
         ({"mask": lambda: MaskConfig(method="lth", weights=Path("w.pt"))}, "mask.weights"),
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
         ({"data": lambda: DataConfig(dev=2000)}, "2000"),
@@ -306,9 +323,9 @@ def test_an_imported_ticket_brings_its_weights(tmp_path: Path) -> None:
         expected = state[name] * state.get(f"{name}_mask", 1)
         assert torch.equal(found[0][f"model/{name}"], expected)
         assert not torch.equal(found[1][f"model/{name}"], expected)
+    torch.save(create_model("oresnet20").state_dict(), tmp_path / "other.pt")
+    other = MaskConfig(method="file", file=mask, weights=tmp_path / "other.pt")
     with pytest.raises(UserError, match="does not fit digits_net"):
-        torch.save(create_model("oresnet20").state_dict(), tmp_path / "other.pt")
-        other = MaskConfig(method="file", file=mask, weights=tmp_path / "other.pt")
         run(short(**changes, mask=other), tmp_path / "other")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tenfold_shared.errors import UserError
+from tenfold_tost.activations import SoftKind
 from tenfold_tost.lrsi import Batch
 from tenfold_tost.maskfiles import load_masks
 from tenfold_tost.masking import Masks
@@ -56,6 +57,9 @@ class MaskConfig:
     rewinding), or, under the mask found from the initial ones, newly drawn ones."""
     rewind_epoch: int = 2
     """The epoch of dense training to which `late` goes back."""
+    activation: Literal["relu", SoftKind] = "relu"
+    """Activation of the networks whose training finds a ticket, at the released slope for pswish; the ticket itself is
+    trained with the recipe's."""
     file: Path | None = None
     """The mask of the method `file`."""
     weights: Path | None = None
@@ -69,10 +73,12 @@ class MaskConfig:
             raise UserError("--mask.file belongs to --mask.method file, and that method needs it")
         if self.weights is not None and self.method != "file":
             raise UserError(f"--mask.weights belongs to --mask.method file, not to {self.method}")
-        if self.rewind != "init" and self.method not in TICKETS:
-            raise UserError(
-                f"--mask.rewind {self.rewind} is for tickets ({', '.join(TICKETS)}), not for --mask.method {self.method}"
-            )
+        for name, default in (("rewind", "init"), ("activation", "relu")):
+            value = getattr(self, name)
+            if value != default and self.method not in TICKETS:
+                raise UserError(
+                    f"--mask.{name} {value} is for tickets ({', '.join(TICKETS)}), not for --mask.method {self.method}"
+                )
         if self.batches < 1:
             raise UserError(f"--mask.batches takes 1 or more, got {self.batches}")
         if self.scope == "layer" and self.method not in SCORED:

@@ -20,6 +20,7 @@ from tenfold_shared.batches import Stream
 from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
+from tenfold_tost.activations import RELEASED_BETA
 from tenfold_tost.compat import from_released, load_official_checkpoint
 from tenfold_tost.data import Data, DataConfig, load_data
 from tenfold_tost.evaluate import accuracy, check_fit, operations, weight_counts, zero_rates
@@ -233,13 +234,13 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 def ticket(session: Session) -> tuple[nn.Module, Masks]:
     """A lottery ticket: train, cut, rewind, again until the density is reached. The weights to go on from, and the mask.
 
-    `omp` cuts once. Every training here is vanilla; the techniques come in when the ticket itself is trained. The rounds of
+    `omp` cuts once. Every training here is vanilla but for the activation that the recipe may ask for; the techniques come in when the ticket itself is trained. The rounds of
     a ticket that is to be drawn anew go back to its initial weights all the same: what the control changes is the weights
     under the mask, not the mask.
     """
     settings = session.recipe.mask
     between: Rewind = "init" if settings.rewind == "random" else settings.rewind
-    model = fit(session, session.fresh(), {}, "dense", VANILLA, snapshot=settings.rewind == "late")
+    model = search(session, session.fresh(), {}, "dense")
     one_shot = settings.method == "omp"
     rounds = [1.0 - settings.density] if one_shot else ticket_rounds(settings.density, settings.percent)
     masks: Masks = {}
@@ -254,8 +255,21 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
         if number < len(rounds):
             model = rewound(session, model, between)
             apply_masks(model, masks)
-            model = fit(session, model, masks, f"round-{number}", VANILLA)
+            model = search(session, model, masks, f"round-{number}")
     return rewound(session, model, settings.rewind), masks
+
+
+def search(session: Session, model: nn.Module, masks: Masks, name: str) -> nn.Module:
+    """One training on the way to a ticket; the plain network at its end."""
+    settings, plan = session.recipe.mask, VANILLA
+    if settings.activation != "relu":
+        kept = Soft(kind=settings.activation, beta0=RELEASED_BETA, constant=True)
+        plan = dataclasses.replace(VANILLA, soft=kept)
+    ghosts = Ghosts(model, plan)
+    snapshot = settings.rewind == "late" and not masks
+    model = fit(session, model, masks, name, plan, ghosts=ghosts, snapshot=snapshot)
+    ghosts.detach(everything=True)
+    return model
 
 
 def imported(session: Session, drawn: nn.Module, file: Path) -> nn.Module:
