@@ -30,11 +30,11 @@ from tenfold_tost import (
 )
 from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
 from tenfold_tost.data import DataConfig, load_data
-from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, operations, zero_rates
+from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, mean_zero_rates, operations, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
 from tenfold_tost.maskmaking import MaskConfig
 from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
-from tenfold_tost.train import Recipe, make_optimiser, run_recipe
+from tenfold_tost.train import Recipe, make_optimiser, run_recipe, train
 
 SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
 SHAPES |= {"tiny-imagenet": (3, 64, 64, 200)}
@@ -220,6 +220,37 @@ def test_a_released_network_keeps_its_activation(tmp_path: Path) -> None:
     torch.save(to_official(create_model("resnet20s")), tmp_path / "zoo.pth.tar")
     with pytest.raises(UserError, match="no other activation than ReLU"):
         load_model(tmp_path / "zoo.pth.tar", "resnet20s", "swish")
+
+
+def test_zeros_are_counted_on_every_evaluation_image(tmp_path: Path) -> None:
+    """In batches as in one."""
+    model = create_model("digits_net")
+    with Run("tost", short(), options(tmp_path)) as running:
+        data = load_data(DataConfig(), 64, running, evaluation_batch=300)
+        images = torch.cat([images for images, _ in data.evaluation.epoch(0)])
+        assert mean_zero_rates(model, data.evaluation, running) == pytest.approx(zero_rates(model, images))
+
+
+def test_a_run_keeps_its_result_and_the_gradient_of_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its norm is that of the masked gradient that the epoch's last step took."""
+    norms, step = [], torch.optim.SGD.step
+
+    def noting(optimiser: torch.optim.SGD, *arguments: object) -> None:
+        norms.append(torch.cat([p.grad.flatten() for g in optimiser.param_groups for p in g["params"]]).norm().item())
+        step(optimiser, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noting)
+    train(short(techniques="vanilla"), options(tmp_path, seed=3))
+    folder = tmp_path / "tost" / "x"
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["techniques"], result["mask"], result["seed"]) == ("vanilla", "erk", 3)
+    assert result["counts"]["flops_sparse"] < result["counts"]["flops_dense"]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    logged = [line["gradient_norm"] for line in lines if "gradient_norm" in line]
+    assert logged == pytest.approx([norms[3], norms[7]], rel=1e-5)
+    assert load_model(folder)[1]["accuracy"] == result["accuracy"]
 
 
 def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(tmp_path: Path) -> None:

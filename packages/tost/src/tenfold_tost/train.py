@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from tenfold_shared.batches import Stream
-from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.checkpoint import load_weights, write_json
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
 from tenfold_tost.activations import RELEASED_BETA
 from tenfold_tost.compat import from_released, load_official_checkpoint
 from tenfold_tost.data import Data, DataConfig, load_data
-from tenfold_tost.evaluate import accuracy, check_fit, operations, weight_counts, zero_rates
+from tenfold_tost.evaluate import accuracy, check_fit, mean_zero_rates, operations, weight_counts
 from tenfold_tost.ghosts import Ghosts, Skips, Smoothing, Soft, SparseRecipe, parse_techniques
-from tenfold_tost.lrsi import Batch, Lrsi, learn_scales
+from tenfold_tost.lrsi import Batch, Lrsi, gradient_norm, learn_scales
 from tenfold_tost.maskfiles import read_tensors
 from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_flow, density, prunable_weights
 from tenfold_tost.maskmaking import TICKETS, MaskConfig, Rewind, masks_at_initialisation
@@ -126,7 +126,7 @@ class Result:
     losses: list[float]
     """Mean training loss of every epoch."""
     zero_rates: dict[str, float]
-    """Zeros that each activation puts out on the evaluation images."""
+    """Fraction of zeros that each activation puts out on the evaluation images."""
     scales: dict[str, Any]
     """Of the learned scales: iterations bound by gamma, the gradient's norm at first and last, the factors' range."""
 
@@ -186,10 +186,12 @@ class Session:
 
 
 def train(recipe: Recipe, options: RunOptions) -> None:
-    """Run a recipe and keep its network."""
+    """Run a recipe and keep its network, and what came of it in ``result.json``."""
     with Run("tost", recipe, options) as run:
         _, result = run_recipe(run, recipe)
         if run.is_main:
+            about = {"techniques": recipe.techniques, "mask": recipe.mask.method, "seed": options.seed}
+            write_json(run.directory / "result.json", about | dataclasses.asdict(result))
             best = (
                 "" if result.best_dev_accuracy is None else f" ({result.best_dev_accuracy:.2f} % at the best dev epoch)"
             )
@@ -322,7 +324,6 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
     if not plan.stays:
         ghosts.finalize(masks)
     test = accuracy(model, data.evaluation, run).item()
-    images, _ = next(iter(data.evaluation.epoch(0)))
     result = Result(
         accuracy=test,
         best_dev_accuracy=best_dev(run),
@@ -331,7 +332,7 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         parameters={"training": while_ghosts, "deployed": sum(p.numel() for p in model.parameters())},
         counts={**weight_counts(model), **operations(model, data.example)},
         losses=session.losses,
-        zero_rates=zero_rates(model, images),
+        zero_rates=mean_zero_rates(model, data.evaluation, run),
         scales=scales,
     )
     about: dict[str, Any] = {
@@ -461,6 +462,9 @@ class _Loop:
                 keeper.mask_weights()
             run.log(loss=run.reduce(loss.detach(), "mean"))
             if turn >= warm and position + 1 == per_epoch:
+                if run.accelerator.scaler is None:  # in fp16 a gradient may overflow, and its step is passed over
+                    gradients = [p.grad for p in plain.parameters() if p.grad is not None]
+                    run.log(gradient_norm=gradient_norm(gradients))
                 self._epoch_ends(model, epoch + 1)
         return plain, optimiser
 
