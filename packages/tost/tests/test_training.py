@@ -453,6 +453,21 @@ def test_a_gain_is_over_the_vanilla_arm_even_where_that_is_not_asked_for(
     assert measured.value == 1.5
 
 
+def test_what_the_claims_compare_besides_accuracies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gains over vanilla training at the arm's own sparsity; zeros, averaged over the activations."""
+    claims, accuracies = load_claims("tenfold_tost"), {("tost", 0.02): 80.0, ("vanilla", 0.02): 85.0}
+
+    def measured(arm, *_: object) -> Measurement:
+        at = arm.options["techniques"], arm.options["mask.density"]
+        return Measurement(0.0, extras={"accuracy": accuracies.get(at, 96.0), "zero_rates": {"1": 0.5, "2": 0.25}})
+
+    monkeypatch.setattr(reproduce, "_measured", measured)
+    for name, expected in (("mini-erk-growth", -5.0), ("mini-erk-95-zeros", 37.5)):
+        claim = claims[name]
+        arm = claim.arms[claim.method]
+        assert reproduce.measure(claim, arm, 0, options=options(tmp_path), folder=tmp_path).value == expected
+
+
 def test_curvature_against_the_full_hessian() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).double()
