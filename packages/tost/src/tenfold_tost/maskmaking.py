@@ -47,7 +47,7 @@ class MaskConfig:
     scope: Scope = "global"
     """Rank the scores over all layers together, or layer by layer."""
     linear: bool = False
-    """Prune linear layers too."""
+    """Prune linear layers too, as the released code does in masks that a score or chance makes at initialisation."""
     batches: int = 1
     """Batches on which SNIP, GraSP and Taylor are scored."""
     percent: float = 0.2
