@@ -61,6 +61,7 @@ def test_parametric_swish_is_its_formula_twice_differentiable() -> None:
         assert torch.autograd.gradcheck(lambda v, b=beta: pswish(v, b), (x,))
         assert torch.autograd.gradgradcheck(lambda v, b=beta: pswish(v, b), (x,))
     torch.testing.assert_close(pswish(x, 1e-6), x / 2, atol=1e-5, rtol=0)
+    assert torch.equal(pswish(x, 0.0), x / 2)
     torch.testing.assert_close(pswish(x, 1e6), x.relu(), atol=1e-6, rtol=0)
 
 
@@ -86,6 +87,8 @@ def test_unknown_activations_are_named() -> None:
         activation("swoosh")
     with pytest.raises(ValueError, match="relu"):
         GhostActivation("relu")
+    with pytest.raises(ValueError, match="above 0"):
+        GhostActivation("pswish", beta=0.0)
 
 
 # -- schedules and smoothing ------------------------------------------------------------------------------------------------

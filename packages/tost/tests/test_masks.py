@@ -16,6 +16,7 @@ from tenfold_shared.errors import UserError
 from tenfold_tost import (
     MaskKeeper,
     apply_masks,
+    check_flow,
     check_masks,
     create_model,
     density,
@@ -234,12 +235,33 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         check_masks(model, {**good, "strange": torch.ones(2)})
     with pytest.raises(ValueError, match=r"0\.weight has shape"):
         check_masks(model, {**good, "0.weight": torch.ones(2, 2)})
-    with pytest.raises(ValueError, match=r"no weight in 3\.weight"):
-        check_masks(model, {**good, "3.weight": torch.zeros_like(good["3.weight"])})
     with pytest.raises(ValueError, match="no weight at all"):
         check_masks(model, {})
     with pytest.raises(ValueError, match="no convolution"):
         prunable_weights(nn.Linear(2, 2))
+
+
+def test_masks_that_let_nothing_through_are_refused() -> None:
+    """An empty layer, or two whose weights do not meet; where a shortcut goes around it, the layer is only named."""
+    model, residual = create_model("digits_net"), create_model("oresnet104")
+    good, around = erk_masks(model, 0.2), erk_masks(residual, 0.1)
+    empty = {**good, "3.weight": torch.zeros_like(good["3.weight"])}
+    with pytest.warns(UserWarning, match=r"no weight in 3\.weight"):
+        check_masks(model, empty)
+    with pytest.raises(ValueError, match=r"no weight in 3\.weight, and nothing of the input"):
+        check_flow(model, empty, (1, 8, 8))
+    apart = {name: mask.clone() for name, mask in good.items()}
+    apart["0.weight"][8:], apart["3.weight"][:, :8] = False, False
+    with pytest.raises(ValueError, match="is such that nothing of the input"):
+        check_flow(model, apart, (1, 8, 8))
+    check_flow(model, good, (1, 8, 8))
+    name = "layer1.3.conv2.weight"
+    around[name] = torch.zeros_like(around[name])
+    check_flow(residual, around, (3, 32, 32))
+    with pytest.warns(UserWarning, match=r"no weight in layer1\.3\.conv2\.weight"):
+        apply_masks(residual, around)
+    with pytest.raises(ValueError, match=r"no weight in conv1\.weight"):
+        check_flow(residual, {**around, "conv1.weight": torch.zeros_like(around["conv1.weight"])}, (3, 32, 32))
 
 
 def test_hamming_distance_and_zero_filters() -> None:

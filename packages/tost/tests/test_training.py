@@ -1,5 +1,6 @@
 """Every recipe is built and stepped, every mask and technique runs, and a sparse network learns."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import tenfold_tost.data
+from tenfold_shared.checkpoint import load_weights
 from tenfold_shared.claims import Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
@@ -28,11 +30,11 @@ from tenfold_tost import (
 )
 from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
 from tenfold_tost.data import DataConfig, load_data
-from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, operations, zero_rates
+from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, mean_zero_rates, operations, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
 from tenfold_tost.maskmaking import MaskConfig
 from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
-from tenfold_tost.train import Recipe, make_optimiser, run_recipe
+from tenfold_tost.train import Recipe, make_optimiser, run_recipe, train
 
 SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
 SHAPES |= {"tiny-imagenet": (3, 64, 64, 200)}
@@ -121,6 +123,34 @@ def test_steps_of_warm_up_leave_the_ticket_alone(tmp_path: Path) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_a_ticket_that_is_drawn_anew_keeps_its_mask(tmp_path: Path) -> None:
+    """The control trains other weights under the very mask that was found, however many rounds found it."""
+    masks, starts = [], []
+    for rewind in ("init", "random"):
+        mask = MaskConfig(method="lth", density=0.2, percent=0.5, rewind=rewind)
+        recipe = short(techniques="vanilla", epochs=1, milestones=[], batch_size=500, mask=mask)
+        model, _ = run(recipe, tmp_path / rewind)
+        masks.append(masks_from_zeros(model))
+        starts.append(load_weights(tmp_path / rewind / "tost" / "x" / "checkpoints" / "start.safetensors")[0])
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert not torch.equal(starts[0]["model/3.weight"], starts[1]["model/3.weight"])
+
+
+def test_tickets_of_other_activations_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Soft neurons while the mask is looked for, and another mask; the ticket is trained with ReLU all the same."""
+    folders = []
+    for activation in ("relu", "mish", "pswish"):
+        mask = MaskConfig(method="lth", density=0.3, percent=0.5, rewind="none", activation=activation)
+        recipe = short(techniques="vanilla", epochs=1, milestones=[], batch_size=500, mask=mask)
+        model, _ = run(recipe, tmp_path / activation)
+        assert sum(isinstance(module, torch.nn.ReLU) for module in model.modules()) == 6
+        folders.append(str(tmp_path / activation / "tost" / "x"))
+    analyse(*folders, config=AnalyseConfig(batch=20), options=options(tmp_path))
+    distances = [json.loads(line)["hamming_distance"] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert len(distances) == 3
+    assert min(distances) > 0.0
+
+
 def test_the_whole_recipe_ends_in_the_plain_network(tmp_path: Path) -> None:
     recipe = short(techniques="tost", recalibrate=2, warmup_steps=2, decay_norm=False, data=DataConfig(dev=200))
     model, result = run(recipe, tmp_path)
@@ -139,8 +169,6 @@ def test_momentum_outlives_the_ghosts(tmp_path: Path) -> None:
     """The network's parameters go on with their momentum when the skips' are gone."""
     recipe = short(techniques="skip")
     run(recipe, tmp_path)
-    from tenfold_shared.checkpoint import load_weights  # noqa: PLC0415
-
     state, _ = load_weights(tmp_path / "tost" / "x" / "checkpoints" / "train-ghosts.safetensors")
     momentum = {key for key in state if key.startswith("momentum/")}
     assert momentum == {f"momentum/{name}" for name, _ in create_model("digits_net").named_parameters()}
@@ -192,6 +220,37 @@ def test_a_released_network_keeps_its_activation(tmp_path: Path) -> None:
     torch.save(to_official(create_model("resnet20s")), tmp_path / "zoo.pth.tar")
     with pytest.raises(UserError, match="no other activation than ReLU"):
         load_model(tmp_path / "zoo.pth.tar", "resnet20s", "swish")
+
+
+def test_zeros_are_counted_on_every_evaluation_image(tmp_path: Path) -> None:
+    """In batches as in one."""
+    model = create_model("digits_net")
+    with Run("tost", short(), options(tmp_path)) as running:
+        data = load_data(DataConfig(), 64, running, evaluation_batch=300)
+        images = torch.cat([images for images, _ in data.evaluation.epoch(0)])
+        assert mean_zero_rates(model, data.evaluation, running) == pytest.approx(zero_rates(model, images))
+
+
+def test_a_run_keeps_its_result_and_the_gradient_of_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its norm is that of the masked gradient that the epoch's last step took."""
+    norms, step = [], torch.optim.SGD.step
+
+    def noting(optimiser: torch.optim.SGD, *arguments: object) -> None:
+        norms.append(torch.cat([p.grad.flatten() for g in optimiser.param_groups for p in g["params"]]).norm().item())
+        step(optimiser, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noting)
+    train(short(techniques="vanilla"), options(tmp_path, seed=3))
+    folder = tmp_path / "tost" / "x"
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["techniques"], result["mask"], result["seed"]) == ("vanilla", "erk", 3)
+    assert result["counts"]["flops_sparse"] < result["counts"]["flops_dense"]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    logged = [line["gradient_norm"] for line in lines if "gradient_norm" in line]
+    assert logged == pytest.approx([norms[3], norms[7]], rel=1e-5)
+    assert load_model(folder)[1]["accuracy"] == result["accuracy"]
 
 
 def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(tmp_path: Path) -> None:
@@ -254,6 +313,10 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"mask": lambda: MaskConfig(method="lth", scope="layer")}, "lth-layerwise"),
         ({"skip": lambda: Skips(lr_factor=-1.0)}, "lr_factor"),
         ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
+        ({"mask": lambda: MaskConfig(method="snip", rewind="late")}, "for tickets"),
+        ({"mask": lambda: MaskConfig(method="snip", activation="mish")}, "for tickets"),
+        ({"mask": lambda: MaskConfig(method="lth", activation="mihs")}, "mihs"),
+        ({"mask": lambda: MaskConfig(method="lth", weights=Path("w.pt"))}, "mask.weights"),
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
         ({"data": lambda: DataConfig(dev=2000)}, "2000"),
         ({"data": lambda: DataConfig(dev=3, dev_split="first")}, "lack a class"),
@@ -273,6 +336,28 @@ def test_a_mask_of_another_network_is_refused(tmp_path: Path) -> None:
     recipe = short(mask=MaskConfig(method="file", file=tmp_path / "mask.safetensors"))
     with pytest.raises(UserError, match=r"does not fit DigitsNet: conv1\.weight"):
         run(recipe, tmp_path)
+
+
+def test_an_imported_ticket_brings_its_weights(tmp_path: Path) -> None:
+    """Rewound late, to weights that no seed gives; without their option they are missed aloud."""
+    mask, changes = tmp_path / "mask.safetensors", {"techniques": "vanilla", "epochs": 1, "milestones": []}
+    late = MaskConfig(method="omp", density=0.3, rewind="late", rewind_epoch=1)
+    make_mask(short(**changes, mask=late), options(tmp_path / "m"), mask)
+    found, start = [], "tost/x/checkpoints/start.safetensors"
+    for name, weights in (("with", mask), ("without", None)):
+        recipe = short(**changes, mask=MaskConfig(method="file", file=mask, weights=weights))
+        with contextlib.nullcontext() if weights else pytest.warns(UserWarning, match="holds weights beside the mask"):
+            run(recipe, tmp_path / name)
+        found.append(load_weights(tmp_path / name / start)[0])
+    state, _ = load_weights(mask)
+    for name in ("0.weight", "3.weight", "20.bias"):
+        expected = state[name] * state.get(f"{name}_mask", 1)
+        assert torch.equal(found[0][f"model/{name}"], expected)
+        assert not torch.equal(found[1][f"model/{name}"], expected)
+    torch.save(create_model("oresnet20").state_dict(), tmp_path / "other.pt")
+    other = MaskConfig(method="file", file=mask, weights=tmp_path / "other.pt")
+    with pytest.raises(UserError, match="does not fit digits_net"):
+        run(short(**changes, mask=other), tmp_path / "other")
 
 
 def test_a_loss_that_turns_nan_is_named(tmp_path: Path) -> None:
@@ -366,6 +451,21 @@ def test_a_gain_is_over_the_vanilla_arm_even_where_that_is_not_asked_for(
     alone = dataclasses.replace(claim, arms={"tost": claim.arms["tost"]})
     measured = reproduce.measure(alone, claim.arms["tost"], 0, options=options(tmp_path), folder=tmp_path)
     assert measured.value == 1.5
+
+
+def test_what_the_claims_compare_besides_accuracies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gains over vanilla training at the arm's own sparsity; zeros, averaged over the activations."""
+    claims, accuracies = load_claims("tenfold_tost"), {("tost", 0.02): 80.0, ("vanilla", 0.02): 85.0}
+
+    def measured(arm, *_: object) -> Measurement:
+        at = arm.options["techniques"], arm.options["mask.density"]
+        return Measurement(0.0, extras={"accuracy": accuracies.get(at, 96.0), "zero_rates": {"1": 0.5, "2": 0.25}})
+
+    monkeypatch.setattr(reproduce, "_measured", measured)
+    for name, expected in (("mini-erk-growth", -5.0), ("mini-erk-95-zeros", 37.5)):
+        claim = claims[name]
+        arm = claim.arms[claim.method]
+        assert reproduce.measure(claim, arm, 0, options=options(tmp_path), folder=tmp_path).value == expected
 
 
 def test_curvature_against_the_full_hessian() -> None:

@@ -24,6 +24,7 @@ from tenfold_tost.maskfiles import load_masks, save_masks
 from tenfold_tost.masking import (
     MaskKeeper,
     apply_masks,
+    check_flow,
     check_masks,
     density,
     hamming_distance,
@@ -65,6 +66,7 @@ __all__ = [
     "SparseRecipe",
     "activation",
     "apply_masks",
+    "check_flow",
     "check_masks",
     "create_model",
     "density",

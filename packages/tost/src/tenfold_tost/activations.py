@@ -44,8 +44,10 @@ class ParametricSwish(torch.autograd.Function):
 
 
 def pswish(x: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""] = RELEASED_BETA) -> Float[Tensor, "*shape"]:
-    """X sigmoid(beta x), beta > 0: half of x as beta goes to 0, ReLU as it grows. beta is no parameter."""
+    """X sigmoid(beta x): half of x at beta = 0, ReLU as it grows. beta is no parameter; a tensor is above 0."""
     if not isinstance(beta, Tensor):
+        if beta == 0:  # which the fast form divides by
+            return x / 2
         beta = x.new_tensor(beta)
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula
         return functional.silu(x * beta.to(x.dtype)) / beta.to(x.dtype)
@@ -184,11 +186,14 @@ class GhostActivation(nn.Module):
             raise ValueError(f"Unknown soft neuron {kind!r}: choose one of {', '.join(SOFT_KINDS)}.")
         self.kind = kind
         self.hard = False
-        self.register_buffer("beta", torch.tensor(float(beta)), persistent=False)
+        self.register_buffer("beta", torch.tensor(1.0), persistent=False)
         self.register_buffer("hardness", torch.tensor(0.0), persistent=False)
+        self.set(beta, 0.0)
 
     def set(self, beta: float, hardness: float) -> None:
-        """Move on along the schedule."""
+        """Move on along the schedule. Raises ValueError for a slope that is not above 0."""
+        if beta <= 0:
+            raise ValueError(f"The slope of a soft neuron is above 0, got {beta}.")
         self.hard = hardness >= 1.0
         self.beta.fill_(beta)
         self.hardness.fill_(hardness)

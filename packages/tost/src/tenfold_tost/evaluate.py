@@ -171,6 +171,19 @@ def zero_rates(model: nn.Module, images: Tensor) -> dict[str, float]:
     return {name: float(torch.stack(rates).mean()) for name, rates in seen.items()}
 
 
+def mean_zero_rates(model: nn.Module, batches: Batches, run: Run) -> dict[str, float]:
+    """The fractions of `zero_rates` over all batches and processes."""
+    zeros: dict[str, float] = {}
+    for images, _ in batches.epoch(0):
+        if len(images):
+            for name, rate in zero_rates(model, images).items():
+                zeros[name] = zeros.get(name, 0.0) + rate * len(images)
+    return {
+        name: run.reduce(torch.tensor(count, dtype=torch.float64, device=run.device)).item() / batches.samples
+        for name, count in zeros.items()
+    }
+
+
 def zero_filters(model: nn.Module, threshold: float = 0.9) -> float:
     """Fraction of filters of which more than `threshold` of the weights are zero (section 9 b)."""
     filters, zero, _ = relaxed_zero_filters(prunable_weights(model).values(), threshold=threshold)

@@ -22,9 +22,10 @@ UNREADABLE = (  # what NumPy raises for the ways in which a file may be no archi
 )  # fmt: skip
 
 
-def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks as safetensors, under ``<weight>_mask``."""
-    save_weights(path, {name + MASK: mask.to(torch.uint8) for name, mask in masks.items()}, {"kind": "masks"})
+def save_masks(path: Path, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write masks as safetensors, under ``<weight>_mask``, beside the state dict of the `weights` to train from."""
+    named = {name + MASK: mask.to(torch.uint8) for name, mask in masks.items()}
+    save_weights(path, {**(weights or {}), **named}, {"kind": "masks"})
 
 
 def load_masks(path: Path, model: nn.Module, keep: float | None = None, linear: bool = False) -> Masks:

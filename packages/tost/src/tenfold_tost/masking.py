@@ -4,11 +4,14 @@ A mask is a dictionary from weight names to boolean tensors of the weights' shap
 masked, and neither are ghost skips.
 """
 
+import copy
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tenfold_tost.skips import GhostSkip
 
@@ -37,10 +40,11 @@ def prunable_weights(model: nn.Module, linear: bool = False) -> dict[str, nn.Par
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse masks that do not belong to a model, or that leave a layer without any weight.
+    """Refuse masks that do not belong to a model, and warn of layers that they leave without any weight; whether anything
+    passes by those is for `check_flow`.
 
     Raises:
-        ValueError: naming every layer that does not fit, or that is fully masked.
+        ValueError: naming every layer that does not fit.
 
     """
     weights = prunable_weights(model, linear=True)
@@ -55,11 +59,49 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     if misfits:
         shown = "; ".join(misfits[:8]) + (f"; and {len(misfits) - 8} more" if len(misfits) > 8 else "")
         raise ValueError(f"The mask does not fit the {type(model).__name__}: {shown}.")
-    empty = [name for name, mask in masks.items() if not bool(mask.any())]
-    if empty:
+    empty = emptied(masks)
+    if empty:  # of one place in the code, so that a run that checks its mask in several is told once
+        warnings.warn(f"The mask leaves no weight in {', '.join(empty)}: nothing passes there.", stacklevel=1)
+
+
+def emptied(masks: Mapping[str, Tensor]) -> list[str]:
+    """The layers of which no weight remains."""
+    return [name for name, mask in masks.items() if not bool(mask.any())]
+
+
+def check_flow(model: nn.Module, masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Refuse masks under which nothing of the input reaches the output. A layer without weights does not cut a network
+    that goes around it, as residual ones do.
+
+    Every weight that remains is taken as one and every shift as zero, so that paths only add up, and what a layer puts
+    out is brought to at most one, so that depth neither overflows nor vanishes.
+
+    Args:
+        model: without ghosts; it is not changed.
+        masks: that fit it.
+        shape: of one input, without the batch dimension.
+
+    Raises:
+        ValueError: naming the layers that are fully masked.
+
+    """
+    model = copy.deepcopy(model).eval()
+    for layer in prunable_weights(model, linear=True):
+        model.get_submodule(layer.rpartition(".")[0]).register_forward_hook(
+            lambda module, inputs, output: output / output.detach().abs().amax().clamp(min=1e-30)
+        )
+    state = {n: torch.full_like(p, float(not n.endswith("bias"))) for n, p in model.named_parameters()}
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            state[name] = torch.full_like(buffer, float(name.endswith("running_var")))
+    state |= {name: mask.to(state[name]) for name, mask in masks.items()}
+    example = next(model.parameters()).new_ones((1, *shape)).requires_grad_()
+    (gradient,) = torch.autograd.grad(functional_call(model, state, (example,)).sum(), example)
+    if not bool(gradient.any()):
+        empty = emptied(masks)
+        where = f"leaves no weight in {', '.join(empty)}, and" if empty else "is such that"
         raise ValueError(
-            f"The mask leaves no weight in {', '.join(empty)}, so nothing would pass there: lower the sparsity, "
-            "or prune layer by layer."
+            f"The mask {where} nothing of the input reaches the output: lower the sparsity, or prune layer by layer."
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tenfold_shared.errors import UserError
+from tenfold_tost.activations import SoftKind
 from tenfold_tost.lrsi import Batch
 from tenfold_tost.maskfiles import load_masks
 from tenfold_tost.masking import Masks
@@ -29,6 +30,7 @@ from tenfold_tost.pruning import (
 MaskMethod = Literal[
     "dense", "lth", "lth-layerwise", "omp", "magnitude", "snip", "grasp", "synflow", "taylor", "random", "erk", "file"
 ]
+Rewind = Literal["init", "late", "none", "random"]
 SCORED = ("magnitude", "snip", "grasp", "synflow", "taylor", "random")  # the methods that rank scores
 TICKETS = ("lth", "lth-layerwise", "omp")  # the methods that train before they cut
 
@@ -45,24 +47,38 @@ class MaskConfig:
     scope: Scope = "global"
     """Rank the scores over all layers together, or layer by layer."""
     linear: bool = False
-    """Prune linear layers too."""
+    """Prune linear layers too, as the released code does in masks that a score or chance makes at initialisation."""
     batches: int = 1
     """Batches on which SNIP, GraSP and Taylor are scored."""
     percent: float = 0.2
     """Fraction of the survivors that one round of a lottery ticket removes."""
-    rewind: Literal["init", "late", "none", "random"] = "init"
+    rewind: Rewind = "init"
     """Weights a ticket is trained from: the initial ones, those of `rewind_epoch`, the trained ones (learning-rate
-    rewinding), or newly drawn ones."""
+    rewinding), or, under the mask found from the initial ones, newly drawn ones."""
     rewind_epoch: int = 2
     """The epoch of dense training to which `late` goes back."""
+    activation: Literal["relu", SoftKind] = "relu"
+    """Activation of the networks whose training finds a ticket, at the released slope for pswish; the ticket itself is
+    trained with the recipe's."""
     file: Path | None = None
     """The mask of the method `file`."""
+    weights: Path | None = None
+    """The initial weights that belong to the mask of the method `file`: any checkpoint of the network, the mask's own file
+    where that holds one. Without it they are drawn."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no mask."""
         check_density(self.density)
         if (self.method == "file") != (self.file is not None):
             raise UserError("--mask.file belongs to --mask.method file, and that method needs it")
+        if self.weights is not None and self.method != "file":
+            raise UserError(f"--mask.weights belongs to --mask.method file, not to {self.method}")
+        for name, default in (("rewind", "init"), ("activation", "relu")):
+            value = getattr(self, name)
+            if value != default and self.method not in TICKETS:
+                raise UserError(
+                    f"--mask.{name} {value} is for tickets ({', '.join(TICKETS)}), not for --mask.method {self.method}"
+                )
         if self.batches < 1:
             raise UserError(f"--mask.batches takes 1 or more, got {self.batches}")
         if self.scope == "layer" and self.method not in SCORED:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold_shared.claims import Arm, ArmResult, Claim, Measurement, Metric, Outcome, load_claims
+from tenfold_shared.claims import Arm, ArmResult, Claim, Measurement, Metric, Outcome
 from tenfold_shared.cli import load_recipe
 from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
@@ -34,12 +35,16 @@ def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
 
 
 def measure(claim: Claim, arm: Arm, seed: int, *, options: RunOptions, folder: Path) -> Measurement:
-    """What one arm gives with one seed: an accuracy, or its gain over the vanilla arm of the same seed."""
+    """What one arm gives with one seed: an accuracy, its gain over vanilla training of the same seed under the same mask,
+    or the mean over the activations of the zeros that each puts out.
+    """
     measured = _measured(arm, seed, options, folder)
     value = measured.extras["accuracy"]
     if claim.metric.name == "gain over vanilla":
-        vanilla = load_claims("tenfold_tost")[claim.id].arms[VANILLA]  # --arms may have left it out of this claim
+        vanilla = dataclasses.replace(arm, name=VANILLA, options={**arm.options, "techniques": VANILLA})
         value -= _measured(vanilla, seed, options, folder).extras["accuracy"]
+    elif claim.metric.name == "zero activations":
+        value = 100.0 * statistics.fmean(measured.extras["zero_rates"].values())
     return dataclasses.replace(measured, value=value)
 
 
@@ -160,12 +165,14 @@ def _points(axes: "Axes", groups: Mapping[str, Arms]) -> None:
     colours = _colours(name for arms in groups.values() for name in arms)
     width = 0.8 / len(colours)
     for j, (name, colour) in enumerate(colours.items()):
-        found = [(i, arms[name]) for i, arms in enumerate(groups.values()) if name in arms and arms[name].n]
+        seeds = [
+            [extras["accuracy"] for extras in _extras(arms[name])] if name in arms else [] for arms in groups.values()
+        ]
+        found = [(i, values) for i, values in enumerate(seeds) if values]
         places = [i + (j - (len(colours) - 1) / 2) * width for i, _ in found]
-        means = [arm.mean or 0.0 for _, arm in found]
+        means = [statistics.fmean(values) for _, values in found]
         axes.plot(places, means, "_", markersize=14, markeredgewidth=3, color=colour, label=name)
-        for place, (_, arm) in zip(places, found, strict=True):
-            values = [value for value in arm.values if value is not None]
+        for place, (_, values) in zip(places, found, strict=True):
             axes.plot([place] * len(values), values, "o", color="black", markersize=2.5)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("test accuracy, %")

@@ -20,7 +20,7 @@ from tenfold_tost.evaluate import check_fit, load_model, weights_file, zero_filt
 from tenfold_tost.export import save_compact, sparsify
 from tenfold_tost.ghosts import has_ghosts
 from tenfold_tost.maskfiles import mask_report, save_masks
-from tenfold_tost.masking import check_masks, density, hamming_distance, masks_from_zeros
+from tenfold_tost.masking import density, hamming_distance, masks_from_zeros
 from tenfold_tost.maskmaking import TICKETS
 from tenfold_tost.models import create_model, normalizes_inside
 from tenfold_tost.train import Recipe, Session, ticket
@@ -37,7 +37,8 @@ class AnalyseConfig:
 
 
 def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safetensors")) -> None:
-    """Make the recipe's mask, print its layers and write it for ``train --mask.method file --mask.file FILE``.
+    """Make the recipe's mask, print its layers and write it for ``train --mask.method file --mask.file FILE``; a ticket
+    with the weights that it is rewound to, from which ``--mask.weights FILE`` trains it.
 
     Its run has a folder of its own, the name followed by "-mask", in which a ticket's training is kept.
     """
@@ -56,13 +57,12 @@ def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safet
                 model, masks = ticket(session)
             else:
                 masks = session.mask(model)
-            check_masks(model, masks)
         except UserError:
             raise
         except ValueError as error:  # of the method, as in training
             raise UserError(str(error)) from error
         if run.is_main:
-            save_masks(file, masks)
+            save_masks(file, masks, model.state_dict() if recipe.mask.method in TICKETS else None)
             print("\n".join(mask_report(model, masks)))
             print(f"{100 * density(masks):.2f} % of the weights remain; written to {file}")
 

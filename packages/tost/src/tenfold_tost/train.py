@@ -7,7 +7,9 @@ a resumed run goes on in the middle of any of them.
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +17,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from tenfold_shared.batches import Stream
-from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.checkpoint import load_weights, write_json
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions, derived_seed, seed_everything
+from tenfold_tost.activations import RELEASED_BETA
+from tenfold_tost.compat import from_released, load_official_checkpoint
 from tenfold_tost.data import Data, DataConfig, load_data
-from tenfold_tost.evaluate import accuracy, check_fit, operations, weight_counts, zero_rates
+from tenfold_tost.evaluate import accuracy, check_fit, mean_zero_rates, operations, weight_counts
 from tenfold_tost.ghosts import Ghosts, Skips, Smoothing, Soft, SparseRecipe, parse_techniques
-from tenfold_tost.lrsi import Batch, Lrsi, learn_scales
-from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_masks, density, prunable_weights
-from tenfold_tost.maskmaking import TICKETS, MaskConfig, masks_at_initialisation
+from tenfold_tost.lrsi import Batch, Lrsi, gradient_norm, learn_scales
+from tenfold_tost.maskfiles import read_tensors
+from tenfold_tost.masking import MaskKeeper, Masks, apply_masks, check_flow, density, prunable_weights
+from tenfold_tost.maskmaking import TICKETS, MaskConfig, Rewind, masks_at_initialisation
 from tenfold_tost.models import create_model, normalizes_inside
 from tenfold_tost.pruning import layerwise_cut, magnitude_cut, ticket_rounds
 from tenfold_tost.schedules import learning_rate
@@ -121,7 +126,7 @@ class Result:
     losses: list[float]
     """Mean training loss of every epoch."""
     zero_rates: dict[str, float]
-    """Zeros that each activation puts out on the evaluation images."""
+    """Fraction of zeros that each activation puts out on the evaluation images."""
     scales: dict[str, Any]
     """Of the learned scales: iterations bound by gamma, the gradient's norm at first and last, the factors' range."""
 
@@ -167,7 +172,9 @@ class Session:
     def mask(self, model: nn.Module) -> Masks:
         """The recipe's mask, of a method that does not train first."""
         seed = derived_seed(self.run.options.seed, "random masks")
-        return masks_at_initialisation(self.recipe.mask, model, self.data.shape, seed, self.stream())
+        masks = masks_at_initialisation(self.recipe.mask, model, self.data.shape, seed, self.stream())
+        check_flow(model, masks, self.data.shape)
+        return masks
 
     def stream(self) -> Iterator[Batch]:
         """Training batches without end, whole in every process."""
@@ -179,10 +186,12 @@ class Session:
 
 
 def train(recipe: Recipe, options: RunOptions) -> None:
-    """Run a recipe and keep its network."""
+    """Run a recipe and keep its network, and what came of it in ``result.json``."""
     with Run("tost", recipe, options) as run:
         _, result = run_recipe(run, recipe)
         if run.is_main:
+            about = {"techniques": recipe.techniques, "mask": recipe.mask.method, "seed": options.seed}
+            write_json(run.directory / "result.json", about | dataclasses.asdict(result))
             best = (
                 "" if result.best_dev_accuracy is None else f" ({result.best_dev_accuracy:.2f} % at the best dev epoch)"
             )
@@ -197,7 +206,7 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     """Make the mask and train under it; returns the network and what it is worth and cost.
 
     Raises:
-        UserError: the recipe does not fit the data or the architecture, or its mask leaves a layer empty.
+        UserError: the recipe does not fit the data or the architecture, or its mask lets nothing through.
         RunFailure: the loss is no longer finite.
 
     """
@@ -211,6 +220,8 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
         if recipe.mask.method in TICKETS:
             model, masks = ticket(session)
         elif recipe.mask.method != "dense" and not run.completed("start"):
+            if recipe.mask.file is not None:
+                model = imported(session, model, recipe.mask.file)
             masks = session.mask(model)
         return sparse_training(session, model, masks)
     except UserError:
@@ -225,10 +236,13 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
 def ticket(session: Session) -> tuple[nn.Module, Masks]:
     """A lottery ticket: train, cut, rewind, again until the density is reached. The weights to go on from, and the mask.
 
-    `omp` cuts once. Every training here is vanilla; the techniques come in when the ticket itself is trained.
+    `omp` cuts once. Every training here is vanilla but for the activation that the recipe may ask for; the techniques come in when the ticket itself is trained. The rounds of
+    a ticket that is to be drawn anew go back to its initial weights all the same: what the control changes is the weights
+    under the mask, not the mask.
     """
     settings = session.recipe.mask
-    model = fit(session, session.fresh(), {}, "dense", VANILLA, snapshot=settings.rewind == "late")
+    between: Rewind = "init" if settings.rewind == "random" else settings.rewind
+    model = search(session, session.fresh(), {}, "dense")
     one_shot = settings.method == "omp"
     rounds = [1.0 - settings.density] if one_shot else ticket_rounds(settings.density, settings.percent)
     masks: Masks = {}
@@ -239,17 +253,45 @@ def ticket(session: Session) -> tuple[nn.Module, Masks]:
             if settings.method == "lth-layerwise"
             else magnitude_cut(weights, percent)[0]
         )
-        check_masks(model, masks)
+        check_flow(model, masks, session.data.shape)
         if number < len(rounds):
-            model = rewound(session, model)
+            model = rewound(session, model, between)
             apply_masks(model, masks)
-            model = fit(session, model, masks, f"round-{number}", VANILLA)
-    return rewound(session, model), masks
+            model = search(session, model, masks, f"round-{number}")
+    return rewound(session, model, settings.rewind), masks
 
 
-def rewound(session: Session, trained: nn.Module) -> nn.Module:
+def search(session: Session, model: nn.Module, masks: Masks, name: str) -> nn.Module:
+    """One training on the way to a ticket; the plain network at its end."""
+    settings, plan = session.recipe.mask, VANILLA
+    if settings.activation != "relu":
+        kept = Soft(kind=settings.activation, beta0=RELEASED_BETA, constant=True)
+        plan = dataclasses.replace(VANILLA, soft=kept)
+    ghosts = Ghosts(model, plan)
+    snapshot = settings.rewind == "late" and not masks
+    model = fit(session, model, masks, name, plan, ghosts=ghosts, snapshot=snapshot)
+    ghosts.detach(everything=True)
+    return model
+
+
+def imported(session: Session, drawn: nn.Module, file: Path) -> nn.Module:
+    """The network at the weights that belong to a mask's file (section 2.1); as drawn where none are named."""
+    recipe = session.recipe
+    if recipe.mask.weights is not None:
+        model = load_official_checkpoint(recipe.mask.weights, recipe.arch)
+        check_fit(model, session.data, recipe.data.name)
+        return model.to(session.run.device)
+    if from_released(read_tensors(file)).keys() >= dict(drawn.named_parameters()).keys():
+        warnings.warn(
+            f"{file} holds weights beside the mask, and the run starts from newly drawn ones: add --mask.weights {file} to "
+            "start from those",
+            stacklevel=2,
+        )
+    return drawn
+
+
+def rewound(session: Session, trained: nn.Module, how: Rewind) -> nn.Module:
     """The network to train a ticket from."""
-    how = session.recipe.mask.rewind
     if how == "none":
         return trained
     model = session.fresh("redrawn" if how == "random" else "init")
@@ -276,15 +318,12 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         scales = scale_summary(session, model, plan.lrsi, masks)
     scales = run.complete("start", carried, scales=scales)["scales"]  # type: ignore[arg-type]
     masks = carried.masks
-    if masks:
-        check_masks(model, masks)
     session.steps += int(scales.get("iterations", 0))
     session.losses = []
     model = fit(session, model, masks, "train", plan, ghosts=ghosts, warm=recipe.warmup_steps)
     if not plan.stays:
         ghosts.finalize(masks)
     test = accuracy(model, data.evaluation, run).item()
-    images, _ = next(iter(data.evaluation.epoch(0)))
     result = Result(
         accuracy=test,
         best_dev_accuracy=best_dev(run),
@@ -293,7 +332,7 @@ def sparse_training(session: Session, model: nn.Module, masks: Masks) -> tuple[n
         parameters={"training": while_ghosts, "deployed": sum(p.numel() for p in model.parameters())},
         counts={**weight_counts(model), **operations(model, data.example)},
         losses=session.losses,
-        zero_rates=zero_rates(model, images),
+        zero_rates=mean_zero_rates(model, data.evaluation, run),
         scales=scales,
     )
     about: dict[str, Any] = {
@@ -423,6 +462,9 @@ class _Loop:
                 keeper.mask_weights()
             run.log(loss=run.reduce(loss.detach(), "mean"))
             if turn >= warm and position + 1 == per_epoch:
+                if run.accelerator.scaler is None:  # in fp16 a gradient may overflow, and its step is passed over
+                    gradients = [p.grad for p in plain.parameters() if p.grad is not None]
+                    run.log(gradient_norm=gradient_norm(gradients))
                 self._epoch_ends(model, epoch + 1)
         return plain, optimiser
 
