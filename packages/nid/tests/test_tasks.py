@@ -267,10 +267,11 @@ def test_whole_images_are_fitted_patch_by_patch_at_any_resolution() -> None:
             nid.PatchModel(model, stride=stride).reconstruct(images)
 
 
-class Places(torch.nn.Module):
+class Places(nid.NeuralDictionary):
     """In the place of a dictionary of patches: a code is where a patch lies, its values are the pixels' own places."""
 
-    config = nid.DictionaryConfig(size=(4, 4), out_dim=2)
+    def __init__(self) -> None:
+        super().__init__(nid.DictionaryConfig(size=(4, 4), out_dim=2))
 
     def render(self, codes: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
         return (coords + 1) / 2 * 3 + codes[:, None]
@@ -281,7 +282,7 @@ class Places(torch.nn.Module):
 def test_enlarged_patches_go_on_where_the_one_before_ends(stride: int, scale: int) -> None:
     rows, cols = patches.window_starts(10, 4, stride), patches.window_starts(7, 4, stride)
     codes = torch.cartesian_prod(torch.tensor(rows), torch.tensor(cols)).double()
-    image = nid.PatchModel(Places(), stride).render(codes, (10, 7), scale)[0]  # type: ignore[arg-type]
+    image = nid.PatchModel(Places(), stride).render(codes, (10, 7), scale)[0]
     centres = [(torch.arange(n * scale).double() + 0.5) / scale - 0.5 for n in (10, 7)]
     expected = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1)
     assert torch.allclose(image, expected, atol=1e-5)
