@@ -315,7 +315,6 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"mask": lambda: MaskConfig(method="lth", rewind="late", rewind_epoch=9)}, "rewind_epoch"),
         ({"mask": lambda: MaskConfig(method="snip", rewind="late")}, "for tickets"),
         ({"mask": lambda: MaskConfig(method="snip", activation="mish")}, "for tickets"),
-        ({"mask": lambda: MaskConfig(method="lth", activation="mihs")}, "mihs"),
         ({"mask": lambda: MaskConfig(method="lth", weights=Path("w.pt"))}, "mask.weights"),
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
         ({"data": lambda: DataConfig(dev=2000)}, "2000"),
