@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from tenfold_shared.cli import Command, load_recipe, run_command, to_yaml
+from tenfold_shared.cli import Command, as_trained, given, load_recipe, run_command, to_yaml
 from tenfold_shared.errors import Interrupted, RunFailure, UserError
 
 sys.path.insert(0, str(Path(__file__).parent / "toy"))
@@ -165,3 +165,30 @@ def test_yaml_of_settings_is_read_back(tmp_path: Path) -> None:
     settings = Settings(4, "b", True, ["x"], Inner(0.25))
     (tmp_path / "own.yaml").write_text(to_yaml(settings))
     assert load_recipe("tenfold_toy", str(tmp_path / "own.yaml"), Settings) == settings
+
+
+@dataclasses.dataclass
+class Images:
+    """Options of a data set."""
+
+    name: str = "small"
+    root: Path | None = None
+    size: int = 32
+
+
+@dataclasses.dataclass
+class OtherImages:
+    """What is to differ from them."""
+
+    name: str | None = None
+    size: int | None = None
+
+
+def test_what_is_not_asked_for_is_as_it_was_trained() -> None:
+    trained = {"name": "large", "root": "there", "size": 8}
+    assert as_trained(Images, trained, OtherImages()) == Images("large", Path("there"), 8)
+    assert as_trained(Images, trained, OtherImages(name="large", size=32)) == Images("large", Path("there"), 32)
+    assert as_trained(Images, trained, OtherImages(name="small")) == Images()
+    assert as_trained(Images, {}, OtherImages()) == Images()
+    assert as_trained(Images, {}, OtherImages(name="large")) == Images("large")
+    assert given(OtherImages(size=0)) == {"size": 0}

@@ -17,6 +17,7 @@ import tenfold_nid as nid
 from tenfold_nid import cli, embedded, evaluate, metrics, shapes, train
 from tenfold_nid.checkpoints import load_dictionary, load_model
 from tenfold_nid.evaluate import Observed, trajectory, warm_up
+from tenfold_nid.overrides import OtherData, OtherFit, data_of, fit_of
 from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
 from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
 from tenfold_shared.batches import generator
@@ -449,15 +450,14 @@ def test_eval_takes_data_and_solver_from_the_checkpoint_unless_told_otherwise(tm
     data = DataConfig(name="faces", fraction=0.5, root=Path("nowhere"))
     recipe = Recipe(data=data, fit=nid.FitOptions(solver="omp", atoms=2))
     save_weights(path, load_model(path)[0].state_dict(), train.about(recipe, load_model(path)[0]))
-    asked = {"steps": 7, "solver": None}
-    assert vars(evaluate.OtherFit()).keys() == {f.name for f in dataclasses.fields(nid.FitOptions)}
-    assert vars(evaluate.OtherData()).keys() == {f.name for f in dataclasses.fields(DataConfig)}
-    assert evaluate.given(evaluate.OtherFit(**asked)) == {"steps": 7}  # type: ignore[arg-type]
+    assert vars(OtherFit()).keys() == {f.name for f in dataclasses.fields(nid.FitOptions)}
+    assert vars(OtherData()).keys() == {f.name for f in dataclasses.fields(DataConfig)}
     about = load_model(path)[1]
-    assert evaluate.data_of(about, evaluate.OtherData()) == data
-    assert evaluate.data_of(about, evaluate.OtherData(size=9)) == dataclasses.replace(data, size=9)
-    assert evaluate.data_of(about, evaluate.OtherData(name="olivetti")) == DataConfig(name="olivetti")
-    assert evaluate.data_of({"method": "nid"}, evaluate.OtherData()) == DataConfig()
+    assert fit_of(about, OtherFit(steps=7)) == dataclasses.replace(recipe.fit, steps=7)
+    assert data_of(about, OtherData()) == data
+    assert data_of(about, OtherData(size=9)) == dataclasses.replace(data, size=9)
+    assert data_of(about, OtherData(name="olivetti")) == DataConfig(name="olivetti")
+    assert data_of({"method": "nid"}, OtherData()) == DataConfig()
     code, (found,), err = call(tmp_path, "eval", "--checkpoint", str(path))
     assert code == 0, err
     assert (found["data"], found["solver"], found["signals"]) == ("faces", "omp", 20)

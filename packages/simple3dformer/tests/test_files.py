@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tenfold_shared.checkpoint import save_weights
+from tenfold_shared.cli import as_trained
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import RunOptions
 from tenfold_simple3dformer import predict
@@ -18,7 +19,7 @@ from tenfold_simple3dformer.cli import main
 from tenfold_simple3dformer.compat import to_official
 from tenfold_simple3dformer.data.binvox import read_binvox
 from tenfold_simple3dformer.data.sets import DataConfig
-from tenfold_simple3dformer.evaluate import EvalConfig, EvalData, evaluate, load_model, trained_data
+from tenfold_simple3dformer.evaluate import EvalConfig, EvalData, evaluate, load_model
 from tenfold_simple3dformer.figures import cell_of
 from tenfold_simple3dformer.geometry import Geometry, open3d, read_geometry, sample_surface, voxelise, write_mesh
 from tenfold_simple3dformer.models import ModelConfig, build_model
@@ -283,10 +284,7 @@ def test_partial_files_of_the_authors_name_what_is_missing(tmp_path: Path) -> No
 
 
 def test_what_is_given_to_eval_counts_even_where_it_is_a_default() -> None:
-    about = {"data": {"name": "modelnet10", "root": "there", "points": 64, "voxels": 12, "drop": 0.3}}
-    assert trained_data(EvalData(), about) == DataConfig(name="modelnet10", root=Path("there"), points=64, voxels=12, drop=0.3)  # fmt: skip
-    assert trained_data(EvalData(points=1024, drop=0.1), about).points == 1024
-    assert trained_data(EvalData(points=1024, drop=0.1), about).drop == 0.1
-    assert trained_data(EvalData(name="procshapes", test_size=7), about) == DataConfig(test_size=7)
-    assert trained_data(EvalData(name="modelnet10"), about).voxels == 12
-    assert trained_data(EvalData(), {}) == DataConfig()
+    trained = {"name": "modelnet10", "root": "there", "points": 64, "voxels": 12, "drop": 0.3}
+    found = as_trained(DataConfig, trained, EvalData(points=1024, drop=0.1))
+    assert found == DataConfig(name="modelnet10", root=Path("there"), points=1024, voxels=12, drop=0.1)
+    assert as_trained(DataConfig, trained, EvalData(name="procshapes", test_size=7)) == DataConfig(test_size=7)

@@ -22,11 +22,13 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from .errors import Interrupted, RunFailure, UserError, did_you_mean
+
+Options = TypeVar("Options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +270,27 @@ def load_recipe(package: str, name_or_path: str, kind: type, **changes: Any) -> 
     except (TypeError, ValueError) as error:
         raise UserError(f"recipe {name_or_path}: {_sentence(str(error))}") from error
     return kind(**{field.name: built[field.name] for field in dataclasses.fields(kind) if field.init})
+
+
+def given(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass of options that were given: None stands for one that was not."""
+    return {name: value for name, value in vars(options).items() if value is not None}
+
+
+def as_trained(kind: type[Options], trained: Mapping[str, Any], asked: Any) -> Options:
+    """The data options of a checkpoint's training, changed in what is asked for; another data set begins at its defaults.
+
+    Args:
+        kind: the dataclass, of which ``name`` is the data set and ``root`` its folder.
+        trained: its fields as the checkpoint keeps them; empty where it keeps none.
+        asked: a dataclass with fields of these names, None for what is not asked for.
+
+    """
+    changes = given(asked)
+    if changes.get("name", trained.get("name")) != trained.get("name"):
+        trained = {}
+    root = trained.get("root")
+    return kind(**{**trained, "root": None if root is None else Path(root), **changes})
 
 
 def to_yaml(*configurations: Any) -> str:

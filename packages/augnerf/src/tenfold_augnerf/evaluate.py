@@ -26,6 +26,7 @@ from tenfold_augnerf.models import ModelConfig, create_model
 from tenfold_augnerf.renderer import RaySampling, Renderer, Variant
 from tenfold_augnerf.views import Views
 from tenfold_shared.checkpoint import load_pickled_tensors, load_weights
+from tenfold_shared.cli import as_trained
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_shared.scenes import blocks
@@ -233,16 +234,12 @@ def data_of(checkpoint: Path, asked: OtherData) -> DataConfig:
 
     """
     path = weights_file(checkpoint)
-    changes = {name: value for name, value in vars(asked).items() if value is not None}
-    trained = load_weights(path)[1].get("data") if path.suffix == ".safetensors" else None
-    if asked.name is None and trained is None:
+    trained = load_weights(path)[1].get("data", {}) if path.suffix == ".safetensors" else {}
+    if asked.name is None and not trained:
         print(
             f"{path} does not say what it was trained on: blocks-tiny is taken, or name it by --data", file=sys.stderr
         )
-    if trained is None or asked.name not in (None, trained["name"]):
-        return DataConfig(**changes)
-    root = None if trained["root"] is None else Path(trained["root"])
-    return DataConfig(**{**trained, "root": root, **changes})
+    return as_trained(DataConfig, trained, asked)
 
 
 def load_renderer(checkpoint: Path, data: Data, samples: list[int] | None = None) -> tuple[Renderer, dict[str, Any]]:

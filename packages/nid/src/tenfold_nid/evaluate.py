@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,11 @@ from .gates import CodebookGate
 from .gating import cv_squared
 from .metrics import atom_usage, lpips, psnr, ssim
 from .networks import CoordinateNetwork, NetworkConfig
+from .overrides import OtherData, OtherFit, data_of, fit_of
 from .patches import merge_patches
 from .recipe import LINEAR, Linear, Meta, Recipe
-from .signals import PROJECTED, Corruption, DataConfig, DataName, Signals, load_signals, observation
-from .solvers import FitOptions, Solver, Support, finetune_gate, gate_start, signal_parts, solve
+from .signals import PROJECTED, DataConfig, Signals, load_signals, observation
+from .solvers import FitOptions, finetune_gate, gate_start, signal_parts, solve
 from .sparse import omp
 
 PRIOR_SIGNALS = 2000
@@ -369,58 +370,6 @@ def code_prior(model: NeuralDictionary, signals: Signals) -> CodePrior:
 
 
 @dataclasses.dataclass
-class OtherData:
-    """What is to differ from the data that a checkpoint was trained on; None: nothing. Another set, or that of an authors'
-    checkpoint, begins at the defaults of training.
-    """
-
-    name: DataName | None = None
-    """The data set; photographs for an authors' checkpoint."""
-    root: Path | None = None
-    """Its folder."""
-    download: bool = False
-    """Fetch the data set when it is not there and may be fetched."""
-    size: int | None = None
-    """Samples along each axis to which a signal is brought; 0 leaves it as it comes."""
-    patch: int | None = None
-    """Side of the patches that images are cut into; 0 takes whole images."""
-    train_subset: int | None = None
-    """Signals that were learned from, of which some solvers take a prior."""
-    test_subset: int | None = None
-    """Images, phantoms or shapes to code."""
-    views: int | None = None
-    """Views of the tomograph, both ends of the half turn among them."""
-    category: str | None = None
-    """ShapeNet category (synset)."""
-    validation: bool | None = None
-    """Code signals held out from the training set in the place of the test set."""
-    fraction: float | None = None
-    """Part of a signal's samples that is observed, drawn at random."""
-    test_views: int | None = None
-    """Views that are observed in tomography; 0: all."""
-    corruption: Corruption | None = None
-    """What is done to the images that are coded."""
-
-
-@dataclasses.dataclass
-class OtherFit:
-    """What is to differ from the recipe that a checkpoint was trained by; None: nothing. The fields are those of FitOptions."""
-
-    solver: Solver | None = None
-    """ridge, map, omp, fista, irls, huber, admm, adam or gate; ridge for an authors' checkpoint."""
-    support: Support | None = None
-    """Atoms that may take part: those the gate picks, or all."""
-    penalty: float | None = None
-    """λ of the ridge or l1 term, or the noise variance of map."""
-    atoms: int | None = None
-    """Atoms that omp chooses."""
-    steps: int | None = None
-    """Iterations of the iterative solvers, of networks and of latent vectors."""
-    lr: float | None = None
-    """Their step size."""
-
-
-@dataclasses.dataclass
 class EvalConfig:
     """What to evaluate."""
 
@@ -434,27 +383,12 @@ class EvalConfig:
     """Also give LPIPS of images of 32 pixels or more, which needs AlexNet's weights."""
 
 
-def data_of(about: Mapping[str, Any], asked: OtherData) -> DataConfig:
-    """The data of a checkpoint's training, changed in what is asked for; another data set begins at its defaults."""
-    trained = dict(about.get("data", {}))
-    if asked.name not in {None, trained.get("name")}:
-        trained = {}
-    if trained.get("root") is not None:
-        trained["root"] = Path(trained["root"])
-    return DataConfig(**{**trained, **given(asked)})
-
-
-def given(asked: OtherData | OtherFit) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in vars(asked).items() if value is not None}
-
-
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print what a checkpoint is worth on new signals as one JSON line; the rate goes to standard error."""
     model, about = load_model(config.checkpoint)
     refuse_precision(options, f"evaluating {about['method']}", networks=about["method"] not in LINEAR)
     with Run.evaluation("nid", options) as run, refusals():
-        data, fit = data_of(about, config.data), FitOptions(**{**about.get("fit", {}), **given(config.fit)})
+        data, fit = data_of(about, config.data), fit_of(about, config.fit)
         signals = load_signals(data).to(run.device)
         check_fit(model, signals, data.name)
         if about["method"] == "scratch":

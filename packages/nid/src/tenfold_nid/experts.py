@@ -72,8 +72,8 @@ class SharedTrunkExperts(CoordinateNetwork):
         head = self.net.head
         weight = head.weight.view(self.num_experts, self.channels * head.in_features)
         bias = head.bias.view(self.num_experts, self.channels)
-        if route == "bag" and gates.support is not None:
-            value = gates.value.to(weight.dtype)  # type: ignore[union-attr]  # may be half under autocast
+        if route == "bag" and gates.support is not None and gates.value is not None:
+            value = gates.value.to(weight.dtype)  # which may be half under autocast
             mixed = F.embedding_bag(gates.support, weight, per_sample_weights=value, mode="sum")
         else:
             mixed = gates.dense @ weight

@@ -184,9 +184,10 @@ def shape_scores(preds: Tensor, truth: Tensor, data: DataConfig) -> dict[str, fl
         except ValueError:
             mesh = Mesh(points.new_zeros(1, 3), torch.zeros(0, 3, dtype=torch.long), points.new_zeros(1, 3))
         distances.append(surface_distance(mesh.vertices, points, mesh.normals, normals))
+    consistencies = [d.normal_consistency for d in distances if d.normal_consistency is not None]  # all have normals
     return {
         "chamfer": float(torch.stack([d.chamfer for d in distances]).mean()),
-        "normal_consistency": float(torch.stack([d.normal_consistency for d in distances]).mean()),  # type: ignore[misc]
+        "normal_consistency": float(torch.stack(consistencies).mean()),
     }
 
 

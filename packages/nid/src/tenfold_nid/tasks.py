@@ -25,11 +25,12 @@ from .data import read_images
 from .dictionary import DictionaryConfig, NeuralDictionary
 from .embedded import TEST_PHOTOGRAPHS, distance_fields, moving_discs, photograph
 from .errors import refusals, refuse_precision
-from .evaluate import OtherData, check_fit, code_prior, data_of, dictionary_system, observe
+from .evaluate import check_fit, code_prior, dictionary_system, observe
 from .export import pack_codes, save_onnx, single_signal
 from .fitting import CodePrior, fit_prior, posterior, system
 from .gates import CodebookGate
 from .metrics import psnr, surface_distance
+from .overrides import OtherData, data_of
 from .shapes import (
     FINE,
     SURFACE_SAMPLES,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tenfold_shared.batches import Batches, StreamedBatches
 from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.cli import as_trained
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_simple3dformer import metrics, natural
@@ -259,23 +260,13 @@ def load_model(checkpoint: Path, **options: Any) -> tuple[nn.Module, dict[str, A
     return model, about
 
 
-def trained_data(given: EvalData, about: dict[str, Any]) -> DataConfig:
-    """The data that was given, with what was not as the checkpoint was trained; another data set begins at its defaults."""
-    changes = {name: value for name, value in vars(given).items() if value is not None}
-    trained = about.get("data", {})
-    if given.name not in (None, trained.get("name")):
-        return DataConfig(**changes)
-    root = trained.get("root")
-    return DataConfig(**{**trained, "root": None if root is None else Path(root), **changes})
-
-
 def evaluate(config: EvalConfig, options: RunOptions) -> None:
     """Print the metrics of a checkpoint as one JSON line."""
     official: dict[str, Any] = {"heads": config.heads, "tokenizer": config.tokenizer}
     if config.task != "auto":
         official["task"] = config.task
     model, about = load_model(config.checkpoint, **official)
-    data_config = trained_data(config.data, about)
+    data_config = as_trained(DataConfig, about.get("data", {}), config.data)
     with Run.evaluation("simple3dformer", options) as run:
         data = load_data(data_config, about["task"], config.batch_size, run)
         check_fit(model, data, about, data_config)

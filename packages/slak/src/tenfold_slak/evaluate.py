@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from tenfold_shared.batches import Batches, StreamedBatches
 from tenfold_shared.checkpoint import load_weights
+from tenfold_shared.cli import as_trained
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 from tenfold_slak.compat import check_state, holds_segmenter, load_official_checkpoint, read_content, weights_file
@@ -59,13 +60,9 @@ def data_of(about: Mapping[str, Any], asked: EvalData) -> DataConfig:
 
     """
     trained = about.get("data") or {}
-    changes = {name: value for name, value in vars(asked).items() if value is not None}
     if asked.name is None and not trained:
         raise UserError("the checkpoint does not say what it was trained on: name the images by --data.name")
-    if trained and asked.name in (None, trained["name"]):
-        root = None if trained["root"] is None else Path(trained["root"])
-        changes = {**trained, "root": root, **changes}
-    return DataConfig(**changes)
+    return as_trained(DataConfig, trained, asked)
 
 
 @dataclasses.dataclass
