@@ -319,7 +319,7 @@ def test_optimisation_ends_at_its_deadline_or_its_goal() -> None:
     alpha = problem.adaptive()[None]
     start = Domains(torch.zeros_like(alpha, dtype=torch.int8), alpha, alpha * 0, torch.full((1,), -torch.inf).double())
     found = beta_crown(problem, start, BetaSettings(20, 0.1, 0.2), deadline=-1.0)
-    torch.testing.assert_close(found.lower, evaluate(problem, start))
+    torch.testing.assert_close(found.lower, evaluate(problem, start).bound)
 
 
 def test_beta_bounds_hold_in_their_half_spaces() -> None:
@@ -339,10 +339,10 @@ def test_beta_bounds_hold_in_their_half_spaces() -> None:
             signs[row, chosen] = (torch.randint(0, 2, (3,), generator=draws) * 2 - 1).to(torch.int8)
         alpha = problem.adaptive().expand(4, -1)
         start = Domains(signs, alpha, torch.zeros_like(alpha), torch.full((4,), -torch.inf).double())
-        plain = evaluate(problem, start)
+        plain = evaluate(problem, start).bound
         better = beta_crown(problem, start, BetaSettings(8, 0.1, 0.2))
         assert bool((better.lower >= plain - 1e-10).all())
-        torch.testing.assert_close(evaluate(problem, better), better.lower, rtol=0, atol=1e-9)
+        torch.testing.assert_close(evaluate(problem, better).bound, better.lower, rtol=0, atol=1e-9)
         points = corners_and_points(box, 4000, seed)[0]
         with torch.no_grad():
             values = graph.values(points)
@@ -373,9 +373,9 @@ def test_rigorous_error_covers_single_precision() -> None:
         double = graph.to(torch.float64)
         intervals, lines = crown_intervals(double, box)
         rows = eye.expand(2, -1, -1)
-        exact = backward(double, double.output, rows, lines, box)
+        exact = backward(double, double.output, rows, lines, box).bound
         low = {i: (a.float(), b.float()) for i, (a, b) in intervals.items()}
-        rough = backward(graph, graph.output, rows.float(), relaxations(graph, low), single).double()
+        rough = backward(graph, graph.output, rows.float(), relaxations(graph, low), single).bound.double()
         error = margin_errors(graph, single, low)[-1].double()
         # the intervals were rounded as well: what their slopes change is relative to the same magnitudes
         assert bool((exact - rough <= 2 * error).all())

@@ -12,6 +12,7 @@ from nets import random_network
 from torch import Tensor, nn
 
 from tenfold_grafting.attacks import margin_attack
+from tenfold_grafting.backward import Lower
 from tenfold_grafting.bounds import crown_intervals
 from tenfold_grafting.branching import choose_neurons
 from tenfold_grafting.domains import BetaSettings, Domains, Problem
@@ -288,8 +289,8 @@ def test_contradiction_is_a_hard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound above what the attack reached is never reported as a result."""
     graph, prop = small(0)
     module = sys.modules["tenfold_grafting.verify"]  # the package gives its name to the function
-    absurd = (torch.full((1, 2), 1e9, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
-    monkeypatch.setattr(module, "backward_with_constant", lambda *a: absurd)
+    absurd = Lower(torch.full((1, 2), 1e9, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
+    monkeypatch.setattr(module, "backward", lambda *a: absurd)
     with pytest.raises(RunFailure, match="unsound"):
         verify(graph, dataclasses.replace(prop, constant=prop.constant + 50), VerifySettings(attack_steps=3))
 

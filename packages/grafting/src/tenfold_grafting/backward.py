@@ -6,6 +6,7 @@ coefficient is positive and by its upper line where it is negative.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,13 @@ WINDOW_SHARE = 0.6
 """Windows that cover more of a map than this are written out: from there on the dense pass is the quicker one."""
 
 
+class Lower(NamedTuple):
+    """Lower bounds, and c, the part of each that the pass has summed up apart from the input."""
+
+    bound: Float[Tensor, "*rows"]
+    constant: Float[Tensor, "*rows"]
+
+
 def backward(
     graph: Graph,
     start: int,
@@ -31,8 +39,8 @@ def backward(
     lines: Mapping[int, Lines],
     box: Box,
     observe: dict[int, Tensor] | None = None,
-) -> Float[Tensor, "batch rows"]:
-    """Lower bounds of A z at a node, over the box.
+) -> Lower:
+    """Lower bounds of A z at a node, over the box, [batch, rows].
 
     Args:
         graph: the network.
@@ -43,29 +51,16 @@ def backward(
         observe: receives the coefficients at the output of every activation (node -> [batch, rows, *shape]).
 
     """
-    return backward_with_constant(graph, start, rows, lines, box, observe)[0]
-
-
-def backward_with_constant(
-    graph: Graph,
-    start: int,
-    rows: Tensor | Windows,
-    lines: Mapping[int, Lines],
-    box: Box,
-    observe: dict[int, Tensor] | None = None,
-) -> tuple[Float[Tensor, "batch rows"], Float[Tensor, "batch rows"]]:
-    """The bounds of `backward`, and c, the part of each that the pass has summed up apart from the input."""
     front = _Front.at(start, rows)
     if observe is not None:
         front = front.walked(graph, lines, observe)
-        return front.bound(box), front.constant
+        return Lower(front.bound(box), front.constant)
     front = front.walked(graph, lines, while_windows=True)
-    bounds, constants = [], []
+    found = []
     for part, of_rows in front.blocks(graph, lines):
         end = part.walked(graph, of_rows)
-        bounds.append(end.bound(box))
-        constants.append(end.constant)
-    return (bounds[0], constants[0]) if len(bounds) == 1 else (torch.cat(bounds, 1), torch.cat(constants, 1))
+        found.append(Lower(end.bound(box), end.constant))
+    return found[0] if len(found) == 1 else Lower(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
 def input_coefficients(

@@ -224,7 +224,7 @@ def neuron_bounds(
     parts = []
     for chosen, sign in zip(neurons.split(step, 1), signs.split(step, 1), strict=True):
         start, rows, constant = _start_rows(graph, source, chosen, sign)
-        parts.append(backward(graph, start, rows, lines, box) + constant)
+        parts.append(backward(graph, start, rows, lines, box).bound + constant)
     return torch.cat(parts, 1)
 
 
@@ -275,7 +275,7 @@ def crown_margins(
     graph: Graph, box: Box, spec: Float[Tensor, "batch rows classes"], lines: Mapping[int, Lines]
 ) -> Float[Tensor, "batch rows"]:
     """CROWN's lower bounds of C f(x), given the lines of every activation."""
-    return backward(graph, graph.output, spec.to(box.lower), lines, box)
+    return backward(graph, graph.output, spec.to(box.lower), lines, box).bound
 
 
 def bound_margins(

@@ -49,7 +49,7 @@ def babsr_scores(
     cannot be split have minus infinity.
     """
     observed: dict[int, Tensor] = {}
-    bounds = evaluate(problem, domains, observed)
+    bounds = evaluate(problem, domains, observed).bound
     intervals = split_intervals(problem, domains.signs)
     score = problem.row.new_full((len(domains), problem.size), -torch.inf)
     backup = score.clone()
@@ -109,7 +109,7 @@ def _filtered(
     rows = torch.arange(len(domains), device=option.device).repeat_interleave(count)
     parents = domains[rows]
     children = parents.split(option.flatten())
-    bounds = evaluate(problem, children).view(2, len(domains), count)
+    bounds = evaluate(problem, children).bound.view(2, len(domains), count)
     value = bounds.amin(0) if reduce == "min" else bounds.amax(0)
     valid = domains.signs.gather(1, option) == 0
     value = torch.where(valid, value, INVALID)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tenfold_grafting.backward import backward, backward_with_constant
+from tenfold_grafting.backward import Lower, backward
 from tenfold_grafting.bounds import chunk_elements
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals
@@ -153,27 +153,17 @@ def chunks(problem: Problem, domains: Domains) -> list[Domains]:
     return [domains[i : i + step] for i in range(0, len(domains), step)]
 
 
-def evaluate(problem: Problem, domains: Domains, observe: dict[int, Tensor] | None = None) -> Float[Tensor, " domains"]:
-    """The bounds that the domains' alpha and beta give, in the problem's arithmetic, a chunk at a time."""
-    return evaluate_with_constant(problem, domains, observe)[0]
-
-
-def evaluate_with_constant(
-    problem: Problem, domains: Domains, observe: dict[int, Tensor] | None = None
-) -> tuple[Float[Tensor, " domains"], Float[Tensor, " domains"]]:
-    """The bounds of `evaluate`, and the pass's own constant c of each (see `backward.backward_with_constant`)."""
+def evaluate(problem: Problem, domains: Domains, observe: dict[int, Tensor] | None = None) -> Lower:
+    """The bounds that the domains' alpha and beta give, [domains], in the problem's arithmetic, a chunk at a time."""
     if observe is None and len(domains) > chunk_size(problem):
-        bounds, constants = zip(
-            *(evaluate_with_constant(problem, part) for part in chunks(problem, domains)), strict=True
-        )
-        return torch.cat(bounds), torch.cat(constants)
+        parts = [evaluate(problem, part) for part in chunks(problem, domains)]
+        return Lower(*(torch.cat(part) for part in zip(*parts, strict=True)))
     with torch.no_grad():
         alpha, beta = (v.to(problem.row).clamp(0, c) for v, c in ((domains.alpha, 1.0), (domains.beta, torch.inf)))
         lines = domain_lines(problem, domains.signs, alpha, beta)
         rows = problem.row.expand(len(domains), -1, -1)
-        output = problem.graph.output
-        found, summed = backward_with_constant(problem.graph, output, rows, lines, problem.box, observe)
-        return found[:, 0] + problem.constant, summed[:, 0]
+        found = backward(problem.graph, problem.graph.output, rows, lines, problem.box, observe)
+        return Lower(found.bound[:, 0] + problem.constant, found.constant[:, 0])
 
 
 @dataclasses.dataclass
@@ -218,7 +208,8 @@ def beta_crown(problem: Problem, domains: Domains, settings: BetaSettings, deadl
         last = iteration + 1 == settings.iterations or time.monotonic() > deadline
         with torch.set_grad_enabled(not last):
             lines = domain_lines(problem, signs, alpha, beta, base)
-            value = backward(problem.graph, problem.graph.output, rows, lines, problem.box)[:, 0] + problem.constant
+            found = backward(problem.graph, problem.graph.output, rows, lines, problem.box)
+            value = found.bound[:, 0] + problem.constant
         better = value.detach() > best
         best = torch.where(better, value.detach(), best)
         first = iteration == 0

@@ -114,7 +114,7 @@ def _bound(
         else line
         for i, line in base.items()
     }
-    return backward(graph, graph.output, spec, lines, box)
+    return backward(graph, graph.output, spec, lines, box).bound
 
 
 def _ascend(bound: Callable[[], Tensor], parameters: list[Tensor], settings: AlphaSettings) -> Iterator[Tensor]:
@@ -200,9 +200,8 @@ class _Joint:
             if index in self.unstable and any(i < index for i in self.unstable):
                 current[index] = self._recomputed(index, current, base)
             base[index] = relax(self.graph.activation(index), *current[index])
-        return backward(
-            self.graph, self.graph.output, self.spec, self._lines(self.graph.output, current, base), self.box
-        )
+        output = self.graph.output
+        return backward(self.graph, output, self.spec, self._lines(output, current, base), self.box).bound
 
     def _lines(self, start: int, current: Intervals, base: dict[int, Lines]) -> dict[int, Lines]:
         lines = dict(base)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tenfold_grafting.arithmetic import exact_arithmetic, normalisation_error
 from tenfold_grafting.attacks import margin_attack
-from tenfold_grafting.backward import backward_with_constant
+from tenfold_grafting.backward import backward
 from tenfold_grafting.bounds import crown_intervals, margin_errors, relaxations
 from tenfold_grafting.branching import Reduce, Rule, choose_neurons
-from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate_with_constant
+from tenfold_grafting.domains import BetaSettings, Domains, Problem, beta_crown, evaluate
 from tenfold_grafting.graph import Graph
 from tenfold_grafting.intervals import Box, Intervals, ibp, ibp_margins
 from tenfold_grafting.leaf import Leaf, milp_minimum, solve_leaf
@@ -154,20 +154,21 @@ class _Arithmetic:
 
     def margins(self, lines: dict[int, Lines]) -> Tensor:
         """CROWN's bounds of the property's rows, less what rounding may have added, [rows]."""
-        found, summed = backward_with_constant(self.graph, self.graph.output, self.spec, lines, self.box)
-        return found[0] + self.constant - self._loss(self.spec[0], summed[0].abs() + self.constant.abs())
+        found = backward(self.graph, self.graph.output, self.spec, lines, self.box)
+        loss = self._loss(self.spec[0], found.constant[0].abs() + self.constant.abs())
+        return found.bound[0] + self.constant - loss
 
     def domain_margins(self, problem: Problem, domains: Domains) -> Tensor:
         """The same for subdomains of one row, whose multipliers bring in errors of their own, [domains]."""
-        found, summed = evaluate_with_constant(problem, domains)
-        loss = self._loss(problem.row[0].expand(len(domains), -1), summed.abs() + abs(problem.constant))
+        found = evaluate(problem, domains)
+        loss = self._loss(problem.row[0].expand(len(domains), -1), found.constant.abs() + abs(problem.constant))
         if self.errors is not None:
             for index, (neurons, part) in problem.slots.items():
                 lower, upper = (end.flatten(1)[0, neurons] for end in problem.intervals[index])
                 size = torch.maximum(lower.abs(), upper.abs()) * 8 * torch.finfo(lower.dtype).eps
                 error = self.errors[problem.graph.nodes[index].inputs[0]].flatten(1)[0, neurons]
                 loss = loss + domains.beta[:, part].to(error) @ (error + size)
-        return found - loss
+        return found.bound - loss
 
     def _loss(self, rows: Tensor, constants: Tensor) -> Tensor:
         """What rounding may have added to a bound of each row [rows, classes] with constants of these sizes [rows]."""
@@ -322,9 +323,8 @@ class _Decision:
     def _alpha(self) -> dict[int, Tensor]:
         """alpha-CROWN in single precision; its slopes are evaluated in the mode's arithmetic. [1, rows, *shape]"""
         exact = self.exact
-        if (
-            self.settings.alpha.scope == "joint"
-        ):  # its intermediate bounds are claimed too: in the mode's own arithmetic
+        if self.settings.alpha.scope == "joint":
+            # Its intermediate bounds are claimed too: in the mode's own arithmetic.
             joint = alpha_crown_joint(
                 exact.graph, exact.box, exact.spec, exact.intervals, self.settings.alpha, deadline=self.deadline
             )
