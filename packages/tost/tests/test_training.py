@@ -33,8 +33,9 @@ from tenfold_tost.data import DataConfig, load_data
 from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, mean_zero_rates, operations, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
 from tenfold_tost.maskmaking import MaskConfig
+from tenfold_tost.recipe import Recipe
 from tenfold_tost.tools import AnalyseConfig, analyse, export, finalize, make_mask
-from tenfold_tost.train import Recipe, make_optimiser, run_recipe, train
+from tenfold_tost.train import make_optimiser, run_recipe, train
 
 SHAPES = {"digits": (1, 8, 8, 10), "cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "folder": (3, 32, 32, 10)}
 SHAPES |= {"tiny-imagenet": (3, 64, 64, 200)}

@@ -14,7 +14,8 @@ from tenfold_shared.errors import UserError
 from tenfold_shared.report import COLOURS, ReportFigure, figure_style
 from tenfold_shared.reproduction import Request, compare_points, grid_points, once, reproduce_claims
 from tenfold_shared.run import Run, RunOptions
-from tenfold_tost.train import Recipe, run_recipe
+from tenfold_tost.recipe import Recipe
+from tenfold_tost.train import run_recipe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,7 +23,8 @@ from tenfold_tost.maskfiles import mask_report, save_masks
 from tenfold_tost.masking import density, hamming_distance, masks_from_zeros
 from tenfold_tost.maskmaking import TICKETS
 from tenfold_tost.models import create_model, normalizes_inside
-from tenfold_tost.train import Recipe, Session, ticket
+from tenfold_tost.recipe import Recipe
+from tenfold_tost.train import Session, ticket
 
 
 @dataclasses.dataclass
