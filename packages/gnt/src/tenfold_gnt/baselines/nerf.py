@@ -19,7 +19,7 @@ class NeRF(nn.Module):
 
     Train it with Adam at 5e-4, decayed exponentially by 0.1 over 250,000 steps, 64 + 128 samples. It takes the arguments
     of `GNT` and does not look at the source views. The density's bias starts at 0.1: from PyTorch's own start the
-    density of one network in three is zero everywhere, and stays so, since no gradient passes.
+    density of many a network is zero everywhere, and stays so, since no gradient passes.
 
     Args:
         width: of the trunk.
