@@ -394,3 +394,10 @@ def test_one_view_a_step_and_the_central_crop(views: Views) -> None:
         assert bool(inside) == (step < 5)
     with pytest.raises(UserError, match="256 pixels only"):
         RayBatches(views, 257, seed=0, mode="view", precrop_steps=5)
+
+
+@pytest.mark.parametrize("layout", ["rays", "blender", "llff"])
+def test_prepared_folders(layout: str, tmp_path: Path) -> None:
+    prepare(PrepareConfig(DataConfig(name="blocks-tiny"), layout, tmp_path / "made"))
+    names = {"rays": "meta.json", "blender": "transforms_train.json", "llff": "poses_bounds.npy"}
+    assert (tmp_path / "made" / names[layout]).is_file()

@@ -16,14 +16,11 @@ from PIL import Image
 import tenfold_nid as nid
 from tenfold_nid import cli, embedded, evaluate, metrics, shapes, train
 from tenfold_nid.checkpoints import load_dictionary, load_model
-from tenfold_nid.evaluate import Observed, trajectory, warm_up
 from tenfold_nid.overrides import OtherData, OtherFit, data_of, fit_of
-from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
-from tenfold_nid.signals import DataConfig, Signals, load_signals, observation
+from tenfold_nid.recipe import Recipe, Schedule
+from tenfold_nid.signals import DataConfig, Signals, load_signals
 from tenfold_shared.batches import generator
 from tenfold_shared.checkpoint import save_weights
-from tenfold_shared.cli import load_recipe, recipes
-from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
 
 
@@ -59,117 +56,6 @@ def keep(folder: Path, **shape: object) -> Path:
     path = folder / "dictionary.safetensors"
     save_weights(path, model.state_dict(), train.about(Recipe(), model))
     return path
-
-
-# -- recipes --------------------------------------------------------------------------------------------------------------
-
-
-def generated(config: DataConfig) -> Signals:
-    """Signals of a data set's shape, few and small where nothing bakes the size in."""
-    side = config.patch or min(config.size or 25, 32)
-    channels = 1 if config.name in {"faces", "olivetti", "yale", "phantoms", "ct", "primitives", "shapenet"} else 3
-    spatial = (8,) * 3 if config.name in {"primitives", "shapenet"} else (side, side)
-    if config.name == "photographs":
-        spatial = (16, 16)
-    train, test = torch.rand(3, *spatial, channels), torch.rand(2, *spatial, channels)
-    return Signals(train, test, test)
-
-
-@pytest.mark.parametrize("name", recipes("tenfold_nid"))
-def test_every_recipe_is_built_at_full_size_and_stepped(name: str, tmp_path: Path, monkeypatch) -> None:
-    recipe: Recipe = load_recipe("tenfold_nid", name, Recipe)
-    monkeypatch.setattr(train, "load_signals", generated)
-    monkeypatch.setattr(train.Plan, "steps", property(lambda self: 1, lambda self, value: None), raising=False)
-    if recipe.finetune:
-        shape = dataclasses.asdict(recipe.model) | {
-            "size": (16, 16),
-            "hidden_dim": 16,
-            "ffm_map_size": 16,
-            "gate": "conv",
-        }
-        recipe = dataclasses.replace(recipe, pretrained=keep(tmp_path, **shape))
-    data = dataclasses.replace(recipe.data, views=min(recipe.data.views, 5), test_views=min(recipe.data.test_views, 4))
-    schedule = dataclasses.replace(
-        recipe.schedule, epochs=1, batch_size=1 if recipe.model.gate == "resnet" else 2, chunk_size=32
-    )
-    linear = dataclasses.replace(recipe.linear, components=2, sparsity=1, iterations=1)
-    recipe = dataclasses.replace(recipe, data=data, schedule=schedule, linear=linear)
-    with Run("nid", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True)) as run:
-        if recipe.method in UNTRAINED:
-            with pytest.raises(UserError, match="learns nothing"):
-                train.run_recipe(run, recipe)
-            return
-        model, _ = train.run_recipe(run, recipe)
-        values = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(list(v.values())[3:]).all() for v in values)
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
-
-
-def test_a_small_dictionary_learns_faces(tmp_path: Path) -> None:
-    recipe: Recipe = load_recipe("tenfold_nid", "faces-nid", Recipe)
-    recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=40, warmup_epochs=10))
-    with Run("nid", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True)) as run:
-        model, signals = train.run_recipe(run, recipe)
-    assert isinstance(model, nid.NeuralDictionary)
-    with torch.no_grad():
-        shown = model.render(model.sparse_code(signals.test), nid.lattice((25, 25))).view_as(signals.test)
-    blind = signals.train.mean(dim=0).expand_as(signals.test)
-    gain = nid.psnr(shown, signals.test).mean() - nid.psnr(blind, signals.test).mean()
-    assert float(gain) > 1  # dB over the mean face, which knows nothing of the signal
-
-
-def test_training_in_mixed_precision(tmp_path: Path) -> None:
-    recipe: Recipe = load_recipe("tenfold_nid", "faces-nid", Recipe)
-    recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=2, warmup_epochs=1))
-    with Run("nid", recipe, RunOptions(output=tmp_path, device="cpu", quiet=True, precision="bf16")) as run:
-        model, _ = train.run_recipe(run, recipe)
-        losses = run.logged("train", "loss")
-    assert len(losses) == 10
-    assert losses[-1] < losses[0]
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize("chunk", [1024, 7])
-@pytest.mark.parametrize(
-    "data", [{"name": "phantoms", "size": 8, "views": 5, "test_views": 1}, {"name": "faces", "fraction": 0.3}], ids=str
-)
-def test_networks_from_scratch_learn_from_what_is_observed(data: dict, chunk: int, tmp_path: Path, monkeypatch) -> None:
-    config = DataConfig(**data)
-    images = torch.rand(2, 8, 8, 1)
-    if config.name == "phantoms":  # the one view sums along the rows, so that their order there does not matter
-        others = images.flip(2)
-    else:
-        mask = observation(images, config.fraction, 0)
-        assert mask is not None
-        others = torch.where(mask[..., None], images, 7.0)
-    recipe = Recipe(
-        method="scratch",
-        data=config,
-        network=nid.NetworkConfig(hidden_dim=6, pos_emb="Id", act_type="sine"),
-        schedule=Schedule(epochs=3, chunk_size=chunk, lr=1e-2),
-    )
-    learned = []
-    for name, test in (("first", images), ("other", others)):
-        monkeypatch.setattr(train, "load_signals", lambda config, test=test: Signals(test, test, test))
-        with Run("nid", recipe, RunOptions(output=tmp_path, name=name, device="cpu", quiet=True)) as run:
-            learned.append(list(train.run_recipe(run, recipe)[0].parameters()))
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*learned, strict=True))
-
-
-def test_an_arm_is_the_same_whatever_its_process_measured_before() -> None:
-    recipe = load_recipe("tenfold_nid", "photographs-siren", Recipe, **{"network.hidden_dim": 8, "fit.steps": 2})
-    patches = torch.rand(2, 16, 16, 3)
-    observed = Observed(patches, patches, None, None, None, None)
-    values = []
-    for first in (True, False):
-        if first:
-            warm_up.cache_clear()
-        torch.manual_seed(0)
-        values.append([point.psnr for point in trajectory(None, recipe, observed, (0, 1, 2))[0]])
-    assert values[0] == values[1]
-
-
-# -- verbs ----------------------------------------------------------------------------------------------------------------
 
 
 def test_fit_codes_any_image(tmp_path: Path) -> None:

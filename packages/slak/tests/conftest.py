@@ -1,12 +1,17 @@
-"""Without a GPU, Triton's kernels run in its interpreter; the variable must be set before Triton is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter; the variable must be set before Triton is imported. The helpers
+in this folder are importable.
+"""
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,7 +1,6 @@
 """`eval` of segmenters and detectors: what the training printed, bit for bit; what is refused."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from slak_folders import backbone_with_zeros, generate_ade, generate_coco, generate_voc
+from slak_processes import evaluate_as_rank
 
 import tenfold_slak.detect
 from tenfold_shared.checkpoint import load_weights, save_weights
@@ -24,11 +25,6 @@ from tenfold_slak.evaluate import EvalConfig, EvalData, evaluate, load_model
 from tenfold_slak.models.slak import SLaK
 from tenfold_slak.segment import Segmentation, train_segmenter
 from tenfold_slak.train import Recipe
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from slak_folders import backbone_with_zeros, generate_ade, generate_coco, generate_voc
-from slak_processes import evaluate_as_rank
 
 NARROW = {"dims": [4, 4, 8, 8], "depths": [1, 1, 1, 1]}
 RELEASED_SIZES = {

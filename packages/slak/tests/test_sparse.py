@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slak_processes import batch, network, train_as_rank
 from torch import Tensor, nn
 
 from tenfold_slak.ema import SparseEMA
@@ -28,10 +28,6 @@ from tenfold_slak.masks import (
 from tenfold_slak.models.slak import SLaK
 from tenfold_slak.optim import cosine_schedule, layer_id, parameter_groups, stage_id
 from tenfold_slak.sparse import CosinePruneRate, DynamicSparseTraining, grow_by_score, grow_random, prune
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from slak_processes import batch, network, train_as_rank
 
 
 def training(
