@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fit(run, 3)
     assert list((tmp_path / "demo" / "x" / "wandb").glob("offline-run-*/*.wandb"))
     identity = (tmp_path / "demo" / "x" / "wandb-id").read_text()
+    time.sleep(1)  # wandb names the folder of a life by its second
     with Run("demo", Recipe(), options(tmp_path, tracker="wandb", resume=True)) as run:
         fit(run, 4)
     assert len(list((tmp_path / "demo" / "x" / "wandb").glob(f"offline-run-*-{identity}"))) == 2
