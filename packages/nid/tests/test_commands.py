@@ -1,9 +1,6 @@
 """The verbs of the tasks, the recipes, and one small run that learns."""
 
-import contextlib
 import dataclasses
-import io
-import json
 import sys
 import types
 from pathlib import Path
@@ -12,50 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import call, keep
 
 import tenfold_nid as nid
-from tenfold_nid import cli, embedded, evaluate, metrics, shapes, train
+from tenfold_nid import embedded, evaluate, metrics, shapes, train
 from tenfold_nid.checkpoints import load_dictionary, load_model
 from tenfold_nid.overrides import OtherData, OtherFit, data_of, fit_of
-from tenfold_nid.recipe import Recipe, Schedule
+from tenfold_nid.recipe import Recipe
 from tenfold_nid.signals import DataConfig, Signals, load_signals
 from tenfold_shared.batches import generator
 from tenfold_shared.checkpoint import save_weights
-from tenfold_shared.run import Run, RunOptions
-
-
-def call(folder: Path, *arguments: str) -> tuple[int, list[dict], str]:
-    """Exit code, the JSON lines of the output, and the errors of a command."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["tenfold-nid", *arguments])
-        patch.setenv("TENFOLD_DATA", str(folder / "data"))
-        patch.chdir(folder)
-        with pytest.raises(SystemExit) as leaving:
-            cli.main()
-    return (
-        int(leaving.value.code or 0),
-        [json.loads(x) for x in out.getvalue().splitlines() if x[:1] == "{"],
-        err.getvalue(),
-    )
-
-
-def keep(folder: Path, **shape: object) -> Path:
-    """The checkpoint of a dictionary that has learned nothing."""
-    torch.manual_seed(0)
-    base = {
-        "num_experts": 24,
-        "num_topk": 8,
-        "hidden_dim": 32,
-        "num_layers": 3,
-        "ffm_map_size": 32,
-        "ffm_map_scale": 3.0,
-    }
-    base |= {"gate": "strided", "gate_hidden": 8, "size": (16, 16), **shape}
-    model = nid.NeuralDictionary(nid.DictionaryConfig(**base))  # type: ignore[arg-type]
-    path = folder / "dictionary.safetensors"
-    save_weights(path, model.state_dict(), train.about(Recipe(), model))
-    return path
 
 
 def test_fit_codes_any_image(tmp_path: Path) -> None:
@@ -421,40 +384,3 @@ def test_precision_is_that_of_the_networks_or_refused(tmp_path: Path) -> None:
         code, _, err = call(tmp_path, *refused)
         assert code == 2, refused
         assert "runs in" in err
-
-
-@pytest.mark.parametrize("change", [{"weight_decay": 10.0}, {"schedule": "cosine"}], ids=str)
-@pytest.mark.parametrize("method", ["scratch", "maml", "latent", "pointcloud"])
-def test_baselines_take_the_whole_schedule(method: str, change: dict, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "load_signals", generated)
-    learned = []
-    for name, options in (("plain", {}), ("other", change)):
-        recipe = Recipe(
-            method="scratch" if method == "pointcloud" else method,  # type: ignore[arg-type]
-            data=DataConfig(name="pointcloud" if method == "pointcloud" else "faces"),
-            network=nid.NetworkConfig(hidden_dim=4, pos_emb="Id", act_type="sine"),
-            schedule=Schedule(epochs=3, lr=1e-2, **options),
-        )
-        with Run("nid", recipe, RunOptions(output=tmp_path, name=name, device="cpu", quiet=True)) as run:
-            learned.append([p.detach().clone() for p in train.run_recipe(run, recipe)[0].parameters()])
-    assert not all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
-
-
-def test_a_start_that_diverges_is_not_kept(tmp_path: Path) -> None:
-    tiny = ["--network.hidden_dim", "4", "--network.pos_emb", "Id", "--schedule.epochs", "1", "--quiet"]
-    code, _, err = call(
-        tmp_path,
-        "train",
-        "--method",
-        "reptile",
-        "--data.name",
-        "faces",
-        "--meta.inner_lr",
-        "1e12",
-        *tiny,
-        "--name",
-        "r",
-    )
-    assert code == 1
-    assert "moved became" in err
-    assert not (tmp_path / "runs/nid/r/checkpoints/last.safetensors").exists()

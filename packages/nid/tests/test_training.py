@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import call, keep
 
 import tenfold_nid as nid
 from tenfold_nid import train
@@ -121,3 +122,40 @@ def test_an_arm_is_the_same_whatever_its_process_measured_before() -> None:
         torch.manual_seed(0)
         values.append([point.psnr for point in trajectory(None, recipe, observed, (0, 1, 2))[0]])
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 10.0}, {"schedule": "cosine"}], ids=str)
+@pytest.mark.parametrize("method", ["scratch", "maml", "latent", "pointcloud"])
+def test_baselines_take_the_whole_schedule(method: str, change: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "load_signals", generated)
+    learned = []
+    for name, options in (("plain", {}), ("other", change)):
+        recipe = Recipe(
+            method="scratch" if method == "pointcloud" else method,  # type: ignore[arg-type]
+            data=DataConfig(name="pointcloud" if method == "pointcloud" else "faces"),
+            network=nid.NetworkConfig(hidden_dim=4, pos_emb="Id", act_type="sine"),
+            schedule=Schedule(epochs=3, lr=1e-2, **options),
+        )
+        with Run("nid", recipe, RunOptions(output=tmp_path, name=name, device="cpu", quiet=True)) as run:
+            learned.append([p.detach().clone() for p in train.run_recipe(run, recipe)[0].parameters()])
+    assert not all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
+
+
+def test_a_start_that_diverges_is_not_kept(tmp_path: Path) -> None:
+    tiny = ["--network.hidden_dim", "4", "--network.pos_emb", "Id", "--schedule.epochs", "1", "--quiet"]
+    code, _, err = call(
+        tmp_path,
+        "train",
+        "--method",
+        "reptile",
+        "--data.name",
+        "faces",
+        "--meta.inner_lr",
+        "1e12",
+        *tiny,
+        "--name",
+        "r",
+    )
+    assert code == 1
+    assert "moved became" in err
+    assert not (tmp_path / "runs/nid/r/checkpoints/last.safetensors").exists()
