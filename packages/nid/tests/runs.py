@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def call(folder: Path, *arguments: str) -> tuple[int, list[dict], str]:
 def keep(folder: Path, **shape: object) -> Path:
     """The checkpoint of a dictionary that has learned nothing."""
     torch.manual_seed(0)
-    base = {
+    base: dict[str, Any] = {
         "num_experts": 24,
         "num_topk": 8,
         "hidden_dim": 32,
@@ -43,7 +44,7 @@ def keep(folder: Path, **shape: object) -> Path:
         "ffm_map_scale": 3.0,
     }
     base |= {"gate": "strided", "gate_hidden": 8, "size": (16, 16), **shape}
-    model = nid.NeuralDictionary(nid.DictionaryConfig(**base))  # type: ignore[arg-type]
+    model = nid.NeuralDictionary(nid.DictionaryConfig(**base))
     path = folder / "dictionary.safetensors"
     save_weights(path, model.state_dict(), train.about(Recipe(), model))
     return path

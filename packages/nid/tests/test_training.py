@@ -12,8 +12,8 @@ from runs import call, keep
 import tenfold_nid as nid
 from tenfold_nid import train
 from tenfold_nid.evaluate import Observed, trajectory, warm_up
-from tenfold_nid.recipe import UNTRAINED, Recipe, Schedule
-from tenfold_nid.signals import DataConfig, Signals, observation
+from tenfold_nid.recipe import UNTRAINED, Method, Recipe, Schedule
+from tenfold_nid.signals import DataConfig, DataName, Signals, observation
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
 from tenfold_shared.run import Run, RunOptions
@@ -125,14 +125,18 @@ def test_an_arm_is_the_same_whatever_its_process_measured_before() -> None:
 
 
 @pytest.mark.parametrize("change", [{"weight_decay": 10.0}, {"schedule": "cosine"}], ids=str)
-@pytest.mark.parametrize("method", ["scratch", "maml", "latent", "pointcloud"])
-def test_baselines_take_the_whole_schedule(method: str, change: dict, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "data"), [("scratch", "faces"), ("maml", "faces"), ("latent", "faces"), ("scratch", "pointcloud")]
+)
+def test_baselines_take_the_whole_schedule(
+    method: Method, data: DataName, change: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train, "load_signals", generated)
     learned = []
     for name, options in (("plain", {}), ("other", change)):
         recipe = Recipe(
-            method="scratch" if method == "pointcloud" else method,  # type: ignore[arg-type]
-            data=DataConfig(name="pointcloud" if method == "pointcloud" else "faces"),
+            method=method,
+            data=DataConfig(name=data),
             network=nid.NetworkConfig(hidden_dim=4, pos_emb="Id", act_type="sine"),
             schedule=Schedule(epochs=3, lr=1e-2, **options),
         )
