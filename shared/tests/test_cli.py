@@ -92,6 +92,7 @@ def test_dashes_and_required_options() -> None:
     [
         (["wrk"], ["no verb 'wrk'", "did you mean 'work'"]),
         (["work", "--epoch", "3"], ["unknown option --epoch", "did you mean '--epochs'"]),
+        (["work", "--lrr", "3"], ["unknown option --lrr", "did you mean '--inner.lr'"]),
         (["work", "--inner.lrr", "3"], ["unknown option --inner.lrr", "--inner.lr"]),
         (["work", "--path", "x"], ["unknown option --path", "option of other"]),
         (["work", "--epochs", "many"], ["--epochs takes int", "'many'"]),

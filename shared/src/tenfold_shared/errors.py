@@ -25,6 +25,18 @@ class Interrupted(BaseException):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses an unknown word: "; did you mean 'x'?", or nothing where no known word is close."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    """The end of a sentence that refuses an unknown word: "; did you mean 'x'?", or nothing where no known word is close.
+
+    Words are compared whole and by their last part, so that ``--epocs`` finds ``--optim.epochs``.
+    """
+
+    def likeness(other: str) -> float:
+        pairs = [(word, other), (_last_part(word), _last_part(other))]
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    nearest = max(sorted(known), key=likeness, default="")
+    return f"; did you mean {nearest!r}?" if likeness(nearest) >= 0.5 else ""
+
+
+def _last_part(word: str) -> str:
+    return word.rpartition(".")[2].removeprefix("--")
