@@ -393,6 +393,20 @@ def test_rows_of_sparse_features_are_those_of_the_dense_ones():
     torch.testing.assert_close(rows.matmul(right), x[index] @ right)
 
 
+def test_views_with_other_words_stay_sparse_over_one_another():
+    """And give what the dense ones give, forward and backward, so that dropped nodes do not cost a dense matrix of features."""
+    x = torch.randn(13, 30) * (torch.rand(13, 30) < 0.2)
+    parts = [SparseFeatures.from_dense(x).rows(index) for index in (torch.tensor([0, 4, 12]), torch.tensor([5, 4]))]
+    stacked = steps.stack_views([*parts, augment.zero_columns(parts[0], torch.tensor([3, 7]))])
+    assert isinstance(stacked, SparseFeatures)
+    expected = torch.cat([x[[0, 4, 12, 5, 4]], x[[0, 4, 12]].index_fill(1, torch.tensor([3, 7]), 0.0)])
+    assert torch.equal(stacked.to_dense(), expected)
+    right = torch.randn(30, 2, requires_grad=True)
+    (got,) = torch.autograd.grad(stacked.matmul(right).square().sum(), right)
+    (want,) = torch.autograd.grad((expected @ right).square().sum(), right)
+    torch.testing.assert_close(got, want)
+
+
 def test_walks_move_along_memberships(h):
     torch.manual_seed(0)
     nodes, edges = augment.random_walk(h, torch.tensor([4]), steps=1)

@@ -67,7 +67,7 @@ class SortedIncidence:
     @staticmethod
     def concatenate(parts: Sequence[SortedIncidence], index_shifts: Sequence[int]) -> SortedIncidence:
         """The disjoint union of ``parts``; the other ends of part ``i`` are shifted by ``index_shifts[i]``."""
-        starts = _starts(part.index.numel() for part in parts)
+        starts = starts_of(part.index.numel() for part in parts)
         offsets = [_shifted(part.offsets, start) for part, start in zip(parts, starts, strict=True)]
         return SortedIncidence(
             torch.cat([*[own[:-1] for own in offsets[:-1]], offsets[-1]]),
@@ -97,7 +97,7 @@ class SortedIncidence:
         return SortedIncidence(offsets, self.index[entry] * heads + which, self.position[entry] * heads + which)
 
 
-def _starts(sizes: Iterable[int]) -> list[int]:
+def starts_of(sizes: Iterable[int]) -> list[int]:
     """Where each of several parts begins when they follow one another."""
     return [0, *itertools.accumulate(sizes)][:-1]
 
@@ -159,7 +159,7 @@ def disjoint_union(parts: Sequence[Incidence]) -> Incidence:
 
     Nodes, hyperedges and memberships of part ``i`` follow those of part ``i - 1``; the sorted orders are concatenated, not computed.
     """
-    nodes, hyperedges = _starts(part.num_nodes for part in parts), _starts(part.num_hyperedges for part in parts)
+    nodes, hyperedges = starts_of(part.num_nodes for part in parts), starts_of(part.num_hyperedges for part in parts)
     ends = [
         torch.cat([_shifted(part.incidence[row], shift) for part, shift in zip(parts, shifts, strict=True)])
         for row, shifts in enumerate((nodes, hyperedges))

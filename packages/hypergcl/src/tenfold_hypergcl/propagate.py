@@ -4,6 +4,7 @@ The forward and the backward pass are the same operation on the two sorted order
 ``memberships x width`` is ever stored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tenfold_hypergcl.hypergraph import SortedIncidence
+from tenfold_hypergcl.hypergraph import SortedIncidence, starts_of
 
 CHUNK_VALUES = 1 << 22
 """Largest temporary, in values, of the gradient with respect to membership weights."""
@@ -141,23 +142,24 @@ class SparseFeatures:
     def repeat(self, times: int) -> "SparseFeatures":
         """The matrix stacked ``times`` times over itself; computed once."""
         if times not in self._repeated:
-            self._repeated[times] = self._repeat(times)
+            self._repeated[times] = SparseFeatures.stack([self] * times)
         return self._repeated[times]
 
     @cached_property
     def _repeated(self) -> "dict[int, SparseFeatures]":
         return {}
 
-    def _repeat(self, times: int) -> "SparseFeatures":
-        nodes, entries = self.shape[0], self.values.numel()
-        by_row = SortedIncidence.concatenate([self.by_row] * times, [0] * times)
-        order, column = self.by_column, torch.arange(self.num_features, device=self.values.device)
-        key = torch.cat([column.repeat_interleave(order.offsets.diff(), output_size=entries)] * times)
-        rows = torch.cat([order.index + i * nodes for i in range(times)])
-        positions = torch.cat([order.position + i * entries for i in range(times)])
-        merged = SortedIncidence.sort(key, rows, self.num_features)
-        by_column = SortedIncidence(merged.offsets, merged.index, positions[merged.position])
-        return SparseFeatures(self.values.repeat(times), by_row, by_column, self.num_features)
+    @classmethod
+    def stack(cls, parts: "Sequence[SparseFeatures]") -> "SparseFeatures":
+        """Matrices of the same columns over one another."""
+        by_row = SortedIncidence.concatenate([part.by_row for part in parts], [0] * len(parts))
+        orders = [part.by_column for part in parts]
+        columns = torch.arange(parts[0].num_features, device=parts[0].values.device)
+        keys = [columns.repeat_interleave(own.offsets.diff(), output_size=own.index.numel()) for own in orders]
+        below = SortedIncidence.concatenate(orders, starts_of(part.shape[0] for part in parts))
+        merged = SortedIncidence.sort(torch.cat(keys), below.index, columns.numel())
+        by_column = SortedIncidence(merged.offsets, merged.index, below.position[merged.position])
+        return cls(torch.cat([part.values for part in parts]), by_row, by_column, columns.numel())
 
     def to_dense(self) -> Float[Tensor, "nodes features"]:
         """The dense matrix."""
@@ -178,10 +180,10 @@ Features = Tensor | SparseFeatures
 
 
 def stack_views(views: list[Features]) -> Features:
-    """The features of several views over one another, sparse if it is one sparse matrix for all."""
-    first = views[0]
-    if isinstance(first, SparseFeatures):
-        if all(view is first for view in views):
-            return first.repeat(len(views))
+    """The features of several views over one another, sparse if all of them are."""
+    sparse = [view for view in views if isinstance(view, SparseFeatures)]
+    if len(sparse) < len(views):
         return torch.cat([view.to_dense() if isinstance(view, SparseFeatures) else view for view in views])
-    return torch.cat([view.to_dense() if isinstance(view, SparseFeatures) else view for view in views])
+    if all(view is sparse[0] for view in sparse):
+        return sparse[0].repeat(len(sparse))
+    return SparseFeatures.stack(sparse)
