@@ -244,6 +244,21 @@ def test_square_stays_in_the_ball_and_lowers_the_margin() -> None:
     assert (margin(many) < margin(few)).any()
 
 
+def test_the_first_square_covers_its_share_of_the_image() -> None:
+    """0.8 of 12 x 20 pixels is higher than the image: 12 x 12 of them; with a hundredth of the queries done 0.2 of it, 7 x 7."""
+    calls = []
+
+    def score(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.clone())
+        return x.new_zeros(len(x), 2)  # no square is better than another, so the first noise stays
+
+    x = torch.full((64, 3, 12, 20), 0.5)
+    square(score, x, torch.zeros(64, dtype=torch.long), eps=0.1, queries=100, generator=torch.Generator().manual_seed(0))
+    for query, side in ((1, 12), (2, 7)):
+        touched = (calls[query] != calls[0]).any(1)
+        assert int(touched.any(2).sum(1).max()) == int(touched.any(1).sum(1).max()) == side
+
+
 def test_squares_shrink_at_the_papers_fractions() -> None:
     assert [square_share(n / 10_000) for n in (0, 10, 11, 51, 8001)] == [0.8, 0.8, 0.4, 0.2, 0.8 / 512]
 

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import tenfold_cilqud.methods
 import tenfold_cilqud.train
 from tenfold_cilqud.data import ClassData, DataConfig
 from tenfold_cilqud.evaluate import EvalConfig, Evaluation, evaluate, load_checkpoint, predictions
@@ -103,6 +105,25 @@ def test_a_batch_that_does_not_go_round_the_tasks_is_told_of(tmp_path: Path, cap
         with Run("cilqud", recipe, dataclasses.replace(options(tmp_path), name=str(sub_batch), quiet=False)) as run:
             run_recipe(run, recipe)
         assert ("1 images a step do not go round 2 tasks" in capsys.readouterr().err) is told
+
+
+@pytest.mark.parametrize(("sampler", "parts"), [("joined", [(1.0, 8)]), ("groups", [(0.5, 4), (0.5, 4)])])
+def test_joined_groups_make_one_batch_and_the_paper_s_two(
+    sampler: str, parts: list[tuple[float, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One mean over all of it, or a weighted mean over each group: with groups of equal size the two would train alike."""
+    seen: list[list[tuple[float, int]]] = []
+    term = tenfold_cilqud.methods.balanced_term
+
+    def watched(net: Any, balanced: Any, *rest: Any) -> Any:
+        seen.append([(weight, len(batch.x)) for weight, batch in balanced])
+        return term(net, balanced, *rest)
+
+    monkeypatch.setattr(tenfold_cilqud.methods, "balanced_term", watched)
+    recipe = short(steps=2, sampler=sampler)
+    with Run("cilqud", recipe, options(tmp_path)) as run:
+        run_recipe(run, recipe)
+    assert seen == [parts, parts]
 
 
 @pytest.mark.parametrize("method", METHODS)

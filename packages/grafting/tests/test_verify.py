@@ -170,7 +170,7 @@ def test_intermediate_bounds_optimised_jointly_prove_more() -> None:
 
 def test_leaves_are_exact() -> None:
     """At a fully decided leaf the linear program meets the minimum over the leaf's points, and an empty leaf is empty."""
-    found = set()
+    found, empty = set(), 0
     for seed in range(6):
         graph, prop = small(seed)
         box = prop.box(graph)
@@ -180,10 +180,14 @@ def test_leaves_are_exact() -> None:
         domains = leaf_domains(graph, problem, x)
         here = solve_leaf(problem, domains[:1])
         assert here.bound <= float(graph(x[None])[0] @ prop.rows[0]) + 1e-9
-        found.add(here.status)
-        found.add(solve_leaf(problem, domains[1:]).status)
+        assert not here.empty
+        turned = solve_leaf(problem, domains[1:])
+        found |= {here.status, turned.status}
+        empty += turned.empty
         assert choose_neurons(problem, domains).tolist() == [-1, -1]
     assert "verified" in found
+    assert "unknown" not in found  # which an empty leaf is where nobody sees that it is empty
+    assert 0 < empty < 6
 
 
 def test_rigorous_leaves_hold_after_rounding() -> None:

@@ -56,11 +56,6 @@ class Robust:
         if min(self.eps, self.step_size, self.steps, self.gamma1, self.gamma2, self.trades_beta) < 0:
             raise UserError("--robust.eps, step_size, steps, gamma1, gamma2 and trades_beta cannot be negative")
 
-    @property
-    def any(self) -> bool:
-        """Whether training attacks anything."""
-        return self.adv != "none" or self.lwf == "attacked" or self.gamma2 > 0
-
 
 class Attack(NamedTuple):
     """One inner maximisation: images, noise in [-1, 1] to start from, and what is raised, as a function of features.
