@@ -169,3 +169,6 @@ def test_the_targeted_ratio_is_that_of_a_loop_and_scales_out() -> None:
         assert found[i].item() == pytest.approx(expected, abs=1e-9)
     torch.testing.assert_close(targeted_dlr(7 * logits, labels, targets), found)
     assert torch.isfinite(targeted_dlr(logits[:, :2], labels % 2, 1 - labels % 2)).all()
+    four, few = torch.tensor([[4.0, 3.0, 2.0, 0.0]]), torch.tensor([[4.0, 3.0, 0.0]])  # the third and fourth; the last
+    ratios = [targeted_dlr(row, torch.tensor([0]), torch.tensor([1])).item() for row in (four, few)]
+    assert ratios == pytest.approx([-1 / 3, -1 / 4])

@@ -180,6 +180,16 @@ def test_verdict_rows(tmp_path, ours, theirs, changes, expected):
     assert outcome.reason
 
 
+def test_reasons_say_what_keeps_a_direction_from_being_a_reproduction(tmp_path):
+    def reason(name: str, **changes: object) -> str:
+        return outcome_of(claim_set(tmp_path / name, **changes)["main"], [92.9, 93.2, 93.1], [92.0, 92.1, 92.1]).reason
+
+    assert reason("new", **UNPUBLISHED).endswith("no published value to compare with")
+    assert reason("below").endswith("the value is below the paper's")
+    assert reason("mini", scale="mini").endswith("the data is the miniature")
+    assert reason("turned", arms=AHEAD).endswith("in the paper theirs is ahead")
+
+
 def test_differences_point_in_the_direction_of_the_metric(tmp_path):
     claim = claim_set(tmp_path / "demo", metric={"name": "loss", "higher_is_better": False})["main"]
     comparison = outcome_of(claim, [1.0, 1.1], [2.0, 2.3]).comparisons[0]

@@ -66,12 +66,15 @@ def zeros(model: Renderer, steps: Mapping[str, Step], n: int = 7):
 @pytest.mark.parametrize("chunk", [0, 2, 3])
 def test_chunks_give_the_gradients_of_the_whole_batch(chunk: int) -> None:
     model, batch = setting()
-    loss = Objective()(model(batch.rays, draws=batch.draws), batch.truth).mean()
+    rendering = model(batch.rays, draws=batch.draws)
+    loss = Objective()(rendering, batch.truth).mean()
     loss.backward()
     expected = gradients(model)
     losses = accumulate(model, batch, chunk=chunk)
     same(gradients(model), expected)
     torch.testing.assert_close(losses.clean, loss.detach())
+    error = (rendering.rgb.detach() - batch.truth).square().mean()
+    torch.testing.assert_close(losses.psnr, -10 * error.log10())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])

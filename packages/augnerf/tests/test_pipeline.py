@@ -266,6 +266,18 @@ def test_two_coarse_samples_leave_nothing_between_them() -> None:
         assert model(rays(3)).rgb.isfinite().all()
 
 
+def test_mip_resampling_is_the_inverse_of_widened_and_padded_weights() -> None:
+    """Interval k has (max(w[k-1], w[k]) + max(w[k], w[k+1])) / 2 + 0.01 of the probability, before it sums to 1."""
+    model = create_model("mip-nerf", RaySampling(2.0, 6.0, 8, 6))
+    edges, weights = torch.linspace(2, 6, 9).double()[None], torch.tensor([[0.0, 0, 0.4, 0, 0, 0, 0.1, 0.5]]).double()
+    w = [0.0, *weights[0].tolist(), 0.5]  # the ends stand for their missing neighbours
+    mass = np.array([(max(w[k - 1], w[k]) + max(w[k], w[k + 1])) / 2 + 0.01 for k in range(1, 9)])
+    cdf = np.concatenate([[0], np.cumsum(mass / mass.sum())])
+    expected = np.interp(np.linspace(0, 1, 7), cdf, edges[0].numpy())
+    found, _ = model.resample(edges, weights, None)
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-3)
+
+
 def test_cones_in_ndc_are_refused() -> None:
     with pytest.raises(UserError, match=r"leave --data\.ndc out"):
         create_model("mip-nerf", RaySampling(0.0, 1.0, 4, 4, ndc=(20, 30, 25.0)))
