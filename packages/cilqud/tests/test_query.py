@@ -40,6 +40,11 @@ def test_it_is_the_greedy_search(a, p, k, seed, rounds, small) -> None:
     assert len(set(found.indices.tolist())) == len(found.indices) == min(p, a * k)
 
 
+def test_a_pool_of_several_chunks_is_searched_whole() -> None:
+    anchors, pool = drawn(3, 3, 0), drawn(2 * 8192 + 100, 3, 1)
+    assert query(anchors, pool, 4).indices.tolist() == slow(anchors, pool, 4)
+
+
 def test_features_of_a_pool_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more images at a time than a chunk, and the features of them all."""
     monkeypatch.setattr("tenfold_cilqud.session.CHUNK", 4)
@@ -118,6 +123,10 @@ def test_the_approximate_search_reports_its_recall() -> None:
     assert recall == 1.0
     assert found.chosen.tolist() == query(anchors, pool, 5).chosen.tolist()
     assert approximate_query(anchors, pool, 5, dimensions=1, generator=draws)[1] < 0.9
+    # Components are of what is left without the mean: features in a plane far from the origin need two.
+    plane = drawn(2, 16, 2)
+    flat, far = drawn(10, 2, 3) @ plane + 100, drawn(300, 2, 4) @ plane + 100
+    assert approximate_query(flat, far, 5, dimensions=2, generator=draws)[1] == 1.0
 
 
 def test_the_approximate_search_obeys_the_same_options() -> None:

@@ -77,6 +77,16 @@ def test_nearest_neighbours_against_brute_force():
     distance = np.linalg.norm(features[:, None] - features[None], axis=2)
     for i in range(30):
         assert sorted(h.incidence[0, h.incidence[1] == i].tolist()) == sorted(np.argsort(distance[i])[:4].tolist())
+    for include_self in (True, False):  # of one neighbour: the node itself, or the nearest other
+        one = Hypergraph.from_nearest_neighbors(features, 1, include_self).incidence
+        assert one[0, one[1].argsort()].tolist() == distance.argsort(1)[:, 1 - include_self].tolist()
+
+
+def test_a_list_of_two_poisoned_pairs_is_told_by_its_ids():
+    """2 x 2 in either form: nodes are below 3, so only one reading makes two memberships."""
+    pairs = torch.tensor([[0, 3], [1, 4]])
+    for given in (pairs, pairs.T):
+        assert attacks.from_poisoned_pairs(given, 3, 2).incidence.T.tolist() == [[0, 0], [1, 1]]
 
 
 def test_features_and_labels_are_checked(h):
