@@ -46,6 +46,11 @@ def agree(model: nn.Module, small: nn.Module, *inputs: Tensor) -> None:
             expected = model(x)
             scale = max(1.0, float(expected.abs().max()))
             torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-5 * scale)
+    for module in small.modules():  # what a layer says of itself is what its weight is
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            linear = isinstance(module, nn.Linear)
+            own = (module.out_features, module.in_features) if linear else (module.out_channels, module.in_channels)
+            assert own == module.weight.shape[:2]
 
 
 @pytest.mark.parametrize("structure", ["filter", "channel"])

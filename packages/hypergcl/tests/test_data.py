@@ -203,6 +203,7 @@ def test_damaged_archives_and_tables_are_named(tmp_path, content):
         ("zoo", "zoo.content", "10 1 x 3\n20 0 0 0\n"),
         ("zoo", "zoo.content", "10 1 3\n11 1 0 3\n20 0 0\n"),
         ("zoo", "zoo.edges", "10 20\n11\n"),
+        ("zoo", "zoo.edges", "10 20\n20 20\n"),
         ("german", "german.csv", ""),
         ("german", "german.csv", "GoodCustomer,Gender,Age,PurposeOfLoan,OtherLoansAtStore\n1,Male,,car,0\n"),
         ("german", "german.csv", "GoodCustomer,Gender,Age,PurposeOfLoan,OtherLoansAtStore\n1,Male\n"),

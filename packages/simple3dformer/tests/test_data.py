@@ -1,6 +1,7 @@
 """Loaders in the published layouts, generated data, and files that are not what they should be."""
 
 import json
+import math
 from pathlib import Path
 
 import h5py
@@ -46,7 +47,12 @@ def test_solid_samples_are_uniform() -> None:
     points, normals = cone.sample(4000, np.random.RandomState(0))
     side = normals[:, 2] * np.hypot(*normals[:, :2].T) != 0
     assert (points[side, 2] < 0.5).mean() == pytest.approx(1.75 / 3, abs=0.05)
+    ring = math.pi * 1.5 * math.hypot(1, 0.5)  # the side; below it a disc of radius 1, above one of 0.5
+    assert cone.area == pytest.approx(ring + math.pi * 1.25)
+    assert (normals[:, 2] == -1).mean() == pytest.approx(math.pi / cone.area, abs=0.03)
     cup = Frustum((0, 0), 0, 1, 0.4, 0.5, 0.3, 0.2)
+    walls = math.pi * 0.9 * math.hypot(1, 0.1) + 2 * math.pi * 0.3 * 0.8
+    assert cup.area == pytest.approx(walls + math.pi * (0.4**2 + (0.5**2 - 0.3**2) + 0.3**2))
     assert not cup.contains(np.array([[0.0, 0, 0.5], [0.6, 0, 0.5]])).any()
     assert cup.contains(np.array([[0.0, 0, 0.1], [0.4, 0, 0.5]])).all()
     assert Box((0, 0, 0), (1, 2, 3)).area == 22
