@@ -234,6 +234,23 @@ def test_decisions_are_told_by_their_entries() -> None:
         decision_of({"decision.odd": torch.zeros(1)})
 
 
+def test_the_walk_s_sums_are_those_of_a_loop() -> None:
+    """F decays by 0.9; every step adds -g d / (F d^2 / 2) to a score, where positive; both end at a maximum of 1, s halved."""
+    net = nn.Linear(2, 1, bias=False)
+    walk, fisher, score = Walk(net), [0.0, 0.0], [0.0, 0.0]
+    for gradient, moved in (((2.0, 1.0), (-0.1, -0.2)), ((1.0, 3.0), (-0.3, 0.1)), ((0.5, 2.0), (-0.2, -0.1))):
+        net.weight.grad = torch.tensor([gradient])
+        with torch.no_grad():
+            net.weight += torch.tensor([moved])
+        walk.note(net)
+        for i, (g, d) in enumerate(zip(gradient, moved, strict=True)):
+            fisher[i] = 0.9 * fisher[i] + 0.1 * g**2
+            score[i] += max(0.0, -g * d / (0.5 * fisher[i] * d**2))
+    walk.end_task(net)
+    torch.testing.assert_close(walk.kept_fisher[0][0], torch.tensor(fisher) / max(fisher))
+    torch.testing.assert_close(walk.kept_score[0][0], 0.5 * torch.tensor(score) / max(score), rtol=1e-4, atol=0)
+
+
 def test_the_walk_holds_what_mattered() -> None:
     """Two parameters, one of which lowers the loss: its score is the greater, and the penalty pulls it back."""
     net = nn.Linear(2, 1, bias=False)

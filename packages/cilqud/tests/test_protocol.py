@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tenfold_cilqud import class_order, herding, k_center, nearest_mean, summarise_matrix
 from tenfold_cilqud.anchors import choose_anchors, class_means, random_anchors
-from tenfold_cilqud.protocol import CIFAR10_ORDER, new_samples, saved_samples, seen_samples
+from tenfold_cilqud.protocol import CIFAR10_ORDER, classes_of, new_samples, saved_samples, seen_samples
 from tenfold_shared.errors import UserError
 
 
@@ -56,6 +56,7 @@ def test_what_is_no_permutation_is_refused(choice: str, words: str) -> None:
 def test_incremental_labels_are_positions_in_the_order() -> None:
     split = [torch.full((2 + label, 1, 2, 2), label) for label in range(4)]
     order = (2, 0, 3, 1)
+    assert [classes_of(order, task, 2) for task in range(2)] == [(2, 0), (3, 1)]
     new = new_samples(split, order, 1, 2)
     assert new.labels.tolist() == [2] * 5 + [3] * 3
     assert new.images[:, 0, 0, 0].tolist() == [3] * 5 + [1] * 3

@@ -253,7 +253,9 @@ def test_the_first_square_covers_its_share_of_the_image() -> None:
         return x.new_zeros(len(x), 2)  # no square is better than another, so the first noise stays
 
     x = torch.full((64, 3, 12, 20), 0.5)
-    square(score, x, torch.zeros(64, dtype=torch.long), eps=0.1, queries=100, generator=torch.Generator().manual_seed(0))
+    square(
+        score, x, torch.zeros(64, dtype=torch.long), eps=0.1, queries=100, generator=torch.Generator().manual_seed(0)
+    )
     for query, side in ((1, 12), (2, 7)):
         touched = (calls[query] != calls[0]).any(1)
         assert int(touched.any(2).sum(1).max()) == int(touched.any(1).sum(1).max()) == side

@@ -84,6 +84,15 @@ def test_closed_form_line_integrals_agree_with_fine_projections() -> None:
     assert float(exact.abs().max()) > 0.1
 
 
+def test_a_line_integral_is_the_mean_from_the_first_sample_to_the_last() -> None:
+    """Of a disc of radius 1/2 and value 2: chords of a ray of length 2 through the centre, and of half of it."""
+    disc = torch.tensor([[[2.0, 0.5, 0.5, 0.0, 0.0, 0.0]]])
+    across = torch.tensor([[[0.0, -1.0], [0.0, -0.9], [0.0, 1.0]], [[-1.0, 0.3], [0.5, 0.3], [1.0, 0.3]]])
+    chords = [2 * 0.5, 2 * 2 * (0.5**2 - 0.3**2) ** 0.5 / 2]
+    assert ct.ellipse_line_integrals(disc, across).flatten().tolist() == pytest.approx(chords)
+    assert ct.ellipse_line_integrals(disc, across[:, :2])[0, 0] == 0  # which ends outside
+
+
 def test_tomography_controls_recover_a_phantom() -> None:
     angles = nid.view_angles(41)
     for size in (32, 31):
@@ -217,6 +226,13 @@ def test_robust_pca_and_median_separate_what_they_must() -> None:
     assert 0.02 < float(video.mask.float().mean()) < 0.6
     covered = video.mask.float().mean(dim=0) < 0.4
     assert torch.allclose(median_background(video.frames)[covered], video.background[covered])
+
+
+def test_scores_of_a_mask() -> None:
+    """One of three found pixels is among the two that are there: 1/3, 1/2, and their harmonic mean."""
+    found, truth = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 0, 0, 1]).bool()
+    assert mask_scores(found, truth) == pytest.approx((1 / 3, 1 / 2, 2 / 5))
+    assert mask_scores(~truth & ~found, truth) == (0.0, 0.0, 0.0)
 
 
 def test_a_background_dictionary_finds_what_moves() -> None:

@@ -180,6 +180,8 @@ def test_baseline_layers_reach_as_far_at_a_like_cost(kernel: int, small: int) ->
     wanted = 2 * kernel * small + small**2
     spacing, side = dilated.conv.dilation[0], dilated.conv.kernel_size[0]
     assert kernel - 2 * spacing < spacing * (side - 1) + 1 <= kernel
+    odd = [(kernel - 1) // (2 * apart) * 2 + 1 for apart in range(1, kernel)]
+    assert abs(side**2 - wanted) == min(abs(n**2 - wanted) for n in odd)
     assert side**2 <= 1.5 * wanted
     assert wanted - small**2 < sum(branch.conv.weight[0].numel() for branch in stack) <= wanted
     x = torch.randn(2, 4, 12, 9)

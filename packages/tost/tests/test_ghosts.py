@@ -63,7 +63,9 @@ def test_parametric_swish_is_its_formula_twice_differentiable() -> None:
         torch.testing.assert_close(pswish(x, beta), formula(x, beta))
         assert torch.autograd.gradcheck(lambda v, b=beta: pswish(v, b), (x,))
         # gradgradcheck differentiates whatever the first gradient is: that it is the right one in this mode too is seen here.
-        first, plain = (torch.autograd.grad(y.sum(), x, create_graph=True)[0] for y in (pswish(x, beta), formula(x, beta)))
+        first, plain = (
+            torch.autograd.grad(y.sum(), x, create_graph=True)[0] for y in (pswish(x, beta), formula(x, beta))
+        )
         torch.testing.assert_close(first, plain)
         assert torch.autograd.gradgradcheck(lambda v, b=beta: pswish(v, b), (x,))
     torch.testing.assert_close(pswish(x, 1e-6), x / 2, atol=1e-5, rtol=0)
