@@ -336,6 +336,23 @@ def test_levels_see_different_batches(upper: str, tmp_path: Path) -> None:
         assert len(stored[0] & stored[1]) <= 2  # a few digits are drawn twice in the data itself
 
 
+def test_masks_are_scored_on_the_same_whole_batches_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two processes trains on its half of a batch, and scores on all of it: masks made apart must agree."""
+    with Run("bip", Recipe(), options(tmp_path)) as run:
+        alone = load_data(DataConfig(), 50, run)
+        monkeypatch.setattr(run, "rank", 1)
+        monkeypatch.setattr(run, "world", 2)
+        second = load_data(DataConfig(), 50, run)
+    (images, labels), (own, _) = (next(iter(data.lower.epoch(0))) for data in (alone, second))
+    assert (len(images), len(own)) == (50, 25)
+    assert torch.equal(own, images[25:])
+    scored = next(iter(second.scoring.epoch(0)))
+    assert torch.equal(scored[0], images)
+    assert torch.equal(scored[1], labels)
+
+
 def test_validation_replaces_the_test_images(tmp_path: Path) -> None:
     with Run("bip", Recipe(), options(tmp_path)) as run:
         data = load_data(DataConfig(validation=0.2), 50, run)
