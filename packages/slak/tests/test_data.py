@@ -6,7 +6,9 @@ import pytest
 import torch
 from slak_folders import generate_coco, photograph
 
+import tenfold_slak.data
 from tenfold_shared.errors import UserError
+from tenfold_shared.images import ImageSet
 from tenfold_slak.data import DataConfig, compose_row_cues, embedded_sets, transforms
 from tenfold_slak.detect import (
     Coco,
@@ -57,6 +59,27 @@ def test_transforms_are_the_papers() -> None:
     assert evaluated(photograph(300, 0)).shape == (3, 224, 224)
     assert evaluated.transforms[0].size == 256
     assert tuple(transforms(DataConfig(size=384))[1].transforms[0].size) == (384, 384)
+
+
+def test_a_validation_part_is_held_out_from_the_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 50 training images 10 are judged on, and neither part has one of the test images; without it, those are."""
+    values = torch.arange(60, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    labels = torch.arange(60) % 10
+
+    def stored(name: str, root: Path | None, split: str, download: bool) -> ImageSet:
+        part = slice(50) if split == "train" else slice(50, 60)
+        return ImageSet(values[part], labels[part], tuple(map(str, range(10))))
+
+    monkeypatch.setattr(tenfold_slak.data, "load_images", stored)
+    for share, trained in ((0.2, 40), (0.0, 50)):
+        config = DataConfig(name="cifar10", root=tmp_path, size=32, validation=share)
+        parts = [tenfold_slak.data.chosen_images(config, training, 0) for training in (True, False)]
+        seen, held = ({int(image[0, 0, 0]) for image in part.images.images} for part in parts)
+        assert (len(parts[0]), len(parts[1])) == (trained, 10)
+        assert not seen & held
+        assert (max(held) < 50) is bool(share)
 
 
 def test_coco_masks_cover_their_boxes(tmp_path: Path) -> None:
