@@ -121,6 +121,9 @@ class _Layer(torch.autograd.Function):
         grad = grad_outputs[0].contiguous()
         need_x, need_gain, need_shift, need_weight, need_bias = ctx.needs_input_grad[:5]
         need_norm = gain is not None and (need_x or need_gain or need_shift)
+        # Where the input needs no gradient, those of gain and shift follow from g.T @ normalised, and a product is saved.
+        fixed_input = gain is not None and not need_x and not ctx.p_in and need_weight and need_bias
+        own_gain, own_shift = (None, None) if fixed_input else (gain, shift)
         grad_x = _Rows(x.shape[0])
         grad_gain = grad_shift = grad_weight = grad_bias = None
         transposed = stored(weight.T)
@@ -136,11 +139,11 @@ class _Layer(torch.autograd.Function):
             if need_weight:
                 part = x[rows]
                 if gain is not None:
-                    part = torch.native_layer_norm(part, part.shape[1:], gain, shift, ctx.eps)[0]
+                    part = torch.native_layer_norm(part, part.shape[1:], own_gain, own_shift, ctx.eps)[0]
                 if ctx.p_in:
                     part = thinned(part, kept[rows], ctx.p_in)
                 grad_weight = g.T @ part if grad_weight is None else grad_weight.addmm_(g.T, part)
-            if not (need_x or need_norm):
+            if fixed_input or not (need_x or need_norm):
                 continue
             g = multiply(g, transposed)
             if ctx.p_in:
@@ -156,6 +159,10 @@ class _Layer(torch.autograd.Function):
                     grad_shift = _add(grad_shift, dshift)
             if need_x:
                 grad_x.put(rows, g)
+        if fixed_input:
+            assert grad_weight is not None and grad_bias is not None
+            grad_gain, grad_shift = (weight * grad_weight).sum(0), grad_bias @ weight
+            grad_weight = torch.addr(grad_weight * gain, grad_bias, shift)
         return grad_x.whole if need_x else None, grad_gain, grad_shift, grad_weight, grad_bias, None, None, None, None
 
 
