@@ -160,7 +160,8 @@ class _Layer(torch.autograd.Function):
             if need_x:
                 grad_x.put(rows, g)
         if fixed_input:
-            assert grad_weight is not None and grad_bias is not None
+            assert grad_weight is not None
+            assert grad_bias is not None
             grad_gain, grad_shift = (weight * grad_weight).sum(0), grad_bias @ weight
             grad_weight = torch.addr(grad_weight * gain, grad_bias, shift)
         return grad_x.whole if need_x else None, grad_gain, grad_shift, grad_weight, grad_bias, None, None, None, None
