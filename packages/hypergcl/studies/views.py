@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["walks", "equal"])
     parser.add_argument("data", choices=["coauthorship-cora", "cora", "citeseer"])
-    parser.add_argument("--starts", type=int, default=8)
+    parser.add_argument("--starts", type=int, default=8, help="start nodes of the walks")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path("runs/studies"))
     arguments = parser.parse_args()

@@ -120,9 +120,9 @@ class _Layer(torch.autograd.Function):
         x, gain, shift, weight, mean, rstd, kept, out = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
         need_x, need_gain, need_shift, need_weight, need_bias = ctx.needs_input_grad[:5]
-        need_norm = gain is not None and (need_x or need_gain or need_shift)
         # Where the input needs no gradient, those of gain and shift follow from g.T @ normalised, and a product is saved.
         fixed_input = gain is not None and not need_x and not ctx.p_in and need_weight and need_bias
+        need_norm = gain is not None and not fixed_input and (need_x or need_gain or need_shift)
         own_gain, own_shift = (None, None) if fixed_input else (gain, shift)
         grad_x = _Rows(x.shape[0])
         grad_gain = grad_shift = grad_weight = grad_bias = None
@@ -143,7 +143,7 @@ class _Layer(torch.autograd.Function):
                 if ctx.p_in:
                     part = thinned(part, kept[rows], ctx.p_in)
                 grad_weight = g.T @ part if grad_weight is None else grad_weight.addmm_(g.T, part)
-            if fixed_input or not (need_x or need_norm):
+            if not (need_x or need_norm):
                 continue
             g = multiply(g, transposed)
             if ctx.p_in:
