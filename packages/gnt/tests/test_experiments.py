@@ -134,6 +134,7 @@ def test_a_capture_is_read_in_its_layout(layout: str, tmp_path: Path) -> None:
     [
         (DataConfig, {"sources": 1}, r"data\.sources"),
         (DataConfig, {"near": 3.0, "far": 2.0}, "near < far"),
+        (DataConfig, {"specular": -0.1}, r"data\.specular take 0 or more"),
         (DataConfig, {"factor": -1}, r"data\.factor"),
         (DataConfig, {"scenes": 51}, "50 or fewer"),
         (Optimisation, {"decay_every": 0}, r"optimisation\.decay_every"),

@@ -12,7 +12,9 @@ from runs import call, keep
 import tenfold_nid as nid
 from tenfold_nid import train
 from tenfold_nid.evaluate import Observed, trajectory, warm_up
-from tenfold_nid.recipe import UNTRAINED, Method, Recipe, Schedule
+from tenfold_nid.networks import NetworkConfig
+from tenfold_nid.optimisation import Objective
+from tenfold_nid.recipe import UNTRAINED, Linear, Meta, Method, Recipe, Schedule
 from tenfold_nid.signals import DataConfig, DataName, Signals, observation
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import UserError
@@ -28,6 +30,22 @@ def generated(config: DataConfig) -> Signals:
         spatial = (16, 16)
     train, test = torch.rand(3, *spatial, channels), torch.rand(2, *spatial, channels)
     return Signals(train, test, test)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (Meta, {"inner_steps": 0}, "meta.inner_steps takes 1 or more"),
+        (Meta, {"rate": -1.0}, "meta.rate positive"),
+        (Linear, {"sparsity": 0}, "linear.sparsity takes 1 or more"),
+        (Recipe, {"latent_lr": 0.0}, "latent_lr a positive number"),
+        (Objective, {"l1_cap": -1.0}, "l1_cap must not be negative"),
+        (NetworkConfig, {"ffm_map_scale": -1.0}, "must not be negative"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(kind: type, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        kind(**options)
 
 
 @pytest.mark.parametrize("name", recipes("tenfold_nid"))

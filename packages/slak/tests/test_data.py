@@ -59,6 +59,8 @@ def test_transforms_are_the_papers() -> None:
     assert evaluated(photograph(300, 0)).shape == (3, 224, 224)
     assert evaluated.transforms[0].size == 256
     assert tuple(transforms(DataConfig(size=384))[1].transforms[0].size) == (384, 384)
+    with pytest.raises(UserError, match="auto_augment nonsense is no policy of timm"):
+        transforms(DataConfig(auto_augment="nonsense"))
 
 
 def test_a_validation_part_is_held_out_from_the_training_images(

@@ -419,6 +419,19 @@ def test_masks_that_cannot_be_made_are_refused_in_a_sentence(changes: dict, word
         make_mask(recipe, options(tmp_path), tmp_path / "mask.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": -0.1}, "lr takes 0 or more"),
+        ({"recalibrate": -1}, "recalibrate takes 0 or more"),
+        ({"milestones": [3, -1]}, "milestones takes epochs from 0 on"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        short(**changes)
+
+
 def test_files_are_named_as_they_are_read(tmp_path: Path) -> None:
     """By its name a file is read again; counts below one are refused too."""
     with pytest.raises(UserError, match=r"--file .*mask\.pt: .*\.safetensors"):

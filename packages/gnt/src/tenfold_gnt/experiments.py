@@ -85,8 +85,10 @@ class DataConfig:
         """Refuse what no data set has."""
         if self.sources < LEAST_SOURCES:
             raise UserError(f"--data.sources takes {LEAST_SOURCES} or more views, got {self.sources}")
-        if min(self.scenes, self.views, self.size) < 1 or self.factor < 0:
-            raise UserError("--data.scenes, --data.views and --data.size take 1 or more, --data.factor 0 or more")
+        if min(self.scenes, self.views, self.size) < 1:
+            raise UserError("--data.scenes, --data.views and --data.size take 1 or more")
+        if min(self.factor, self.specular) < 0:
+            raise UserError("--data.factor and --data.specular take 0 or more")
         if self.unseen and self.scenes > UNSEEN["validation"][0]:
             raise UserError(
                 f"--data.scenes {self.scenes}: the tables from number {UNSEEN['validation'][0]} on are judged on; "

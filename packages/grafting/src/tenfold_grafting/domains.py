@@ -181,10 +181,10 @@ class BetaSettings:
 
     def __post_init__(self) -> None:
         """Refuse what gives no bound."""
-        if self.iterations < 1 or self.lr_alpha < 0 or self.lr_beta < 0:
+        if self.iterations < 1 or self.lr_alpha < 0 or self.lr_beta < 0 or self.decay <= 0:
             raise UserError(
-                "beta-CROWN takes 1 or more iterations and step sizes of 0 or more, "
-                f"got {self.iterations}, {self.lr_alpha} and {self.lr_beta}"
+                "beta-CROWN takes 1 or more iterations, step sizes of 0 or more and a factor on them above 0, "
+                f"got {self.iterations}, {self.lr_alpha}, {self.lr_beta} and {self.decay}"
             )
 
 

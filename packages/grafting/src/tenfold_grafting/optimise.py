@@ -37,9 +37,10 @@ class AlphaSettings:
 
     def __post_init__(self) -> None:
         """Refuse what gives no bound."""
-        if self.iterations < 1 or self.lr < 0:
+        if self.iterations < 1 or self.lr < 0 or self.decay <= 0:
             raise UserError(
-                f"alpha-CROWN takes 1 or more iterations and a step size of 0 or more, got {self.iterations} and {self.lr}"
+                "alpha-CROWN takes 1 or more iterations, a step size of 0 or more and a factor on it above 0, "
+                f"got {self.iterations}, {self.lr} and {self.decay}"
             )
 
 

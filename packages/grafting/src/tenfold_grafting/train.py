@@ -67,9 +67,12 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse what is no attack and no step."""
-        for name in ("eps", "step", "steps", "ramp", "clip"):
+        for name in ("eps", "step", "steps", "grad_align", "beta", "rs_weight", "clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"--training.{name} takes 0 or more, got {getattr(self, name)}")
+        for name in ("kappa", "ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--training.{name} is a share in [0, 1], got {getattr(self, name)}")
 
 
 @dataclasses.dataclass
@@ -141,8 +144,10 @@ class Selection:
             raise UserError(f"--selection.ratio is a share of the neurons in [0, 1], got {self.ratio}")
         if self.criterion == "file" and self.file is None:
             raise UserError("--selection.criterion file needs --selection.file")
-        if not self.gammas or self.images < 1:
-            raise UserError("--selection.gammas takes one number or more, and --selection.images 1 or more")
+        if not self.gammas or min(self.gammas) < 0:
+            raise UserError(f"--selection.gammas takes one weight of 0 or more for each round, got {self.gammas}")
+        if self.images < 1 or self.score_eps < 0:
+            raise UserError("--selection.images takes 1 or more, and --selection.score_eps 0 or more")
 
 
 @dataclasses.dataclass
@@ -187,6 +192,8 @@ class Recipe:
             for field in ("lr", "lr_lines", "momentum", "weight_decay"):
                 if getattr(phase, field) < 0:
                     raise UserError(f"--{name}.{field} takes 0 or more, got {getattr(phase, field)}")
+            if any(milestone < 0 for milestone in phase.milestones):
+                raise UserError(f"--{name}.milestones takes epochs from 0 on, got {phase.milestones}")
         if self.method in ("prune", "finetune") and not self.selection.train_weights:
             raise UserError(f"--selection.train_weights false leaves --method {self.method} nothing to train")
         if self.method == "published" and self.pretrained is None:

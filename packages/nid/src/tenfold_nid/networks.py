@@ -52,6 +52,8 @@ class NetworkConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_freqs is not None and self.num_freqs < 0:
             raise ValueError(f"num_freqs must not be negative, got {self.num_freqs}")
+        if self.ffm_map_scale < 0:
+            raise ValueError(f"ffm_map_scale, a standard deviation, must not be negative, got {self.ffm_map_scale}")
 
 
 class Sine(nn.Module):

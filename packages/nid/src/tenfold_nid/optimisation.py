@@ -32,6 +32,12 @@ class Objective:
     l1_cap: float = WEIGHT_CAP
     """largest of these weights"""
 
+    def __post_init__(self) -> None:
+        """Refuse weights that reward what they are to limit."""
+        for name in ("loss_cv", "loss_l1", "l1_cap"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Losses:

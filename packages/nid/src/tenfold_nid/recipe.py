@@ -71,6 +71,14 @@ class Meta:
     test_optimiser: Literal["sgd", "adam"] = "sgd"
     """What goes on from the start on a new signal."""
 
+    def __post_init__(self) -> None:
+        """Refuse steps that lead nowhere."""
+        if self.inner_steps < 1 or self.inner_lr <= 0 or self.rate <= 0:
+            raise UserError(
+                "--meta.inner_steps takes 1 or more, --meta.inner_lr and --meta.rate positive numbers, "
+                f"got {self.inner_steps}, {self.inner_lr} and {self.rate}"
+            )
+
 
 @dataclasses.dataclass
 class Linear:
@@ -84,6 +92,12 @@ class Linear:
     """Alternations of K-SVD."""
     signals: int = 2000
     """Training signals, spread over all of them, that K-SVD learns from."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no dictionary."""
+        for name in ("components", "sparsity", "iterations", "signals"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--linear.{name} takes 1 or more, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass
@@ -124,8 +138,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
-        if self.latent_dim < 1:
-            raise UserError(f"--latent_dim takes 1 or more, got {self.latent_dim}")
+        if self.latent_dim < 1 or self.latent_lr <= 0:
+            raise UserError(
+                "--latent_dim takes 1 or more and --latent_lr a positive number, "
+                f"got {self.latent_dim} and {self.latent_lr}"
+            )
         if self.method == "reptile" and (self.schedule.schedule != "constant" or self.schedule.weight_decay):
             raise UserError(
                 "--method reptile has no optimiser but the rate of --meta.rate: leave out --schedule.schedule and "

@@ -195,16 +195,24 @@ class Transformed(Dataset[Any]):
 
 
 def transforms(config: DataConfig) -> tuple[Any, Any]:
-    """The paper's transforms of a picture, to train and to evaluate with, both timm's."""
+    """The paper's transforms of a picture, to train and to evaluate with, both timm's.
+
+    Raises:
+        UserError: a policy of augmentation that timm does not have.
+
+    """
     from timm.data import create_transform  # noqa: PLC0415 - slow to import
     from torchvision.transforms import InterpolationMode, RandomCrop, Resize  # noqa: PLC0415
 
     size = config.size
     common: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic"}
-    training: Any = create_transform(
-        size, is_training=True, color_jitter=0.4, auto_augment=config.auto_augment or None,
-        re_prob=config.random_erasing, re_mode="pixel", re_count=1, **common,
-    )  # fmt: skip
+    try:
+        training: Any = create_transform(
+            size, is_training=True, color_jitter=0.4, auto_augment=config.auto_augment or None,
+            re_prob=config.random_erasing, re_mode="pixel", re_count=1, **common,
+        )  # fmt: skip
+    except (AssertionError, ValueError) as error:  # how timm refuses a policy
+        raise UserError(f"--data.auto_augment {config.auto_augment} is no policy of timm: {error}") from error
     if size <= 32:
         training.transforms[0] = RandomCrop(size, padding=4)
     evaluating: Any = create_transform(size, is_training=False, crop_pct=0.875, **common)

@@ -59,8 +59,11 @@ class Recipe:
         for name in ("epochs", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} takes 1 or more, got {getattr(self, name)}")
-        if min(self.warmup_steps, self.recalibrate) < 0:
-            raise UserError("--warmup_steps and --recalibrate take 0 or more")
+        for name in ("lr", "momentum", "weight_decay", "warmup_steps", "recalibrate"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} takes 0 or more, got {getattr(self, name)}")
+        if any(milestone < 0 for milestone in self.milestones):
+            raise UserError(f"--milestones takes epochs from 0 on, got {self.milestones}")
         if self.mask.rewind == "late" and not 0 <= self.mask.rewind_epoch <= self.epochs:
             raise UserError(
                 f"--mask.rewind_epoch {self.mask.rewind_epoch} lies outside of the {self.epochs} epochs of training"
