@@ -445,3 +445,12 @@ def test_a_run_is_judged_on_the_data_it_was_trained_on(
 
     export.export(ExportConfig(folder, SAME, points=8, threshold=0.1), options(tmp_path, "out"))
     assert judged(checkpoint=tmp_path / "augnerf" / "out" / "00000000.ckpt", samples=[6, 5])["data"] == "blocks-tiny"
+
+
+def test_what_a_checkpoint_was_trained_on_is_guessed_only_where_there_is_one(tmp_path: Path, capsys) -> None:
+    """A path that was mistyped is answered with one sentence, which `load_renderer` says."""
+    path = tmp_path / "x.ckpt"
+    for message in ("", f"{path} does not say what it was trained on: blocks-tiny is taken, or name it by --data\n"):
+        assert data_of(path, OtherData()) == DataConfig()
+        assert capsys.readouterr().err == message
+        path.touch()

@@ -235,7 +235,7 @@ def data_of(checkpoint: Path, asked: OtherData) -> DataConfig:
     """
     path = weights_file(checkpoint)
     trained = load_weights(path)[1].get("data", {}) if path.suffix == ".safetensors" else {}
-    if asked.name is None and not trained:
+    if asked.name is None and not trained and path.is_file():
         print(
             f"{path} does not say what it was trained on: blocks-tiny is taken, or name it by --data", file=sys.stderr
         )
