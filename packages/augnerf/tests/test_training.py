@@ -197,6 +197,7 @@ def test_values_that_no_training_takes_are_refused(kind: type, changes: dict, wo
         (sharpness.sharpness, sharpness.SharpnessConfig(Path("x"), iterations=0), "--iterations 0"),
         (export.render, RenderConfig(Path("x"), frames=3), "is for --split path"),
         (export.export, ExportConfig(Path("x"), extents=[2.0, 0.01, 2.0]), "less than two points"),
+        (export.export, ExportConfig(Path("x"), threshold=-1.0), "threshold and --step take 0 or more"),
     ],
 )
 def test_verbs_refuse_what_gives_nothing(verb: Callable, config: object, words: str, tmp_path: Path) -> None:

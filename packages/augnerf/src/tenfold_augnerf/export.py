@@ -120,6 +120,8 @@ def export(config: ExportConfig, options: RunOptions) -> None:
         raise UserError(
             f"--extents takes three positive sizes and --points 2 or more, got {config.extents}, {config.points}"
         )
+    if min(config.threshold, config.step) < 0:
+        raise UserError(f"--threshold and --step take 0 or more, got {config.threshold:g} and {config.step}")
     voxel = config.extents[0] / config.points * (1 - 1e-9)  # a quotient rounded down would lose a point
     if min(int(extent / voxel) for extent in config.extents) < 2:
         raise UserError(
