@@ -1,7 +1,6 @@
 """Every recipe is built and stepped, every mask and technique runs, and a sparse network learns."""
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 
 import tenfold_tost.data
 from tenfold_shared.checkpoint import load_weights
-from tenfold_shared.claims import Measurement, load_claims
 from tenfold_shared.cli import load_recipe, recipes
 from tenfold_shared.errors import RunFailure, UserError
 from tenfold_shared.images import ImageSet
@@ -24,13 +22,10 @@ from tenfold_tost import (
     erk_masks,
     has_ghosts,
     masks_from_zeros,
-    reproduce,
-    ticket_rounds,
     to_official,
 )
-from tenfold_tost.analysis import loss_gradient_norm, loss_slice, top_eigenvalue
 from tenfold_tost.data import DataConfig, load_data
-from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, mean_zero_rates, operations, zero_rates
+from tenfold_tost.evaluate import EvalConfig, evaluate, load_model, mean_zero_rates, zero_rates
 from tenfold_tost.ghosts import Skips, Soft
 from tenfold_tost.maskmaking import MaskConfig
 from tenfold_tost.recipe import Recipe
@@ -320,7 +315,9 @@ def test_a_sparse_network_learns(tmp_path: Path) -> None:
         ({"data": lambda: DataConfig(judge="dev")}, "data.dev"),
         ({"data": lambda: DataConfig(dev=2000)}, "2000"),
         ({"data": lambda: DataConfig(dev=3, dev_split="first")}, "lack a class"),
-        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"warmup_steps": -1}, "warmup_steps takes 0 or more"),
+        ({"lr": -0.1}, "lr takes 0 or more"),
+        ({"milestones": [3, -1]}, "milestones takes epochs from 0 on"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -419,19 +416,6 @@ def test_masks_that_cannot_be_made_are_refused_in_a_sentence(changes: dict, word
         make_mask(recipe, options(tmp_path), tmp_path / "mask.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"lr": -0.1}, "lr takes 0 or more"),
-        ({"recalibrate": -1}, "recalibrate takes 0 or more"),
-        ({"milestones": [3, -1]}, "milestones takes epochs from 0 on"),
-    ],
-)
-def test_what_is_no_schedule_is_refused(changes: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        short(**changes)
-
-
 def test_files_are_named_as_they_are_read(tmp_path: Path) -> None:
     """By its name a file is read again; counts below one are refused too."""
     with pytest.raises(UserError, match=r"--file .*mask\.pt: .*\.safetensors"):
@@ -442,70 +426,3 @@ def test_files_are_named_as_they_are_read(tmp_path: Path) -> None:
         finalize(tmp_path / "x", tmp_path / "plain.safetensors", official=True)
     with pytest.raises(UserError, match="rounds take 1"):
         export(tmp_path / "x", tmp_path / "c.safetensors", rounds=0)
-
-
-def test_rounds_of_the_tickets_of_the_recipes_and_claims() -> None:
-    """As many as the paper's sparsities have, none for the last thousandth: 2.8 % after sixteen, 10.7 % after ten."""
-    mask = load_recipe("tenfold_tost", "cifar100-resnet18-tickets", Recipe).mask
-    assert len(ticket_rounds(mask.density, mask.percent)) == 16
-    arms = [arm for claim in load_claims("tenfold_tost").claims for arm in claim.arms.values()]
-    tickets = [arm.options["mask.density"] for arm in arms if arm.options.get("mask.method") == "lth"]
-    assert tickets
-    assert all(len(ticket_rounds(density)) == 10 for density in tickets)
-
-
-def test_a_gain_is_over_the_vanilla_arm_even_where_that_is_not_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`reproduce tickets-gain --arms tost`."""
-    claim = load_claims("tenfold_tost")["tickets-gain"]
-    values = {"tost": 71.0, "vanilla": 69.5}
-    monkeypatch.setattr(reproduce, "_measured", lambda arm, *_: Measurement(0.0, extras={"accuracy": values[arm.name]}))
-    alone = dataclasses.replace(claim, arms={"tost": claim.arms["tost"]})
-    measured = reproduce.measure(alone, claim.arms["tost"], 0, options=options(tmp_path), folder=tmp_path)
-    assert measured.value == 1.5
-
-
-def test_what_the_claims_compare_besides_accuracies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gains over vanilla training at the arm's own sparsity; zeros, averaged over the activations."""
-    claims, accuracies = load_claims("tenfold_tost"), {("tost", 0.02): 80.0, ("vanilla", 0.02): 85.0}
-
-    def measured(arm, *_: object) -> Measurement:
-        at = arm.options["techniques"], arm.options["mask.density"]
-        return Measurement(0.0, extras={"accuracy": accuracies.get(at, 96.0), "zero_rates": {"1": 0.5, "2": 0.25}})
-
-    monkeypatch.setattr(reproduce, "_measured", measured)
-    for name, expected in (("mini-erk-growth", -5.0), ("mini-erk-95-zeros", 37.5)):
-        claim = claims[name]
-        arm = claim.arms[claim.method]
-        assert reproduce.measure(claim, arm, 0, options=options(tmp_path), folder=tmp_path).value == expected
-
-
-def test_curvature_against_the_full_hessian() -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).double()
-    x, y = torch.randn(20, 1, 2, 2, dtype=torch.float64), torch.randint(0, 3, (20,))
-    parameters = list(model.parameters())
-    loss = torch.nn.functional.cross_entropy(model(x), y)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
-    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in gradient]
-    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    value, vector = top_eigenvalue(model, x, y, iterations=200)
-    assert value == pytest.approx(float(torch.linalg.eigvalsh(hessian).max()), rel=1e-4)
-    assert loss_gradient_norm(model, x, y) == pytest.approx(float(gradient.detach().norm()))
-    down, here, up = loss_slice(model, x, y, vector, [-1e-3, 0.0, 1e-3])
-    assert here == pytest.approx(float(loss))
-    assert (down - 2 * here + up) / 1e-6 == pytest.approx(value, rel=1e-2)
-
-
-def test_operations_and_zeros() -> None:
-    """A 3x3 convolution of 2 x 1 channels on 4x4 pixels and a linear layer, by hand."""
-    conv = torch.nn.Conv2d(1, 2, 3, padding=1, bias=False)
-    model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 3))
-    with torch.no_grad():
-        conv.weight.fill_(-1.0)
-        conv.weight[0, 0, 0] = 0.0
-    counted = operations(model, torch.zeros(5, 1, 4, 4))
-    assert counted["flops_dense"] == 2 * (18 * 16 + 96)
-    assert counted["flops_sparse"] == 2 * 18 * 16 * 15 // 18 + 2 * 96
-    assert zero_rates(model, torch.ones(2, 1, 4, 4)) == {"1": 1.0}
