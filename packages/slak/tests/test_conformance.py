@@ -28,6 +28,7 @@ class TestConformance(Conformance):
             ("profile", "--arch", "test_resnet", "--size", "0"): ("--size", "1 or more"),
             ("profile", "--arch", "convnext_atto", "--size", "2"): ("--size 2", "greater than actual input"),
             ("profile", *run, "--repeats", "0"): ("--repeats",),
+            ("profile", *run, "--arch", "slak_tiny"): ("--arch or --checkpoint", "not both"),
             ("export", *run, "--size", "2"): ("at least", "2 x 2"),
             ("export", *run, "--output", "net.txt"): ("net.txt", ".onnx or .pt2"),
             ("export", *run, "--output", "file/net.pt2"): ("file/net.pt2", "cannot be written"),

@@ -146,6 +146,8 @@ def load_graph(model: Path, data: DataConfig, arch: str = "") -> Graph:
     """The graph of a checkpoint, folded in double precision, or of an ONNX file in its own; of pixels."""
     path = resolve(model)
     if path.suffix == ".onnx":
+        if arch:
+            raise UserError(f"{path} says itself which network it is: leave --arch out")
         return read_onnx(path)
     network, about = load_model(path, data, arch)
     shape = about["input_shape"] if "input_shape" in about else load_data(data).shape

@@ -95,10 +95,10 @@ def load_model(
     Args:
         checkpoint: see `EvalConfig`.
         data: the normalisation that is asked for, or the data set whose own an authors' checkpoint has.
-        arch: architecture of an authors' checkpoint; recognised by its keys.
+        arch: architecture of an authors' checkpoint, by default recognised by its keys; any other names its own.
 
     Raises:
-        UserError: unreadable, or of no known architecture (the keys that do not fit are named).
+        UserError: unreadable, of no known architecture (the keys that do not fit are named), or of another than `arch`.
 
     """
     data = data or DataConfig()
@@ -112,6 +112,8 @@ def load_model(
         name, first = normalisation(data, _channels(found.model), found.arch)
         model, about = nn.Sequential(first, found.model), {"arch": found.arch}
         print(f"{path}: {found.arch} with the normalisation {name}; --data.normalisation chooses", file=sys.stderr)
+    if arch and isinstance(about["arch"], str) and about["arch"] != arch:
+        raise UserError(f"{path} holds {about['arch']}, not {arch}: leave --arch out, or give that")
     if data.normalisation:
         _, model[0] = normalisation(data, _channels(model[1]))
     return model.eval(), about

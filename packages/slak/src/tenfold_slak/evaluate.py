@@ -372,14 +372,25 @@ def export(
 
 
 def profile(
-    arch: str = "slak_tiny", checkpoint: Path | None = None, size: int = 224, batch_size: int = 4, repeats: int = 5
+    arch: str = "", checkpoint: Path | None = None, size: int = 224, batch_size: int = 4, repeats: int = 5
 ) -> None:
-    """Print, for every large-kernel layer and every other convolution or Linear, its multiply-adds and its time."""
+    """Print, for every large-kernel layer and every other convolution or Linear, its multiply-adds and its time.
+
+    Args:
+        arch: a network of the package, by default slak_tiny; a checkpoint knows its own.
+        checkpoint: a trained network in place of a fresh one.
+        size: side length of the images, in pixels.
+        batch_size: images at a time.
+        repeats: how often each layer is timed.
+
+    """
     from tenfold_slak.profile import profile_layers  # noqa: PLC0415
 
     _at_least_one(size=size, batch_size=batch_size, repeats=repeats)
+    if arch and checkpoint is not None:
+        raise UserError("profile takes --arch or --checkpoint, not both: a checkpoint knows its network")
     with refusals("--arch"):
-        model = create_network(arch) if checkpoint is None else load_model(checkpoint)[0]
+        model = create_network(arch or "slak_tiny") if checkpoint is None else load_model(checkpoint)[0]
     _check_image(model, size)
     with refusals(f"--size {size}"):
         rows = profile_layers(model, size, batch_size, repeats)
