@@ -20,25 +20,7 @@ from tenfold_augnerf.sampling import importance, stratified
 from tenfold_augnerf.schedules import learning_rate
 from tenfold_augnerf.weights import WeightPerturbation
 from tenfold_shared.scenes import normalise_llff, spherical_path, spiral_path
-from tenfold_shared.testing import Fixture, load_fixture, parity_files
-
-FILES = parity_files(__file__)
-
-
-class Case:
-    """A fixture's arrays as tensors, and the state under a prefix."""
-
-    def __init__(self, fixture: Fixture) -> None:
-        self.fixture, self.cfg = fixture, fixture.meta
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.fixture.arrays[name]))
-
-    def under(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {name.removeprefix(prefix): self[name] for name in self.fixture.arrays if name.startswith(prefix)}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.fixture.arrays
+from tenfold_shared.testing import Fixture, check_parity, parity_files
 
 
 def close(actual: Any, expected: torch.Tensor, absolute: float = 1e-9, relative: float = 1e-7) -> None:
@@ -48,21 +30,21 @@ def close(actual: Any, expected: torch.Tensor, absolute: float = 1e-9, relative:
     )
 
 
-def check_gradients(case: Case, parameters: Mapping[str, torch.Tensor], prefix: str = "grad/") -> None:
+def check_gradients(case: Fixture, parameters: Mapping[str, torch.Tensor], prefix: str = "grad/") -> None:
     """Those stored, and none on parameters that the reference gave none."""
     for name, parameter in parameters.items():
         if f"{prefix}{name}" in case:
             assert parameter.grad is not None, f"{name} has no gradient"
             close(parameter.grad, case[f"{prefix}{name}"])
-        elif case.fixture.kind in ("adv", "net_clean"):
+        elif case.kind in ("adv", "net_clean"):
             assert parameter.grad is None or not parameter.grad.any(), f"{name} has a gradient"
 
 
-def embed(case: Case) -> None:
-    x, octaves = case["in/x"], case.cfg["multires"]
+def embed(case: Fixture) -> None:
+    x, octaves = case["in/x"], case.meta["multires"]
     close(encode(x, octaves), case["out/enc"])
     close(encode(x, 0), case["out/identity"])
-    assert encoded_size(case.cfg["input_dim"], octaves) == int(case["out/dim"])
+    assert encoded_size(case.meta["input_dim"], octaves) == int(case["out/dim"])
 
 
 def field_of(cfg: Mapping[str, Any]) -> NeRF:
@@ -78,8 +60,8 @@ def field_of(cfg: Mapping[str, Any]) -> NeRF:
     ).double()
 
 
-def mlp(case: Case) -> None:
-    field = field_of(case.cfg)
+def mlp(case: Fixture) -> None:
+    field = field_of(case.meta)
     field.load_state_dict(case.under("state/"))
     points, views = case["in/pts"].requires_grad_(), case["in/dirs"].requires_grad_()
     close(field(points, views), case["out/raw_clean"])
@@ -93,8 +75,8 @@ def mlp(case: Case) -> None:
             close(tensor.grad, case[f"grad/in_{name}"])
 
 
-def rays(case: Case) -> None:
-    cfg, pose = case.cfg, case["in/c2w"]
+def rays(case: Fixture) -> None:
+    cfg, pose = case.meta, case["in/c2w"]
     height, width, focal = cfg["H"], cfg["W"], cfg["focal"]
     matrix = cameras.intrinsics(height, width, focal)
     close(matrix, case["out/K"])
@@ -119,8 +101,8 @@ def rays(case: Case) -> None:
     close(cameras.corrupt_poses(case["in/poses"], torch.deg2rad(degrees), shift), case["out/corrupt"])
 
 
-def sampling(case: Case) -> None:
-    cfg = case.cfg
+def sampling(case: Fixture) -> None:
+    cfg = case.meta
     origins, directions = case["in/rays_o"], case["in/rays_d"]
     near, far = case["in/bounds"].split(1, -1)
 
@@ -153,8 +135,8 @@ def sampling(case: Case) -> None:
 OUTPUTS = ("rgb", "disp", "acc", "weights", "depth")
 
 
-def render(case: Case) -> None:
-    cfg, field = case.cfg, NeRF(2, 4)
+def render(case: Fixture) -> None:
+    cfg, field = case.meta, NeRF(2, 4)
     raw, z, delta = (case[f"in/{name}"].requires_grad_() for name in ("raw", "z", "adv_raw"))
     noise = cfg["raw_noise_std"] * case["in/noise"]
     density_only = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)  # the released code leaves colour inert
@@ -176,8 +158,8 @@ class Released(Renderer):
         return super().forward(rays, delta, *given, **options)
 
 
-def renderer_of(case: Case) -> Renderer:
-    cfg = case.cfg
+def renderer_of(case: Fixture) -> Renderer:
+    cfg = case.meta
     state = case.under("state/")
     fields = [field_of(cfg) for _ in range(3 if any(name.startswith("nerf_adv") for name in state) else 2)]
     if not cfg["N_importance"]:
@@ -192,20 +174,20 @@ def renderer_of(case: Case) -> Renderer:
     return renderer.double()
 
 
-def batch_of(case: Case) -> Batch:
+def batch_of(case: Fixture) -> Batch:
     origins, directions = case["in/rays"]
     return Batch(cameras.Rays(origins, directions), case["in/gt"])
 
 
-def geometry_of(case: Case) -> Geometry:
-    cfg = case.cfg
+def geometry_of(case: Fixture) -> Geometry:
+    cfg = case.meta
     coarse = cfg["N_samples"]
     return Geometry(
         cfg["near"], cfg["far"], coarse, coarse + cfg["N_importance"], cfg["netwidth"], cfg["H"], cfg["W"]
     )  # fmt: skip
 
 
-def check_rendering(case: Case, rendering: Rendering) -> None:
+def check_rendering(case: Fixture, rendering: Rendering) -> None:
     passes = [("", rendering.fine)] if rendering.coarse is None else [("", rendering.fine), ("0", rendering.coarse)]
     for suffix, result in passes:
         for name, value in zip(OUTPUTS, result.shown, strict=True):
@@ -216,13 +198,13 @@ def check_rendering(case: Case, rendering: Rendering) -> None:
         close(rendering.fine.raw, case["out/raw"])
 
 
-def check_states(case: Case, renderer: Renderer) -> None:
+def check_states(case: Fixture, renderer: Renderer) -> None:
     for name, value in renderer.state_dict().items():
         close(value, case[f"out/after/{name}"], 1e-6, 1e-6)
 
 
-def net_clean(case: Case) -> None:
-    cfg, renderer, batch = case.cfg, renderer_of(case), batch_of(case)
+def net_clean(case: Fixture) -> None:
+    cfg, renderer, batch = case.meta, renderer_of(case), batch_of(case)
     check_rendering(case, renderer(batch.rays))
     optimiser = torch.optim.Adam(renderer.parameters(), lr=cfg["lr"])
     for step in range(cfg["steps"]):
@@ -240,9 +222,9 @@ def decayed(optimiser: torch.optim.Optimizer, step: int, cfg: Mapping[str, Any])
     optimiser.param_groups[0]["lr"] = learning_rate(step, cfg["lr"], cfg["decay_rate"], cfg["decay_steps"])
 
 
-def adv(case: Case) -> None:
+def adv(case: Fixture) -> None:
     renderer, batch = renderer_of(case), batch_of(case)
-    delta = {key: case[f"in/delta_{key}"].requires_grad_() for key in case.cfg["keys"]}
+    delta = {key: case[f"in/delta_{key}"].requires_grad_() for key in case.meta["keys"]}
     rendering = renderer(batch.rays, delta)
     check_rendering(case, rendering)
     close(criterion(rendering, batch.truth, per_ray=True), case["out/loss_none"])
@@ -258,8 +240,8 @@ def adv(case: Case) -> None:
         close(clean.coarse.shown.rgb, case["out/clean_rgb0"])
 
 
-def steps_from(case: Case) -> dict[str, Step]:
-    cfg = case.cfg
+def steps_from(case: Fixture) -> dict[str, Step]:
+    cfg = case.meta
     return steps_of(
         cfg["keys"],
         geometry_of(case),
@@ -270,9 +252,9 @@ def steps_from(case: Case) -> dict[str, Step]:
     )
 
 
-def pgd(case: Case) -> None:
+def pgd(case: Fixture) -> None:
     renderer, batch, steps = renderer_of(case), batch_of(case), steps_from(case)
-    for key, epsilon in case.cfg["epsilons"].items():
+    for key, epsilon in case.meta["epsilons"].items():
         assert steps[key].epsilon == pytest.approx(epsilon, rel=1e-12)
     initial = {key: case[f"in/u_{key}"] * step.epsilon for key, step in steps.items()}
     objective = Objective()
@@ -281,14 +263,14 @@ def pgd(case: Case) -> None:
         return objective(renderer(batch.rays, delta), batch.truth)
 
     close(losses(initial).mean(), case["out/loss_init"])
-    found = maximise(losses, initial, steps, helpful=case.cfg["unadv"])
+    found = maximise(losses, initial, steps, helpful=case.meta["unadv"])
     for key, value in found.items():
         close(value, case[f"out/delta_{key}"])
     close(losses(found).mean(), case["out/loss_final"])
 
 
-def train_adv(case: Case) -> None:
-    cfg, renderer, batch = case.cfg, renderer_of(case), batch_of(case)
+def train_adv(case: Fixture) -> None:
+    cfg, renderer, batch = case.meta, renderer_of(case), batch_of(case)
     adversary = Adversary(steps_from(case) if cfg["keys"] else {}, weight=cfg["adv_lambda"])
     optimiser = torch.optim.Adam(renderer.parameters(), lr=cfg["lr"])
     perturbation = WeightPerturbation(renderer, cfg["awp_gamma"], cfg["awp_lr"]) if cfg["awp"] else None
@@ -320,8 +302,8 @@ def train_adv(case: Case) -> None:
     check_states(case, renderer)
 
 
-def scores(case: Case) -> None:
-    cfg, first, second = case.cfg, case["in/a"], case["in/b"]
+def scores(case: Fixture) -> None:
+    cfg, first, second = case.meta, case["in/a"], case["in/b"]
     close(metrics.mse(first, second), case["out/mse"])
     close((first - second).square().mean(-1), case["out/mse_per_pixel"])
     close(metrics.psnr(metrics.mse(first, second)), case["out/psnr"])
@@ -330,8 +312,8 @@ def scores(case: Case) -> None:
         close(torch.tensor(learning_rate(step, cfg["lr"], cfg["decay_rate"], cfg["decay_steps"])), rate)
 
 
-def poses(case: Case) -> None:
-    cfg = case.cfg
+def poses(case: Fixture) -> None:
+    cfg = case.meta
     stored = case["in/poses_bounds"].numpy()
     height, width = cfg["images_hw"]
     for prefix, spherify in (("fwd", False), ("sph", True)):
@@ -347,9 +329,9 @@ def poses(case: Case) -> None:
     close(cameras.ring_poses(case["in/angles"].numpy()), case["out/ring"], 1e-5, 1e-5)
 
 
-def saltpepper(case: Case) -> None:
+def saltpepper(case: Fixture) -> None:
     image, coordinates = (case[f"in/{name}"].numpy() for name in ("img", "coords"))
-    assert len(coordinates) == 2 * int(image.shape[0] * image.shape[1] * case.cfg["ratio"] / 2)
+    assert len(coordinates) == 2 * int(image.shape[0] * image.shape[1] * case.meta["ratio"] / 2)
     whole = image.dtype == np.uint8  # the release writes 255 whatever the image's range is
     changed = corruptions.salt_and_pepper_at(image if whole else image / 255, coordinates) * (1 if whole else 255)
     expected = case["out/img"].numpy()
@@ -357,13 +339,13 @@ def saltpepper(case: Case) -> None:
     assert (expected != image).any(-1).mean() == pytest.approx(float(case["out/changed_fraction"]), abs=1e-9)
 
 
-def density(case: Case) -> None:
-    cfg, field = case.cfg, field_of(case.cfg)
+def density(case: Fixture) -> None:
+    cfg, field = case.meta, field_of(case.meta)
     field.load_state_dict(case.under(f"state/{cfg['net']}."))
     close(density_grid(field, cfg["extents"], cfg["voxel"], chunk=50), case["out/sigma"])
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+CHECKS: dict[str, Callable[[Fixture], None]] = {
     "adv": adv,
     "density": density,
     "embed": embed,
@@ -381,8 +363,6 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+@pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    fixture = load_fixture(path)
-    assert fixture.kind in CHECKS, f"{path.name} is of the unknown kind {fixture.kind!r}"
-    CHECKS[fixture.kind](Case(fixture))
+    check_parity(path, CHECKS)

@@ -1,14 +1,11 @@
 """Numbers of the authors' released implementation: every .npz of TENFOLD_PARITY_DIR, by kind."""
 
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from tenfold_bip.compat import layerwise_dense_state, load_official_state, official_state
@@ -22,17 +19,7 @@ from tenfold_bip.released import (
     released_optimizer,
 )
 from tenfold_bip.schedules import cosine, mask_step, step
-from tenfold_shared.testing import load_fixture, parity_files
-
-Case = Mapping[str, NDArray]
-
-
-def config(case: Case, entry: str = "cfg/meta"):
-    return json.loads(str(np.asarray(case[entry]).reshape(-1)[0]))
-
-
-def tensor(case: Case, entry: str) -> torch.Tensor:
-    return torch.from_numpy(np.array(case[entry]))
+from tenfold_shared.testing import Fixture, check_parity, parity_files
 
 
 def close(actual, expected, tolerance: float = 1e-9) -> None:
@@ -42,11 +29,11 @@ def close(actual, expected, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))
 
 
-def procedural_state(case: Case) -> dict[str, torch.Tensor]:
+def procedural_state(case: Fixture) -> dict[str, torch.Tensor]:
     """The fixtures' deterministic weights, under the released keys."""
-    a = config(case)["a"]
+    a = case.meta["a"]
     state = {}
-    keys = zip(config(case, "cfg/keys"), config(case, "cfg/shapes"), strict=True)
+    keys = zip(case.decoded("cfg/keys"), case.decoded("cfg/shapes"), strict=True)
     for t, (key, shape) in enumerate(keys):
         n = math.prod(shape)
         v = (((np.arange(n) + 1.0) * 0.6180339887498949 + 0.1 * (t + 1) + 0.37 * a) % 1.0 - 0.5).reshape(shape)
@@ -72,24 +59,24 @@ def procedural_state(case: Case) -> dict[str, torch.Tensor]:
 STRUCTURE = {"unstructured": "global", "filter": "filter", "channel": "channel"}
 
 
-def check_masks(case: Case) -> None:
-    scores, conv = tensor(case, "in/scores"), tensor(case, "in/conv_scores")
-    for k in config(case)["keep_ratios"]:
+def check_masks(case: Fixture) -> None:
+    scores, conv = case["in/scores"], case["in/conv_scores"]
+    for k in case.meta["keep_ratios"]:
         for p in (1, 2):
             for name, project in (("filter", project_filter), ("channel", project_channel)):
-                assert torch.equal(project(conv.abs(), k, float(p)).double(), tensor(case, f"out/{name}_p{p}_{k}"))
+                assert torch.equal(project(conv.abs(), k, float(p)).double(), case[f"out/{name}_p{p}_{k}"])
         (mask,) = project_global([scores.abs()], k)
-        assert torch.equal(mask.double(), tensor(case, f"out/unstructured_{k}"))
+        assert torch.equal(mask.double(), case[f"out/unstructured_{k}"])
         # z = m * theta with theta = 1 hands the upstream gradient on to the scores
         s = scores.clone().requires_grad_()
-        MaskedProduct.apply(torch.ones_like(s), s, mask).backward(tensor(case, f"in/upstream_{k}"))
-        close(s.grad, tensor(case, f"grad/scores_{k}"), 1e-12)
+        MaskedProduct.apply(torch.ones_like(s), s, mask).backward(case[f"in/upstream_{k}"])
+        close(s.grad, case[f"grad/scores_{k}"], 1e-12)
 
 
-def check_layer(case: Case) -> None:
-    cfg = config(case)
-    weight = tensor(case, "state/weight")
-    x = tensor(case, "in/x").requires_grad_()
+def check_layer(case: Fixture) -> None:
+    cfg = case.meta
+    weight = case["state/weight"]
+    x = case["in/x"].requires_grad_()
     bias = "state/bias" in case
     if weight.dim() == 2:
         layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
@@ -104,20 +91,20 @@ def check_layer(case: Case) -> None:
             bias=bias,
         )
     prune_parametrize(layer.double(), float(cfg["k"]), STRUCTURE[cfg["kind"]], p=float(cfg.get("norm_p", 2)))
-    load_official_state(layer, {e.removeprefix("state/"): tensor(case, e) for e in case if e.startswith("state/")})
+    load_official_state(layer, case.under("state/"))
     y = layer(x)
-    close(y.detach(), tensor(case, "out/y"), 1e-10)
-    y.backward(tensor(case, "in/upstream"))
+    close(y.detach(), case["out/y"], 1e-10)
+    y.backward(case["in/upstream"])
     (chain,) = [layer.parametrizations["weight"]]
-    close(x.grad, tensor(case, "grad/x"), 1e-10)
-    close(chain.original.grad, tensor(case, "grad/weight"), 1e-10)
-    close(chain[0].scores.grad, tensor(case, "grad/popup_scores"), 1e-10)
+    close(x.grad, case["grad/x"], 1e-10)
+    close(chain.original.grad, case["grad/weight"], 1e-10)
+    close(chain[0].scores.grad, case["grad/popup_scores"], 1e-10)
     if bias:
-        close(layer.bias.grad, tensor(case, "grad/bias"), 1e-10)
+        close(layer.bias.grad, case["grad/bias"], 1e-10)
 
 
-def check_arch(case: Case) -> None:
-    cfg, keys = config(case), config(case, "cfg/keys")
+def check_arch(case: Fixture) -> None:
+    cfg, keys = case.meta, case.decoded("cfg/keys")
     options = {"legacy_sub_block": any(k.startswith("sub_block1.") for k in keys)} if "wrn" in cfg["arch"] else {}
     model = create_model(cfg["arch"], cfg["num_classes"], **options).double()
     structure = STRUCTURE[cfg.get("layer_type", "unstructured")]
@@ -128,23 +115,23 @@ def check_arch(case: Case) -> None:
     assert sum(own[key].numel() for key in parameters) == cfg["params_total"]
     assert sum(own[key].numel() for key in keys if key.endswith("popup_scores")) == cfg["scores"]
     head = torch.stack([own[key].flatten()[:1] for key in parameters])
-    close(head, tensor(case, "state/head"))
+    close(head, case["state/head"])
 
-    x = tensor(case, "in/x")
+    x = case["in/x"]
     with torch.no_grad():
         model.eval()
-        close(model(x), tensor(case, "out/logits_dense_eval"), 1e-8)
+        close(model(x), case["out/logits_dense_eval"], 1e-8)
         set_keep(model, float(cfg["k"]))
-        close(model(x), tensor(case, "out/logits_sparse_eval"), 1e-8)
+        close(model(x), case["out/logits_sparse_eval"], 1e-8)
         kept = kept_per_layer(model)
         layers = [key.replace("popup_scores", "weight") for key in keys if key.endswith("popup_scores")]
         assert [list(kept[layer]) for layer in layers] == case["out/kept_per_layer"].tolist()
         model.train()
-        close(model(x), tensor(case, "out/logits_sparse_train"), 1e-8)
+        close(model(x), case["out/logits_sparse_train"], 1e-8)
 
 
-def check_trainer(case: Case) -> None:
-    cfg, keys, stat_keys = config(case), config(case, "cfg/keys"), config(case, "cfg/stat_keys")
+def check_trainer(case: Fixture) -> None:
+    cfg, keys, stat_keys = case.meta, case.decoded("cfg/keys"), case.decoded("cfg/stat_keys")
     state = procedural_state(case)
     model = SmallCifarResNet(cfg["blocks"], state["fc.weight"].shape[0]).double()
     load_official_state(model, {key: value for key, value in state.items() if not key.endswith("popup_scores")})
@@ -155,7 +142,7 @@ def check_trainer(case: Case) -> None:
     mask_optimizer = released_optimizer(model, float(cfg["mask_lr"]), **options)
     model.train()
     for i in range(cfg["steps"]):
-        train, val = ((tensor(case, f"in/x_{part}_{i}"), tensor(case, f"in/y_{part}_{i}")) for part in ("train", "val"))
+        train, val = ((case[f"in/x_{part}_{i}"], case[f"in/y_{part}_{i}"]) for part in ("train", "val"))
         if cfg["mode"] == "bilevel":
             released_bilevel_step(model, train, val, weight_optimizer, mask_optimizer, lr2=float(cfg["lr2"]))
         elif cfg["mode"] == "accelerate":
@@ -165,46 +152,44 @@ def check_trainer(case: Case) -> None:
         else:
             pytest.fail(f"unknown mode {cfg['mode']}")
         own = official_state(model)
-        close(torch.stack([own[key].sum() for key in stat_keys]), tensor(case, f"out/sum_{i}"), 1e-8)
-        close(torch.stack([own[key].norm() for key in stat_keys]), tensor(case, f"out/l2_{i}"), 1e-8)
-        for entry in case:
-            name = entry.removeprefix("out/").removesuffix(f"_{i}")
-            if entry == f"out/{name}_{i}" and name in own:
-                close(own[name], tensor(case, entry), 1e-8)
+        close(torch.stack([own[key].sum() for key in stat_keys]), case[f"out/sum_{i}"], 1e-8)
+        close(torch.stack([own[key].norm() for key in stat_keys]), case[f"out/l2_{i}"], 1e-8)
+        for entry, expected in case.under("out/").items():
+            name = entry.removesuffix(f"_{i}")
+            if entry == f"{name}_{i}" and name in own:
+                close(own[name], expected, 1e-8)
     model.eval()
     set_keep(model, float(cfg["k"]))
     with torch.no_grad():
-        close(model(tensor(case, "in/x_train_0")), tensor(case, "out/final_logits_eval"), 1e-8)
+        close(model(case["in/x_train_0"]), case["out/final_logits_eval"], 1e-8)
 
 
-def check_schedules(case: Case) -> None:
-    cfg = config(case)
+def check_schedules(case: Fixture) -> None:
+    cfg = case.meta
     lr, mask_lr, epochs, warmup = float(cfg["lr"]), float(cfg["mask_lr"]), cfg["epochs"], cfg["warmup_epochs"]
     for epoch in range(len(case["out/cosine"])):
         for prefix, rate in (("", lr), ("mask_", mask_lr)):
-            expected = case[f"out/{prefix}cosine"][epoch]
+            expected = float(case[f"out/{prefix}cosine"][epoch])
             assert cosine(epoch, rate, epochs, warmup, float(cfg["warmup_lr"])) == pytest.approx(expected, abs=1e-12)
-        assert step(epoch, lr, epochs) == pytest.approx(case["out/step"][epoch], abs=1e-12)
-        assert mask_step(epoch, mask_lr, epochs) == pytest.approx(case["out/mask_step"][epoch], abs=1e-12)
+        assert step(epoch, lr, epochs) == pytest.approx(float(case["out/step"][epoch]), abs=1e-12)
+        assert mask_step(epoch, mask_lr, epochs) == pytest.approx(float(case["out/mask_step"][epoch]), abs=1e-12)
 
 
-def check_mask_iou(case: Case) -> None:
+def check_mask_iou(case: Fixture) -> None:
     masks = []
     for i in (0, 1):
-        scores = tensor(case, f"in/scores_{i}")
-        (mask,) = Projection("global", config(case)["k"])([scores.abs()])
-        assert int(mask.sum()) == int(case[f"out/kept_{i}"]) == keep_count(config(case)["k"], scores.numel())
-        assert torch.equal(pack_mask(mask), tensor(case, f"out/mask_packed_{i}"))
+        scores = case[f"in/scores_{i}"]
+        (mask,) = Projection("global", case.meta["k"])([scores.abs()])
+        assert int(mask.sum()) == int(case[f"out/kept_{i}"]) == keep_count(case.meta["k"], scores.numel())
+        assert torch.equal(pack_mask(mask), case[f"out/mask_packed_{i}"])
         masks.append({"all": mask})
     assert mask_iou(*masks) == pytest.approx(float(case["out/iou"]), abs=1e-12)
 
 
-def check_layerwise_export(case: Case) -> None:
-    state = {e.removeprefix("state/"): tensor(case, e) for e in case if e.startswith("state/")}
-    dense = layerwise_dense_state(state, config(case)["k"])
-    for entry in case:
-        if entry.startswith("out/"):
-            assert torch.equal(dense[entry.removeprefix("out/")], tensor(case, entry))
+def check_layerwise_export(case: Fixture) -> None:
+    dense = layerwise_dense_state(case.under("state/"), case.meta["k"])
+    for name, expected in case.under("out/").items():
+        assert torch.equal(dense[name], expected)
 
 
 CHECKS = {
@@ -221,6 +206,4 @@ CHECKS = {
 
 @pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    fixture = load_fixture(path)
-    assert fixture.kind in CHECKS, f"unknown kind {fixture.kind!r}"
-    CHECKS[fixture.kind](fixture.arrays)
+    check_parity(path, CHECKS)

@@ -1,7 +1,5 @@
 """The released implementation's numbers: every `*.npz` of `$TENFOLD_PARITY_DIR` (default: the selection here)."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -35,31 +33,7 @@ from tenfold_gnt.views import crop, flip, nearest_views, rectify, views_by_direc
 from tenfold_shared.scenes import normalise_llff, spherical_path, spiral_path
 from tenfold_shared.scenes.blender import blender_cameras
 from tenfold_shared.scenes.llff import llff_cameras
-
-FOLDER = Path(os.environ.get("TENFOLD_PARITY_DIR", Path(__file__).parent / "parity"))
-FILES = sorted(FOLDER.glob("*.npz"))
-
-
-class Fixture:
-    """A file's arrays as tensors, and its options."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as stored:
-            self.arrays = {key: stored[key] for key in stored.files}
-        self.kind = str(self.arrays.pop("kind"))
-        self.cfg = json.loads(str(np.ravel(self.arrays.pop("cfg/json"))[0]))
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.arrays
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.arrays[key]))
-
-    def under(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {key[len(prefix) :]: self[key] for key in self.arrays if key.startswith(prefix)}
-
-    def names(self, prefix: str) -> list[str]:
-        return [key[len(prefix) :] for key in self.arrays if key.startswith(prefix)]
+from tenfold_shared.testing import Fixture, check_parity, parity_files
 
 
 def close(actual, expected, tolerance: float, what: str = "") -> None:
@@ -108,7 +82,7 @@ def leaves(f: Fixture, *names: str) -> list[torch.Tensor]:
 
 
 def view_attention(f: Fixture) -> None:
-    attention = SubtractionAttention(f.cfg["dim"]).eval()
+    attention = SubtractionAttention(f.meta["dim"]).eval()
     prefix = "attention."
     names = {official_block_key(prefix + key).removeprefix("attn."): key for key in attention.state_dict()}
     attention.load_state_dict({names[key]: value for key, value in f.under("state/").items()})
@@ -122,9 +96,9 @@ def view_attention(f: Fixture) -> None:
 
 
 def view_transformer(f: Fixture) -> None:
-    block = ViewBlock(f.cfg["dim"], SubtractionAttention(f.cfg["dim"]), hidden=f.cfg["ff_hid"]).eval()
+    block = ViewBlock(f.meta["dim"], SubtractionAttention(f.meta["dim"]), hidden=f.meta["ff_hid"]).eval()
     load_official_state(block, f.under("state/"))
-    assert list(official_block_state(block)) == f.names("state/")
+    assert list(official_block_state(block)) == list(f.under("state/"))
     q, k, pos = leaves(f, "q", "k", "pos")
     y = block(q, k, pos, f["in/mask"]).values
     close(y, f["out/y"], 1e-10)
@@ -135,7 +109,7 @@ def view_transformer(f: Fixture) -> None:
 
 
 def ray_transformer(f: Fixture) -> None:
-    cfg = f.cfg
+    cfg = f.meta
     attention = RayAttention(cfg["dim"], heads=cfg["heads"], mode=cfg["mode"], position_width=cfg["pos_dim"])
     block = RayBlock(cfg["dim"], attention).eval()
     load_official_state(block, f.under("state/"))
@@ -157,11 +131,11 @@ def network_for(cfg: dict, state: dict[str, torch.Tensor], weights: str = "state
 
 
 def gnt(f: Fixture) -> None:
-    network = network_for(f.cfg, f.under("state/"), f.cfg["weights"])
+    network = network_for(f.meta, f.under("state/"), f.meta["weights"])
     inputs = dict(zip(names := ("rgb_feat", "ray_diff", "pts", "ray_d"), leaves(f, *names), strict=True))
     samples = ViewSamples(inputs["rgb_feat"], inputs["ray_diff"], f["in/mask"])
-    rays = network(samples, inputs["pts"], inputs["ray_d"], return_weights=f.cfg["ret_alpha"])
-    y = torch.cat([rays.rgb, rays.weights], -1) if f.cfg["ret_alpha"] else rays.rgb
+    rays = network(samples, inputs["pts"], inputs["ray_d"], return_weights=f.meta["ret_alpha"])
+    y = torch.cat([rays.rgb, rays.weights], -1) if f.meta["ret_alpha"] else rays.rgb
     close(y, f["out/y"], 1e-9)
     (y * f["in/cot"]).sum().backward()
     found = {f"in.{name}": value.grad for name, value in inputs.items()}
@@ -169,14 +143,14 @@ def gnt(f: Fixture) -> None:
 
 
 def feature_net(f: Fixture) -> None:
-    cfg = f.cfg
+    cfg = f.meta
     network = ResUNet(cfg["coarse_out_ch"], cfg["fine_out_ch"], single_net=cfg["single_net"])
     state = f.under("state/") or formula_weights(official_feature_state(network), cfg["weights"])
     load_official_state(network, state)
     if "n_params" in cfg:
         assert sum(p.numel() for p in network.parameters()) == cfg["n_params"]
     loss = torch.zeros(())
-    for name in f.names("in/x"):
+    for name in f.under("in/x"):
         maps = network(f[f"in/x{name}"])
         for pass_, map_ in zip(("coarse", "fine"), maps, strict=True):
             if f"out/{pass_}{name}" in f:
@@ -207,8 +181,8 @@ def projector(f: Fixture) -> None:
 
 def depth_sampling(f: Fixture) -> None:
     origins, directions, bounds = f["in/ray_o"], f["in/ray_d"], f["in/depth_range"].ravel()
-    samples, count = f.cfg["n_samples"], f.cfg["n_importance"]
-    for suffix in f.names("out/det_z_"):
+    samples, count = f.meta["n_samples"], f.meta["n_importance"]
+    for suffix in f.under("out/det_z_"):
         inverse = suffix.endswith("1")
         arguments = (float(bounds[0]), float(bounds[1]), len(origins), samples)
         depths = depth_samples(*arguments, inverse=inverse, like=origins)
@@ -228,7 +202,7 @@ def depth_sampling(f: Fixture) -> None:
 
 
 def volume_rendering(f: Fixture) -> None:
-    for suffix in f.names("out/rgb_"):
+    for suffix in f.under("out/rgb_"):
         rays = composite(f["in/raw"][..., :3], f["in/raw"][..., 3], f["in/mask"], white=suffix.endswith("1"))
         close(rays.rgb, f[f"out/rgb_{suffix}"], 1e-12)
         close(rays.weights, f[f"out/weights_{suffix}"], 1e-12)
@@ -238,10 +212,10 @@ def volume_rendering(f: Fixture) -> None:
 
 
 def render(f: Fixture) -> None:
-    cfg = f.cfg
+    cfg = f.meta
     assert cfg["det"], "only deterministic depths are recorded"
     coarse = network_for(cfg, f.under("state/coarse."))
-    fine = network_for(cfg, f.under("state/fine.")) if f.names("state/fine.") else None
+    fine = network_for(cfg, f.under("state/fine.")) if f.under("state/fine.") else None
     model = Model(nn.Identity(), coarse, fine)
     maps = FeatureMaps(f["in/featmaps_coarse"], f["in/featmaps_fine"])
     views = Views(source_views(f["in/src_rgbs"], f["in/src_cameras"]), maps)
@@ -259,7 +233,7 @@ def render(f: Fixture) -> None:
 
 
 def train_steps(f: Fixture) -> None:
-    cfg = f.cfg
+    cfg = f.meta
     state = f.under("state/")
     channels = state["rgbfeat_fc.0.weight"].shape[1] - 3
     features = ResUNet(channels)
@@ -274,6 +248,10 @@ def train_steps(f: Fixture) -> None:
         batch = RayBatch(*rays, f["in/rgb"][step], f["in/src_rgbs"], f["in/src_cameras"])
         result = train_step(model, batch, sampling, optimiser, scheduler, jitter=False)
         close(result.loss, f["out/loss"][step], 1e-9)
+        if step == 0:
+            named = gradients_of(features, lambda key: f"feature.{official_feature_key(key)}")
+            named |= gradients_of(network, lambda key: f"gnt.{official_network_key(key)}")
+            check_gradients(f, named, 1e-9)
         close(torch.tensor([group["lr"] for group in optimiser.param_groups]), f["out/lr_after"][step], 1e-12)
     for key, value in f.under("out/gnt.").items():
         close(official_network_state(network)[key], value, 1e-7, key)
@@ -285,7 +263,7 @@ def train_steps(f: Fixture) -> None:
 
 
 def rays(f: Fixture) -> None:
-    camera, rgb, cfg = f["in/camera"], f["in/rgb"], f.cfg
+    camera, rgb, cfg = f["in/camera"], f["in/rgb"], f.meta
 
     def check(camera: torch.Tensor, stride: int, suffix: str) -> None:
         height, width = (int(x) for x in camera[:2])
@@ -305,10 +283,10 @@ def rays(f: Fixture) -> None:
 
 
 def llff(f: Fixture) -> None:
-    cfg = f.cfg
+    cfg = f.meta
     height, width = (side // cfg["factor"] for side in cfg["full_hw"])
     variants = {"_norecenter": {"recentre": False}, "_nobd": {"bound_factor": None}, "": {}}
-    for key in f.names("out/poses"):
+    for key in f.under("out/poses"):
         poses = normalise_llff(f["in/poses_bounds"].numpy(), cfg["factor"], spherify=cfg["spherify"], **variants[key])
         close(poses.camera_to_world[:, :3], f[f"out/poses{key}"][..., :4], 2e-5)
         close(poses.bounds, f[f"out/bds{key}"], 2e-5)
@@ -323,17 +301,15 @@ def llff(f: Fixture) -> None:
 
 
 def blender_poses(f: Fixture) -> None:
-    matrix = f["out/K"][0]
-    width, height = (round(2 * float(matrix[i, 2])) for i in (0, 1))
-    cameras = blender_cameras(f.cfg["transforms"], height, width)
+    cameras = blender_cameras(f.meta["transforms"], f.meta["h"], f.meta["w"])
     close(cameras.camera_to_world, f["out/c2w"], 1e-10)
     close(cameras.intrinsics, f["out/K"][:, :3, :3], 1e-10)
 
 
 def views(f: Fixture) -> None:
-    cfg = f.cfg
+    cfg = f.meta
     reference, target = f["in/ref"].numpy(), f["in/tar"].numpy()
-    for name in f.names("out/ids_"):
+    for name in f.under("out/ids_"):
         method, count, index = name.split("_")
         number = int(index) if int(index) >= 0 else None
         pose = target if number is None else reference[number]
@@ -368,12 +344,12 @@ def metrics(f: Fixture) -> None:
 
 
 def realestate_spaces(f: Fixture) -> None:
-    for key in f.names("out/re10k_K_"):
+    for key in f.under("out/re10k_K_"):
         height, width = (int(x) for x in key.split("x"))
         matrix, pose = realestate_camera(f["in/re10k_entry"].numpy(), height, width)
         close(matrix, f[f"out/re10k_K_{key}"], 1e-10)
         close(pose, f["out/re10k_c2w"], 1e-10)
-    pairs = [spaces_camera(view) for view in f.cfg["spaces_views"]]
+    pairs = [spaces_camera(view) for view in f.meta["spaces_views"]]
     close(np.stack([matrix for matrix, _ in pairs]), f["out/spaces_K"], 1e-10)
     close(np.stack([pose for _, pose in pairs]), f["out/spaces_c2w"], 1e-10)
     order = views_by_direction(f["in/query"].numpy(), f["in/poses"].numpy())
@@ -391,13 +367,8 @@ CHECKS = {
 } | {"llff_poses": llff, "llff_spherify": llff}  # fmt: skip
 
 
-def test_there_are_files() -> None:
-    assert FILES, f"no *.npz in {FOLDER}"
-
-
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    fixture = Fixture(path)
-    assert fixture.kind in CHECKS, f"{path.name} is of the unknown kind {fixture.kind!r}"
-    CHECKS[fixture.kind](fixture)
+    check_parity(path, CHECKS)

@@ -30,6 +30,8 @@ class TestConformance(Conformance):
         """Refused where the file says what it holds, whatever is done with it."""
         run, onnx = str(self.checkpoints(trained, "whole").parent), str(tmp_path / "exported" / "network.onnx")
         for arguments in (("eval", "--checkpoint", run), ("certify", "--model", run), ("export", "--model", run)):
-            self.refused(self.quick(tmp_path, *arguments, "--arch", "cnn_a"), 2, "holds digits_cnn, not cnn_a", "--arch")
+            self.refused(
+                self.quick(tmp_path, *arguments, "--arch", "cnn_a"), 2, "holds digits_cnn, not cnn_a", "--arch"
+            )
         assert self.quick(tmp_path, "export", "--model", run, "--arch", "digits_cnn", "--images", "0").code == 0
         self.refused(self.quick(tmp_path, "certify", "--model", onnx, "--arch", "digits_cnn"), 2, "leave --arch out")

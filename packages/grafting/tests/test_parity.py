@@ -1,14 +1,11 @@
 """Numbers of the reference engine and of the released training code: every .npz of TENFOLD_PARITY_DIR, by kind."""
 
-import json
 import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenfold_grafting.adversarial import adversarial_loss, attacked, grad_align, trades, two_group_sgd
@@ -21,21 +18,9 @@ from tenfold_grafting.scores import significance
 from tenfold_grafting.selection import keep_masks
 from tenfold_grafting.specification import pixel_box
 from tenfold_grafting.zoo import load_network
-from tenfold_shared.testing import parity_files
+from tenfold_shared.testing import Fixture, check_parity, parity_files
 
-Case = dict[str, NDArray]
 METHODS = ("ibp", "crown-ibp", "crown")
-
-
-def config(case: Case) -> dict:
-    for key in ("cfg/json", "cfg/meta", "meta"):
-        if key in case:
-            return json.loads(str(np.asarray(case[key]).reshape(-1)[0]))
-    return {}
-
-
-def tensor(case: Case, entry: str) -> Tensor:
-    return torch.from_numpy(np.array(case[entry]))
 
 
 def close(actual, expected, tolerance: float, relative: float = 0.0) -> None:
@@ -76,9 +61,9 @@ def layer(kind: str, sizes: list, state: dict[str, Tensor], name: str) -> nn.Mod
     return simple[kind](*sizes)
 
 
-def network(case: Case) -> nn.Module:
-    state = {e.removeprefix("state/"): tensor(case, e) for e in case if e.startswith("state/")}
-    layers = config(case)["layers"]
+def network(case: Fixture) -> nn.Module:
+    state = case.under("state/")
+    layers = case.meta["layers"]
     parts = {}
     for name, kind, *sizes in layers:
         if "." in name:
@@ -121,13 +106,13 @@ def described(text: str, state: dict[str, Tensor], shape: tuple[int, ...]) -> nn
 # -- checks ---------------------------------------------------------------------------------------------------------------
 
 
-def check_graft_op(case: Case) -> None:
-    x, slope, bias = (tensor(case, f"in/{name}").requires_grad_() for name in ("x", "slope", "bias"))
-    y = graft_activation(x, tensor(case, "in/mask"), slope, bias)
-    close(y.detach(), tensor(case, "out/y"), 1e-12)
-    y.backward(tensor(case, "in/grad_output"))
+def check_graft_op(case: Fixture) -> None:
+    x, slope, bias = (case[f"in/{name}"].requires_grad_() for name in ("x", "slope", "bias"))
+    y = graft_activation(x, case["in/mask"], slope, bias)
+    close(y.detach(), case["out/y"], 1e-12)
+    y.backward(case["in/grad_output"])
     for name, value in (("x", x), ("slope", slope), ("bias", bias)):
-        close(value.grad, tensor(case, f"grad/{name}"), 1e-12)
+        close(value.grad, case[f"grad/{name}"], 1e-12)
 
 
 def check_alpha(lower: Tensor, crown: Tensor, reference: Tensor, limit: Tensor) -> None:
@@ -136,30 +121,30 @@ def check_alpha(lower: Tensor, crown: Tensor, reference: Tensor, limit: Tensor) 
     assert bool((lower <= limit + 1e-9).all())
 
 
-def check_net(case: Case) -> None:
+def check_net(case: Fixture) -> None:
     model = network(case)
     graph = trace(model, case["in/x"].shape[1:])
-    close(model(tensor(case, "in/x")).detach(), tensor(case, "out/logits"), 1e-8)
-    close(graph(tensor(case, "in/x")), tensor(case, "out/logits"), 1e-8)
-    box = Box(tensor(case, "in/lo"), tensor(case, "in/hi"))
-    spec = tensor(case, "in/C")
-    close(margin_spec(tensor(case, "in/y"), spec.shape[2]), spec, 0)
+    close(model(case["in/x"]).detach(), case["out/logits"], 1e-8)
+    close(graph(case["in/x"]), case["out/logits"], 1e-8)
+    box = Box(case["in/lo"], case["in/hi"])
+    spec = case["in/C"]
+    close(margin_spec(case["in/y"], spec.shape[2]), spec, 0)
     eye = torch.eye(spec.shape[2], dtype=torch.float64).expand(len(spec), -1, -1)
     for method in METHODS:
         name = method.replace("-", "_")
-        close(bound_margins(graph, box, eye, method, intersect=False), tensor(case, f"out/{name}_lb"), 1e-8)
-        close(-bound_margins(graph, box, -eye, method, intersect=False), tensor(case, f"out/{name}_ub"), 1e-8)
-        close(bound_margins(graph, box, spec, method, intersect=False), tensor(case, f"out/{name}_margin_lb"), 1e-8)
+        close(bound_margins(graph, box, eye, method, intersect=False), case[f"out/{name}_lb"], 1e-8)
+        close(-bound_margins(graph, box, -eye, method, intersect=False), case[f"out/{name}_ub"], 1e-8)
+        close(bound_margins(graph, box, spec, method, intersect=False), case[f"out/{name}_margin_lb"], 1e-8)
     intervals, _ = crown_intervals(graph, box, intersect=False)
     for number, (lower, upper) in enumerate(intervals.values()):
-        close(lower, tensor(case, f"out/pre{number}_lower"), 1e-8)
-        close(upper, tensor(case, f"out/pre{number}_upper"), 1e-8)
+        close(lower, case[f"out/pre{number}_lower"], 1e-8)
+        close(upper, case[f"out/pre{number}_upper"], 1e-8)
     if "out/alpha_margin_lb" in case:
-        a = config(case)["alpha"]
+        a = case.meta["alpha"]
         settings = AlphaSettings(a["iterations"], a["lr"], a["decay"])
         found = alpha_crown_joint(graph, box, spec, intervals, settings).lower
-        reference, crown = tensor(case, "out/alpha_margin_lb"), tensor(case, "out/crown_margin_lb")
-        check_alpha(found, crown, reference, tensor(case, "out/sampled_margin_min"))
+        reference, crown = case["out/alpha_margin_lb"], case["out/crown_margin_lb"]
+        check_alpha(found, crown, reference, case["out/sampled_margin_min"])
 
 
 def model_folder(name: str) -> Path:
@@ -173,19 +158,19 @@ def model_folder(name: str) -> Path:
     pytest.fail(f"the network {name}.npz is in none of {', '.join(map(str, folders))}")
 
 
-def check_bounds(case: Case) -> None:
-    meta = config(case)
+def check_bounds(case: Fixture) -> None:
+    meta = case.meta
     model, about = load_network(model_folder(meta["model"]) / f"{meta['model']}.npz")
     graph = trace(model.double(), about["input_shape"])
-    x = tensor(case, "in/x_uint8").double() / 255
-    eps, labels = float(case["in/eps"]), tensor(case, "in/y")
-    close(graph(x), tensor(case, "out/logits"), 1e-6, 1e-6)
+    x = case["in/x_uint8"].double() / 255
+    eps, labels = float(case["in/eps"]), case["in/y"]
+    close(graph(x), case["out/logits"], 1e-6, 1e-6)
     box = pixel_box(graph, x, eps)
     spec = margin_spec(labels, graph.classes)
-    limit = tensor(case, "out/attack_margin_ub")
+    limit = case["out/attack_margin_ub"]
     for method in METHODS:
         pure = bound_margins(graph, box, spec, method, intersect=False)
-        close(pure, tensor(case, f"out/{method}_lb"), 1e-6, 1e-6)
+        close(pure, case[f"out/{method}_lb"], 1e-6, 1e-6)
         assert bool((bound_margins(graph, box, spec, method) <= limit).all())
     crown, _ = crown_intervals(graph, box, intersect=False)
     for method, intervals in (("ibp", ibp(graph, box)[0]), ("crown", crown)):
@@ -193,16 +178,16 @@ def check_bounds(case: Case) -> None:
             for end, value in zip(("lower", "upper"), interval, strict=True):
                 entry = f"out/{method}_pre{number}_{end}"
                 if entry in case:
-                    close(value[0], tensor(case, entry), 1e-6, 1e-6)
+                    close(value[0], case[entry], 1e-6, 1e-6)
     if "out/alpha_lb" in case:
         settings = AlphaSettings(meta["iters"], meta["lr_alpha"], meta["lr_decay"])
         found = alpha_crown_joint(graph, box, spec, crown, settings).lower
-        check_alpha(found, tensor(case, "out/crown_lb"), tensor(case, "out/alpha_lb"), limit)
+        check_alpha(found, case["out/crown_lb"], case["out/alpha_lb"], limit)
 
 
-def check_train_step(case: Case) -> None:
-    cfg = config(case)
-    state = {e.removeprefix("state/"): tensor(case, e) for e in case if e.startswith("state/")}
+def check_train_step(case: Fixture) -> None:
+    cfg = case.meta
+    state = case.under("state/")
     model = described(cfg["arch"], state, case["in/x"].shape[2:])
     lines, weights = graft_parameters(model)
     optimiser = two_group_sgd(
@@ -215,76 +200,76 @@ def check_train_step(case: Case) -> None:
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, cfg["T_max"])
     for i in range(cfg["steps"]):
-        x, y = tensor(case, "in/x")[i], tensor(case, "in/y")[i]
-        noise = tensor(case, "in/noise_attack")[i]
+        x, y = case["in/x"][i], case["in/y"][i]
+        noise = case["in/noise_attack"][i]
         model.train()
         bad = attacked(model, x, y, cfg["eps"], cfg["alpha"], cfg["attack_steps"], noise)
         assert model.training
-        close(bad - x, tensor(case, f"out/delta{i}"), 1e-9)
+        close(bad - x, case[f"out/delta{i}"], 1e-9)
         loss = adversarial_loss(model, bad, y)
         if cfg["grad_align"]:
-            term = grad_align(model, x, y, cfg["eps"], tensor(case, "in/noise_align")[i])
+            term = grad_align(model, x, y, cfg["eps"], case["in/noise_align"][i])
             weighted = cfg["grad_align"] * term
-            reference = tensor(case, "out/reg")[i]
+            reference = case["out/reg"][i]
             known = min(abs(float(term.detach() - reference)), abs(float(weighted.detach() - reference)))
             assert known < 1e-9
             loss = loss + weighted
-        close(loss.detach(), tensor(case, "out/loss")[i], 1e-9)
+        close(loss.detach(), case["out/loss"][i], 1e-9)
         optimiser.zero_grad()
         loss.backward()
         if i == 0:
             for name, parameter in model.named_parameters():
-                close(parameter.grad, tensor(case, f"grad/{name}"), 1e-9)
+                close(parameter.grad, case[f"grad/{name}"], 1e-9)
         optimiser.step()
         schedule.step()
     for name, value in model.state_dict().items():
-        close(value, tensor(case, f"out/after/{name}"), 1e-9)
+        close(value, case[f"out/after/{name}"], 1e-9)
 
 
-def check_trades(case: Case) -> None:
-    cfg = config(case)
+def check_trades(case: Fixture) -> None:
+    cfg = case.meta
     arch = cfg["arch"]
     if arch == "same as train_step fixtures":
         arch = "conv(2,4,3,s2,p1) graft flatten linear(64,12) graft linear(12,4)"
-    state = {e.removeprefix("state/"): tensor(case, e) for e in case if e.startswith("state/")}
+    state = case.under("state/")
     model = described(arch, state, case["in/x"].shape[1:])
     model.train()
     loss = trades(
         model,
-        tensor(case, "in/x"),
-        tensor(case, "in/y"),
+        case["in/x"],
+        case["in/y"],
         eps=cfg["eps"],
         step=cfg["step"],
         steps=cfg["steps"],
         beta=cfg["beta"],
-        noise=tensor(case, "in/noise"),
+        noise=case["in/noise"],
     )
-    close(loss.detach(), tensor(case, "out/loss"), 1e-9)
-    close(model(tensor(case, "in/x")).detach(), tensor(case, "out/logits"), 1e-9)
+    close(loss.detach(), case["out/loss"], 1e-9)
+    close(model(case["in/x"]).detach(), case["out/logits"], 1e-9)
     loss.backward()
     for name, parameter in model.named_parameters():
-        close(parameter.grad, tensor(case, f"grad/{name}"), 1e-9)
+        close(parameter.grad, case[f"grad/{name}"], 1e-9)
 
 
-def check_scores(case: Case) -> None:
-    cfg = config(case)
-    state = {e.removeprefix("state/"): tensor(case, e) for e in case if e.startswith("state/")}
+def check_scores(case: Fixture) -> None:
+    cfg = case.meta
+    state = case.under("state/")
     model = described(cfg["arch"].partition(";")[0], {}, case["in/x"].shape[1:])
     weighted = [m for m in model if list(m.parameters())]
     for name, module in zip(dict.fromkeys(key.rpartition(".")[0] for key in state), weighted, strict=True):
         module.load_state_dict({"weight": state[f"{name}.weight"], "bias": state[f"{name}.bias"]})
-    counts = tensor(case, "in/counts")
-    x = tensor(case, "in/x").repeat_interleave(counts, 0)
-    y = tensor(case, "in/y").repeat_interleave(counts, 0)
+    counts = case["in/counts"]
+    x = case["in/x"].repeat_interleave(counts, 0)
+    y = case["in/y"].repeat_interleave(counts, 0)
     batches = list(zip(x.split(128), y.split(128), strict=True))
     keep = float(re.search(r"top (\d+)%", cfg["note"]).group(1)) / 100
     found = {kind: significance(model, batches, kind) for kind in ("gradient", "magnitude")}
     for kind, scores in found.items():
         for number, score in enumerate(scores.values()):
-            close(score, tensor(case, f"out/{kind}_{number}"), 1e-10)
+            close(score, case[f"out/{kind}_{number}"], 1e-10)
     for scope in ("global", "local"):
         for number, mask in enumerate(keep_masks(found["magnitude"], keep, scope).values()):
-            assert torch.equal(mask, tensor(case, f"out/{scope}_mask_{number}"))
+            assert torch.equal(mask, case[f"out/{scope}_mask_{number}"])
 
 
 CHECKS = {
@@ -299,8 +284,4 @@ CHECKS = {
 
 @pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    with np.load(path, allow_pickle=False) as archive:
-        case = dict(archive)
-    kind = str(np.asarray(case["kind"]).reshape(-1)[0])
-    assert kind in CHECKS, f"unknown kind {kind!r}"
-    CHECKS[kind](case)
+    check_parity(path, CHECKS)

@@ -1,11 +1,9 @@
 """Every fixture of the released implementation in ``$TENFOLD_PARITY_DIR`` (default: the selection beside this file)."""
 
-import json
-import os
+import re
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,32 +13,7 @@ from tenfold_hypergcl.hypergraph import Hypergraph
 from tenfold_hypergcl.mlp import MLP
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 from tenfold_hypergcl.train import Best
-
-FOLDER = Path(os.environ.get("TENFOLD_PARITY_DIR", Path(__file__).parent / "parity"))
-FILES = sorted(FOLDER.glob("*.npz"))
-
-
-class Fixture:
-    def __init__(self, path):
-        with np.load(path, allow_pickle=False) as archive:
-            self.arrays = {key: archive[key] for key in archive.files}
-        self.kind = self.text("kind")
-        self.cfg = json.loads(self.text(next(key for key in ("cfg/json", "cfg/meta", "meta") if key in self.arrays)))
-
-    def text(self, key):
-        return str(np.asarray(self.arrays[key]).reshape(-1)[0])
-
-    def __contains__(self, key):
-        return key in self.arrays
-
-    def __getitem__(self, key):
-        return torch.from_numpy(np.array(self.arrays[key]))
-
-    def names(self, prefix):
-        return [key[len(prefix) :] for key in self.arrays if key.startswith(prefix)]
-
-    def group(self, prefix):
-        return {name: self[prefix + name] for name in self.names(prefix)}
+from tenfold_shared.testing import check_parity, parity_files
 
 
 def near(actual, expected, tolerance):
@@ -85,7 +58,7 @@ def set_gnn(cfg, state):
 
 def check_gradients(model, fixture, tolerance, skip=()):
     parameters = dict(model.named_parameters())
-    names = [name for name in fixture.names("grad/") if not name.startswith("__")]
+    names = [name for name in fixture.under("grad/") if not name.startswith("__")]
     assert names
     for name in names:
         near(parameters[name].grad, fixture["grad/" + name], tolerance)
@@ -97,8 +70,8 @@ def setgnn(f):
     x, y, incidence, weight = f["in/x"], f["in/y"], f["in/incidence"], f["in/weight"].requires_grad_()
     h = hypergraph(incidence, x.shape[0], f["in/incidence_raw"].shape[1])
     before = incidence.clone()
-    model = set_gnn(f.cfg, f.group("state/"))
-    assert released_parameter_count(model) == f.cfg["num_parameters"]
+    model = set_gnn(f.meta, f.under("state/"))
+    assert released_parameter_count(model) == f.meta["num_parameters"]
     nodes, hyperedges = model.encode(x, h, want_hyperedges=True)
     near(nodes, f["out/node_embed"], 1e-9)
     near(hyperedges, f["out/hyperedge_embed"], 1e-9)
@@ -112,10 +85,11 @@ def setgnn(f):
     field = steps.field_of(model.config, h, x, f["in/train_idx"])
     supervised = steps.supervised_loss(model, field, y[f["in/train_idx"]])
     view = augment.View(h, x)
-    contrastive = steps.contrastive_loss(model, view, view, f.cfg["temperature"], weights=(None, weight))
+    contrastive = steps.contrastive_loss(model, view, view, f.meta["temperature"], weights=(None, weight))
     near(supervised, f["out/loss_sup"], 1e-9)
     near(contrastive, f["out/loss_cl"], 1e-9)
-    loss = supervised + 0.1 * contrastive
+    factor = float(re.search(r"([\d.]+)\*InfoNCE", f.meta["loss"])[1])
+    loss = supervised + factor * contrastive
     near(loss, f["out/loss"], 1e-9)
     loss.backward()
     check_gradients(model, f, 1e-9)
@@ -127,7 +101,7 @@ def contrastive_losses(f):
     def inputs(second):
         return f["in/z1"].requires_grad_(), f["in/" + second].requires_grad_()
 
-    for t in f.cfg["temperatures"]:
+    for t in f.meta["temperatures"]:
         z1, z2 = inputs("z2")
         rows12, rows21 = contrast.info_nce_rows(z1, z2, t, block=5)
         near(rows12, f[f"out/infonce_rows12_t{t}"], 1e-10)
@@ -144,7 +118,7 @@ def contrastive_losses(f):
     near(z1.grad, f["grad/jsd_z1"], 1e-10)
     near(z2.grad, f["grad/jsd_z2"], 1e-10)
     z1, z2 = inputs("z2b")
-    loss = contrast.info_nce(z1, z2, f.cfg["common_temperature"], common=(f["in/pos1"], f["in/pos2"]))
+    loss = contrast.info_nce(z1, z2, f.meta["common_temperature"], common=(f["in/pos1"], f["in/pos2"]))
     near(loss, f["out/infonce_common"], 1e-10)
     loss.backward()
     near(z1.grad, f["grad/common_z1"], 1e-10)
@@ -152,10 +126,10 @@ def contrastive_losses(f):
 
 
 def vhgae(f):
-    cfg, x = f.cfg, f["in/x"]
+    cfg, x = f.meta, f["in/x"]
     h = hypergraph(f["in/incidence"], x.shape[0], int(f["in/num_ori_edge"]))
     generator = generative.VHGAE(cfg["num_features"], encoder_config(cfg)).double()
-    load_state(generator, f.group("state/"))
+    load_state(generator, f.under("state/"))
     generator.eval()
     assert released_parameter_count(generator) == cfg["num_parameters"]
     noise = generative.Noise(f["in/eps_node"], f["in/eps_hyperedge"], f["in/gumbel"])
@@ -183,14 +157,14 @@ def kept(h, positions):
 
 def expected_state(f, prefix):
     return {
-        name: value for name, value in f.group(prefix).items() if ".bn" not in "." + name and "num_batches" not in name
+        name: value for name, value in f.under(prefix).items() if ".bn" not in "." + name and "num_batches" not in name
     }
 
 
 def train_fabricated(f):
-    cfg, x, y, train = f.cfg, f["in/x"], f["in/y"], f["in/train_idx"]
+    cfg, x, y, train = f.meta, f["in/x"], f["in/y"], f["in/train_idx"]
     h = hypergraph(f["in/incidence"], x.shape[0], int(f["in/num_ori_edge"]))
-    model = set_gnn(cfg, f.group("state/"))
+    model = set_gnn(cfg, f.under("state/"))
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg["lr"], weight_decay=cfg["weight_decay"])
     field = steps.field_of(model.config, h, x, train)
     for epoch in range(cfg["epochs"]):
@@ -214,11 +188,11 @@ def check_parameters(model, expected):
 
 
 def train_generative(f):
-    cfg, x, y, train = f.cfg, f["in/x"], f["in/y"], f["in/train_idx"]
+    cfg, x, y, train = f.meta, f["in/x"], f["in/y"], f["in/train_idx"]
     h = hypergraph(f["in/incidence"], x.shape[0], int(f["in/num_ori_edge"]))
-    model = set_gnn(cfg, f.group("state/model."))
+    model = set_gnn(cfg, f.under("state/model."))
     generator = generative.VHGAE(cfg["num_features"], encoder_config(cfg)).double()
-    load_state(generator, f.group("state/generator."))
+    load_state(generator, f.under("state/generator."))
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg["lr"], weight_decay=cfg.get("weight_decay", 0))
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=cfg["g_lr"])
     field = steps.field_of(model.config, h, x, train)
@@ -258,7 +232,7 @@ def train_generative(f):
         optimizer.step()
         optimizer.zero_grad()
         for part, module in (("model", model), ("generator", generator)):
-            if f.names(f"out/after{e + 1}.{part}."):
+            if f.under(f"out/after{e + 1}.{part}."):
                 check_parameters(module, expected_state(f, f"out/after{e + 1}.{part}."))
 
 
@@ -267,7 +241,7 @@ def columns(incidence):
 
 
 def augmentations(f):
-    cfg, x, incidence = f.cfg, f["in/x"], f["in/incidence"]
+    cfg, x, incidence = f.meta, f["in/x"], f["in/incidence"]
     n = x.shape[0]
     h = hypergraph(incidence, n, int(f["in/num_ori_edge"]))
     assert h.num_real_hyperedges == int(f["in/num_hyperedges"])
@@ -304,7 +278,7 @@ def augmentations(f):
 
 
 def baseline_models(f):
-    cfg, x = f.cfg, f["in/x"]
+    cfg, x = f.meta, f["in/x"]
     n, raw = x.shape[0], f["in/incidence_raw"]
     h = Hypergraph.from_incidence(raw, n, cfg["n_hyperedges"])
     looped = hypergraph(f["in/incidence_selfloop"], n, raw.shape[1])
@@ -312,14 +286,14 @@ def baseline_models(f):
 
     def run(name, model, structure, tolerance=1e-9):
         model = model.double().eval()
-        load_state(model, f.group(f"state/{name}."))
+        load_state(model, f.under(f"state/{name}."))
         count = f"out/{name}_num_parameters"
         if count in f:
             assert released_parameter_count(model) == int(f[count])
         near(model(x, *structure) if isinstance(structure, tuple) else model(x, structure), f[f"out/{name}"], tolerance)
 
     def norm_of(name):
-        names = [key for key in f.names(f"state/{name}.") if key.startswith("normalizations")]
+        names = [key for key in f.under(f"state/{name}.") if key.startswith("normalizations")]
         return "none" if not names else "bn" if any(key.endswith("running_mean") for key in names) else "ln"
 
     sizes = (features, width, classes, layers)
@@ -334,7 +308,7 @@ def baseline_models(f):
     run("hnhn", baselines.HNHN(*sizes, alpha=exponents[0], beta=exponents[1]), (looped, given))
     run("unigcnii", baselines.UniGCNII(*sizes, heads=cfg["heads"]), looped)
     mlp = MLP(features, width, classes, layers, norm=norm_of("mlp")).double().eval()
-    load_state(mlp, f.group("state/mlp."))
+    load_state(mlp, f.under("state/mlp."))
     assert released_parameter_count(mlp) == int(f["out/mlp_num_parameters"])
     near(mlp(x), f["out/mlp"], 1e-9)
 
@@ -365,7 +339,7 @@ def baseline_models(f):
 
 
 def evaluation_protocol(f):
-    for rate in f.cfg["split_props"]:
+    for rate in f.meta["split_props"]:
         split = protocol.split_permutation(f[f"in/perm_{rate}"], rate)
         for part in ("train", "valid", "test"):
             assert getattr(split, part).tolist() == f[f"out/split_{rate}_{part}"].tolist()
@@ -407,12 +381,6 @@ CHECKS = {
 }
 
 
-def test_there_are_fixtures():
-    assert FILES, f"no .npz in {FOLDER}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_parity(path):
-    fixture = Fixture(path)
-    assert fixture.kind in CHECKS, f"unknown kind {fixture.kind!r} in {path.name}"
-    CHECKS[fixture.kind](fixture)
+@pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
+def test_parity(path: Path) -> None:
+    check_parity(path, CHECKS)

@@ -1,6 +1,5 @@
-"""Where the numeric fixtures lie; the helpers in this folder are importable."""
+"""Every test starts from the same seed; the helpers in this folder are importable."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-PARITY_DIR = Path(os.environ.get("TENFOLD_PARITY_DIR", Path(__file__).parent / "parity"))
 
 
 @pytest.fixture(autouse=True)

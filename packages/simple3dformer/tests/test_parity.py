@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import interpolate as resize
 
-from tenfold_shared.testing import Fixture, load_fixture, parity_files
+from tenfold_shared.testing import Fixture, check_parity, parity_files
 from tenfold_simple3dformer.abstraction import SetAbstraction
 from tenfold_simple3dformer.attention import rollout
 from tenfold_simple3dformer.augment import jitter, random_point_dropout, random_scale, random_shift, rotate_y
@@ -43,12 +43,6 @@ from tenfold_simple3dformer.pointops import (
 )
 from tenfold_simple3dformer.voxel import VoxelFormer, released_name
 
-FILES = parity_files(__file__)
-
-
-def tensor(case: Fixture, name: str) -> Tensor:
-    return torch.from_numpy(np.array(case.arrays[name]))
-
 
 def close(actual: object, expected: object, tolerance: float) -> None:
     """|actual - expected| <= tolerance * max(1, max |expected|)."""
@@ -58,14 +52,10 @@ def close(actual: object, expected: object, tolerance: float) -> None:
     torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=atol)
 
 
-def state(case: Fixture, prefix: str = "state/") -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): tensor(case, k) for k in case.arrays if k.startswith(prefix)}
-
-
 def check_gradients(case: Fixture, model: nn.Module, tolerance: float) -> None:
     """Every gradient that the fixture has; a parameter of ours that it lacks there proves nothing."""
     own = {official_key(model, name): p.grad for name, p in model.named_parameters()}
-    for name, expected in state(case, "grad/").items():
+    for name, expected in case.under("grad/").items():
         grad = own[name]
         assert grad is not None, name
         close(grad.reshape(expected.shape), expected, tolerance)
@@ -88,36 +78,36 @@ def voxel_model(case: Fixture, **options: object) -> VoxelFormer:
         if isinstance(module, nn.LayerNorm):
             assert module.eps == cfg.get("ln_eps", 1e-6)
     assert model.grid[0] == cfg["patch_size"]
-    load_official_state(model, state(case), image_path="state/head.weight" in case.arrays)
+    load_official_state(model, case.under("state/"), image_path="state/head.weight" in case)
     return model.eval()
 
 
 def check_voxel(case: Fixture) -> None:
-    voxels = tensor(case, "in/voxel").double()
+    voxels = case["in/voxel"].double()
     model = voxel_model(case, group_axis="released")
     embedded = model.tokens(voxels)
-    close(embedded.movedim(-1, 1), tensor(case, "out/embed"), 1e-9)
+    close(embedded.movedim(-1, 1), case["out/embed"], 1e-9)
     with torch.no_grad():  # where empty voxels are passed over
-        close(model.tokens(voxels).movedim(-1, 1), tensor(case, "out/embed"), 1e-9)
+        close(model.tokens(voxels).movedim(-1, 1), case["out/embed"], 1e-9)
     features = model.features(voxels)
-    close(features, tensor(case, "out/features"), 1e-9)
+    close(features, case["out/features"], 1e-9)
     logits = model(voxels)
-    close(logits, tensor(case, "out/logits"), 1e-9)
-    loss = cross_entropy(logits, tensor(case, "in/label"))
-    close(loss, tensor(case, "out/loss"), 1e-9)
+    close(logits, case["out/logits"], 1e-9)
+    loss = cross_entropy(logits, case["in/label"])
+    close(loss, case["out/loss"], 1e-9)
     loss.backward()
     check_gradients(case, model, 1e-9)
-    if "out/logits_group_batch_first" in case.arrays:
-        close(voxel_model(case, group_axis="z")(voxels), tensor(case, "out/logits_group_batch_first"), 1e-9)
+    if "out/logits_group_batch_first" in case:
+        close(voxel_model(case, group_axis="z")(voxels), case["out/logits_group_batch_first"], 1e-9)
 
 
 def check_voxel_lwf(case: Fixture) -> None:
     cfg = case.meta
     model = voxel_model(case, group_axis="released")
     freeze_image_path(model.vit)
-    voxels, labels = tensor(case, "in/voxel").double(), tensor(case, "in/label")
-    images = resize(tensor(case, "in/image_lowres7"), size=(224, 224), mode="nearest")
-    target = tensor(case, "in/teacher_argmax")
+    voxels, labels = case["in/voxel"].double(), case["in/label"]
+    images = resize(case["in/image_lowres7"], size=(224, 224), mode="nearest")
+    target = case["in/teacher_argmax"]
     taught = nn.functional.one_hot(target, len(model.vit.head.bias)).double()
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.Adam(trained, cfg["lr"], tuple(cfg["betas"]), weight_decay=cfg["weight_decay"])
@@ -129,15 +119,15 @@ def check_voxel_lwf(case: Fixture) -> None:
         adam.zero_grad()
         loss.backward()
         if step == 0:
-            close(logits, tensor(case, "out/logits_3d"), 1e-8)
-            close(image_logits[:, :20], tensor(case, "out/logits_2d_first20"), 1e-8)
-            close(loss, tensor(case, "out/loss"), 1e-8)
-            close(terms["loss_3d"], tensor(case, "out/loss_3d"), 1e-8)
-            close(terms["loss_2d"], tensor(case, "out/loss_2d"), 1e-8)
+            close(logits, case["out/logits_3d"], 1e-8)
+            close(image_logits[:, :20], case["out/logits_2d_first20"], 1e-8)
+            close(loss, case["out/loss"], 1e-8)
+            close(terms["loss_3d"], case["out/loss_3d"], 1e-8)
+            close(terms["loss_2d"], case["out/loss_2d"], 1e-8)
             check_gradients(case, model, 1e-8)
         adam.step()
     own = {official_key(model, name): p for name, p in model.named_parameters()}
-    for name, expected in state(case, "out/after/").items():
+    for name, expected in case.under("out/after/").items():
         close(own[name], expected, 1e-8)
     for name, before in frozen.items():
         assert torch.equal(model.get_parameter(name), before)
@@ -145,36 +135,36 @@ def check_voxel_lwf(case: Fixture) -> None:
 
 def check_point_ops(case: Fixture) -> None:
     cfg = case.meta
-    xyz, features = tensor(case, "in/xyz"), tensor(case, "in/feat").requires_grad_()
-    starts = tensor(case, "in/fps_start")
+    xyz, features = case["in/xyz"], case["in/feat"].requires_grad_()
+    starts = case["in/fps_start"]
     index = farthest_point_sampling(xyz, cfg["npoint"], starts)
-    assert torch.equal(index, tensor(case, "out/fps_idx"))
+    assert torch.equal(index, case["out/fps_idx"])
     centres = gather_points(xyz, index)
-    close(squared_distances(centres, xyz), tensor(case, "out/sqdist"), 1e-9)
-    assert torch.equal(nearest_neighbours(centres, xyz, cfg["knn"])[1], tensor(case, "out/knn_idx"))
-    k = case.arrays["out/ball_idx"].shape[-1]
-    assert torch.equal(ball_query(centres, xyz, cfg["ball_radius"], k), tensor(case, "out/ball_idx"))
+    close(squared_distances(centres, xyz), case["out/sqdist"], 1e-9)
+    assert torch.equal(nearest_neighbours(centres, xyz, cfg["knn"])[1], case["out/knn_idx"])
+    k = case["out/ball_idx"].shape[-1]
+    assert torch.equal(ball_query(centres, xyz, cfg["ball_radius"], k), case["out/ball_idx"])
     layer = SetAbstraction(cfg["npoint"], cfg["knn"], [cfg["in_channel"], *cfg["mlp"]]).double()
     names = {}
     for key in layer.state_dict():
         _, kind, number, what = key.split(".")
         names[f"{'mlp_convs' if kind == 'linears' else 'mlp_bns'}.{number}.{what}"] = key
     own = layer.state_dict()
-    given = state(case, "state/sa.")
+    given = case.under("state/sa.")
     layer.load_state_dict({key: given[name].reshape(own[key].shape) for name, key in names.items()})
     for norm in layer.mlp.norms:
         norm.momentum = cfg["bn_momentum"]
-    close(layer.eval()(xyz, features, starts)[1], tensor(case, "out/sa_eval"), 1e-9)
+    close(layer.eval()(xyz, features, starts)[1], case["out/sa_eval"], 1e-9)
     result = layer.train()(xyz, features, starts)[1]
-    close(result, tensor(case, "out/sa_train"), 1e-9)
-    for name, expected in state(case, "out/after_bn/").items():
+    close(result, case["out/sa_train"], 1e-9)
+    for name, expected in case.under("out/after_bn/").items():
         close(layer.state_dict()[names[name]], expected, 1e-9)
     result.square().mean().backward()  # what the fixture's gradients are of
-    close(features.grad, tensor(case, "grad/feat"), 1e-9)
-    for name, expected in state(case, "grad/sa.").items():
+    close(features.grad, case["grad/feat"], 1e-9)
+    for name, expected in case.under("grad/sa.").items():
         close(layer.get_parameter(names[name]).grad.reshape(expected.shape), expected, 1e-9)
-    close(interpolate(xyz, centres, tensor(case, "in/points2")), tensor(case, "out/fp"), 1e-9)
-    close(normalise_points(tensor(case, "in/pc_raw")), tensor(case, "out/pc_normalized"), 1e-9)
+    close(interpolate(xyz, centres, case["in/points2"]), case["out/fp"], 1e-9)
+    close(normalise_points(case["in/pc_raw"]), case["out/pc_normalized"], 1e-9)
 
 
 def point_model(case: Fixture) -> PointFormer:
@@ -185,7 +175,7 @@ def point_model(case: Fixture) -> PointFormer:
         vit(case), cfg["input_dim"], cfg["n_classes"], task, ratios=preset["ratios"], neighbours=cfg["nneighbor"],
         image_path=preset["image_path"], points=cfg["num_point_cfg"], head="linear" if cfg["head"] == "default" else "cosine",
     ).double()  # fmt: skip
-    load_official_state(model, state(case), image_path="state/head.weight" in case.arrays)
+    load_official_state(model, case.under("state/"), image_path="state/head.weight" in case)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.momentum = cfg["bn_momentum"]
@@ -197,20 +187,20 @@ def point_stages(case: Fixture) -> int:
 
 
 def check_point(case: Fixture) -> None:
-    model, points = point_model(case), tensor(case, "in/points")
-    starts = list(tensor(case, "in/fps_starts")) if point_stages(case) else []
+    model, points = point_model(case), case["in/points"]
+    starts = list(case["in/fps_starts"]) if point_stages(case) else []
     sampled = [level.shape[1] for level in model.eval().tokens(points, starts)[0][1:]]
     assert sampled == case.meta["td_npoints"]
     with torch.no_grad():
-        close(model(points, starts=starts), tensor(case, "out/logits_eval"), 1e-8)
+        close(model(points, starts=starts), case["out/logits_eval"], 1e-8)
     logits = model.train()(points, starts=starts)
-    close(logits, tensor(case, "out/logits_train"), 1e-8)
-    loss = cross_entropy(logits.flatten(0, -2), tensor(case, "in/label"))
-    close(loss, tensor(case, "out/loss_train"), 1e-8)
+    close(logits, case["out/logits_train"], 1e-8)
+    loss = cross_entropy(logits.flatten(0, -2), case["in/label"])
+    close(loss, case["out/loss_train"], 1e-8)
     loss.backward()
     check_gradients(case, model, 1e-8)
     own = {official_key(model, key): value for key, value in model.state_dict().items()}
-    for name, expected in state(case, "out/after_bn/").items():
+    for name, expected in case.under("out/after_bn/").items():
         close(own[name], expected, 1e-8)
 
 
@@ -218,28 +208,28 @@ def check_point_transformer(case: Fixture) -> None:
     cfg = case.meta
     checked = 0
     for task in ("cls", "seg"):
-        if f"out/{task}" not in case.arrays:
+        if f"out/{task}" not in case:
             continue
         model = PointTransformer(
             cfg["input_dim"], cfg["n_classes"], task, stages=cfg["nblocks"], dim=cfg["transformer_dim"],
             neighbours=cfg["nneighbor"],
         ).double()  # fmt: skip
-        load_official_state(model, state(case, f"state/{task}."))
+        load_official_state(model, case.under(f"state/{task}."))
         with torch.no_grad():
-            result = model.eval()(tensor(case, "in/points"), starts=list(tensor(case, "in/fps_starts")))
-        close(result, tensor(case, f"out/{task}"), 1e-8)
+            result = model.eval()(case["in/points"], starts=list(case["in/fps_starts"]))
+        close(result, case[f"out/{task}"], 1e-8)
         checked += 1
     assert checked
 
 
 def check_rollout(case: Fixture) -> None:
-    joint = rollout(list(tensor(case, "in/attn")))
-    close(joint[0], tensor(case, "out/joint_first"), 1e-5)
-    close(joint[-1], tensor(case, "out/joint_last"), 1e-5)
+    joint = rollout(list(case["in/attn"]))
+    close(joint[0], case["out/joint_first"], 1e-5)
+    close(joint[-1], case["out/joint_last"], 1e-5)
     grid = case.meta["grid"]
     mask = joint[-1][0, 1:]
-    size = case.arrays["out/mask"].shape
-    close(mask.view(size), tensor(case, "out/mask"), 1e-5)
+    size = case["out/mask"].shape
+    close(mask.view(size), case["out/mask"], 1e-5)
     assert size[0] == grid
 
 
@@ -268,11 +258,11 @@ def check_binvox(case: Fixture) -> None:
 
 def check_partseg(case: Fixture) -> None:
     cfg = case.meta
-    logits = tensor(case, "in/logits").float()
-    found = part_segmentation(logits, tensor(case, "in/target"), {c: cfg["seg_classes"][c] for c in cfg["cat_order"]})
+    logits = case["in/logits"].float()
+    found = part_segmentation(logits, case["in/target"], {c: cfg["seg_classes"][c] for c in cfg["cat_order"]})
     names = {"accuracy": "accuracy", "class accuracy": "class_avg_accuracy", "class mIoU": "class_avg_iou"}
     for ours, theirs in {**names, "instance mIoU": "inctance_avg_iou"}.items():
-        expected = tensor(case, f"out/{theirs}")
+        expected = case[f"out/{theirs}"]
         if torch.isnan(expected):  # the release divides by the samples of a class that has none; here it is left out
             assert 0 <= found[ours] <= 1
         else:
@@ -307,42 +297,42 @@ def check_s3dis(case: Fixture) -> None:
 
 def check_det_criterion(case: Fixture) -> None:
     cfg = case.meta
-    counts = tensor(case, "in/n_gt")
-    most = case.arrays["in/gt_label"].shape[1]
+    counts = case["in/n_gt"]
+    most = case["in/gt_label"].shape[1]
     truth = Boxes(
-        tensor(case, "in/gt_center").float(), tensor(case, "in/gt_size").float(), tensor(case, "in/gt_angle").float(),
-        tensor(case, "in/gt_label"), torch.arange(most) < counts[:, None],
+        case["in/gt_center"].float(), case["in/gt_size"].float(), case["in/gt_angle"].float(),
+        case["in/gt_label"], torch.arange(most) < counts[:, None],
     )  # fmt: skip
-    scene = Scene(tensor(case, "in/scene_min").float(), tensor(case, "in/scene_max").float())
-    bins, residuals = angle_to_bin(tensor(case, "in/gt_angle"), cfg["num_angle_bin"])
+    scene = Scene(case["in/scene_min"].float(), case["in/scene_max"].float())
+    bins, residuals = angle_to_bin(case["in/gt_angle"], cfg["num_angle_bin"])
     here = truth.present
-    assert torch.equal(bins[here], tensor(case, "out/gt_angle_class")[here])
-    close(residuals[here], tensor(case, "out/gt_angle_residual")[here], 1e-4)
+    assert torch.equal(bins[here], case["out/gt_angle_class"][here])
+    close(residuals[here], case["out/gt_angle_residual"][here], 1e-4)
     corners = box_corners(truth.centre, truth.size, truth.angle)
-    close(corners[here], tensor(case, "out/gt_corners")[here], 1e-4)
+    close(corners[here], case["out/gt_corners"][here], 1e-4)
     names = ["sem_cls_logits", "center_unnormalized", "size_unnormalized", "angle_logits", "angle_residual_normalized"]
-    plain = Prediction(*(tensor(case, f"in/pred/{name}") for name in names))
+    plain = Prediction(*(case[f"in/pred/{name}"] for name in names))
     assert plain.logits.shape[-1] == cfg["num_semcls"] + 1
-    close(plain.angle, tensor(case, "out/pred_angle"), 1e-4)
-    close(plain.corners, tensor(case, "out/pred_corners"), 1e-4)
+    close(plain.angle, case["out/pred_angle"], 1e-4)
+    close(plain.corners, case["out/pred_corners"], 1e-4)
     pairs = here[:, None].expand(-1, plain.logits.shape[1], -1)
     rotated = bool((truth.angle[here] > 0).any())
     found = pairwise_giou(plain.corners, corners, rotated=rotated, released=True)
-    close(found[pairs], tensor(case, "out/giou")[pairs], 1e-4)
+    close(found[pairs], case["out/giou"][pairs], 1e-4)
     for arm, settings in cfg["arms"].items():
-        prediction = Prediction(*(tensor(case, f"in/pred/{name}").requires_grad_() for name in names))
+        prediction = Prediction(*(case[f"in/pred/{name}"].requires_grad_() for name in names))
         criterion = Criterion(MatchCost(**settings["cost"]), LossWeights(**settings["weights"]), released_giou=True)
         terms, assigned = criterion.layer(prediction, truth, scene)
         for name, value in terms.items():
-            close(value, tensor(case, f"out/{arm}/loss_{name}"), 1e-4)
+            close(value, case[f"out/{arm}/loss_{name}"], 1e-4)
         loss, _ = criterion([prediction], truth, scene)
-        close(loss, tensor(case, f"out/{arm}/loss"), 1e-4)
-        assert torch.equal(assigned.matched, tensor(case, f"out/{arm}/matched_mask").bool())
-        theirs = tensor(case, f"out/{arm}/matched_gt")
+        close(loss, case[f"out/{arm}/loss"], 1e-4)
+        assert torch.equal(assigned.matched, case[f"out/{arm}/matched_mask"].bool())
+        theirs = case[f"out/{arm}/matched_gt"]
         assert torch.equal(assigned.box[assigned.matched], theirs[assigned.matched])
         loss.backward()
         for name, value in zip(names, prediction, strict=True):
-            close(value.grad, tensor(case, f"grad/{arm}/{name}"), 1e-4)
+            close(value.grad, case[f"grad/{arm}/{name}"], 1e-4)
 
 
 def detections(rows: Tensor) -> Detections:
@@ -351,14 +341,14 @@ def detections(rows: Tensor) -> Detections:
 
 
 def check_det_ap(case: Fixture) -> None:
-    truth, predicted = detections(tensor(case, "in/gt_rows")), detections(tensor(case, "in/pred_rows"))
+    truth, predicted = detections(case["in/gt_rows"]), detections(case["in/pred_rows"])
     thresholds = case.meta["thresholds"]
     for threshold, results in evaluate_detections(predicted, truth, thresholds).items():
         labels = sorted(results)
-        close([results[k][0] for k in labels], tensor(case, f"out/ap_{threshold}"), 1e-6)
-        close([results[k][1] for k in labels], tensor(case, f"out/recall_{threshold}"), 1e-6)
-        close(mean_average_precision(results), tensor(case, f"out/mAP_{threshold}"), 1e-6)
-    for i, expected in enumerate(tensor(case, "out/iou_first_pairs")):  # of a row with a true box of its scene
+        close([results[k][0] for k in labels], case[f"out/ap_{threshold}"], 1e-6)
+        close([results[k][1] for k in labels], case[f"out/recall_{threshold}"], 1e-6)
+        close(mean_average_precision(results), case[f"out/mAP_{threshold}"], 1e-6)
+    for i, expected in enumerate(case["out/iou_first_pairs"]):  # of a row with a true box of its scene
         here = truth.scene == predicted.scene[i]
         close(
             (box_iou(predicted.corners[i].expand(int(here.sum()), 8, 3), truth.corners[here]) - expected).abs().min(),
@@ -369,28 +359,28 @@ def check_det_ap(case: Fixture) -> None:
 
 def check_det_decoder(case: Fixture) -> None:
     cfg = case.meta
-    d, bounds = cfg["d_model"], [tensor(case, "in/range_min"), tensor(case, "in/range_max")]
-    xyz = tensor(case, "in/xyz")
+    d, bounds = cfg["d_model"], [case["in/range_min"], case["in/range_max"]]
+    xyz = case["in/xyz"]
     fourier = FourierEmbedding(d)
-    fourier.load_state_dict(state(case, "state/pos."))
-    close(fourier(xyz, *bounds), tensor(case, "out/fourier"), 1e-5)
-    close(sine_embedding(xyz, *bounds, d), tensor(case, "out/sine"), 1e-5)
+    fourier.load_state_dict(case.under("state/pos."))
+    close(fourier(xyz, *bounds), case["out/fourier"], 1e-5)
+    close(sine_embedding(xyz, *bounds, d), case["out/sine"], 1e-5)
     encoder = Encoder(d, cfg["nhead"], cfg["enc_ffn"], cfg["layers"])
-    encoder.load_state_dict(state(case, "state/enc."))
-    memory = encoder.eval()(tensor(case, "in/src"))
-    close(memory, tensor(case, "out/memory"), 1e-5)
+    encoder.load_state_dict(case.under("state/enc."))
+    memory = encoder.eval()(case["in/src"])
+    close(memory, case["out/memory"], 1e-5)
     decoder = Decoder(d, cfg["nhead"], cfg["dec_ffn"], cfg["layers"])
-    decoder.load_state_dict(state(case, "state/dec."))
+    decoder.load_state_dict(case.under("state/dec."))
     position = fourier(xyz, *bounds).permute(2, 0, 1)
-    features = decoder.eval()(memory, tensor(case, "in/query_pos"), position)
-    close(features, tensor(case, "out/box_features"), 1e-5)
-    head = ConvolutionHead(d, case.arrays["state/head.layers.8.bias"].shape[0])
-    head.load_state_dict(state(case, "state/head."))
+    features = decoder.eval()(memory, case["in/query_pos"], position)
+    close(features, case["out/box_features"], 1e-5)
+    head = ConvolutionHead(d, case["state/head.layers.8.bias"].shape[0])
+    head.load_state_dict(case.under("state/head."))
     flat = features.permute(0, 2, 3, 1).flatten(0, 1)
-    close(head.eval()(flat), tensor(case, "out/head"), 1e-5)
+    close(head.eval()(flat), case["out/head"], 1e-5)
 
 
-KINDS: dict[str, Callable[[Fixture], None]] = {
+CHECKS: dict[str, Callable[[Fixture], None]] = {
     "attention_rollout": check_rollout,
     "augment": check_augment,
     "binvox": check_binvox,
@@ -408,8 +398,6 @@ KINDS: dict[str, Callable[[Fixture], None]] = {
 }
 
 
-@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+@pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    case = load_fixture(path)
-    assert case.kind in KINDS, f"unknown kind {case.kind!r}"
-    KINDS[case.kind](case)
+    check_parity(path, CHECKS)

@@ -1,15 +1,13 @@
 """Outputs of the released implementation, one case a file; `TENFOLD_PARITY_DIR` names another folder of files."""
 
 import copy
-import json
-import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tenfold_shared.testing import Fixture, check_parity, parity_files
 from tenfold_slak.ema import SparseEMA
 from tenfold_slak.erf import contribution_maps, log_scaled, rectangle
 from tenfold_slak.layer import LargeKernel, merge_large_kernels
@@ -25,28 +23,13 @@ from tenfold_slak.models.slak import Block, SLaK
 from tenfold_slak.optim import cosine_schedule, layer_id, parameter_groups
 from tenfold_slak.sparse import CosinePruneRate, DynamicSparseTraining
 
-FOLDER = Path(os.environ.get("TENFOLD_PARITY_DIR") or Path(__file__).parent / "parity")
-FILES = sorted(FOLDER.glob("*.npz"))
 
-
-class Fixture:
-    """A file: options, and its arrays as tensors grouped by the part before the first slash."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            self.kind = str(np.atleast_1d(file["kind"])[0])
-            self.cfg = json.loads(str(np.atleast_1d(file["cfg/json"])[0]))
-            arrays = {key: np.asarray(file[key]) for key in file.files if key not in {"kind", "cfg/json"}}
-        self.tensors = {key: torch.from_numpy(value.copy()) for key, value in arrays.items()}
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return self.tensors[key]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.tensors
-
-    def group(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+@pytest.fixture(autouse=True)
+def double():
+    """Double precision by default, as the fixtures were made."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str) -> None:
@@ -57,7 +40,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str)
 
 def check_gradients(fixture: Fixture, module: torch.nn.Module, x: torch.Tensor | None, tolerance: float) -> None:
     parameters = dict(module.named_parameters())
-    expected = fixture.group("grad/")
+    expected = fixture.under("grad/")
     assert set(expected) - {"x"} == {name for name, p in parameters.items() if p.grad is not None}
     for name, gradient in expected.items():
         ours = x.grad if name == "x" else parameters[name].grad
@@ -85,7 +68,7 @@ def large_kernel(cfg: dict, channels: int) -> LargeKernel:
 
 
 def check_module(fixture: Fixture, module: torch.nn.Module, tolerance: float = 1e-10) -> None:
-    module.load_state_dict(fixture.group("state/"))
+    module.load_state_dict(fixture.under("state/"))
     x = fixture["in/x"].requires_grad_()
     close(module.eval()(x), fixture["out/eval"], tolerance, "eval")
     for form in ("two", "one"):
@@ -96,29 +79,29 @@ def check_module(fixture: Fixture, module: torch.nn.Module, tolerance: float = 1
     y.backward(fixture["in/grad_out"])
     check_gradients(fixture, module, x, tolerance)
     state = module.state_dict()
-    for name, value in fixture.group("out/after/").items():
+    for name, value in fixture.under("out/after/").items():
         close(state[name], value, tolerance, f"{name} after one step")
 
 
 def check_layer(fixture: Fixture) -> None:
-    layer = large_kernel(fixture.cfg, fixture.cfg["C"])
+    layer = large_kernel(fixture.meta, fixture.meta["C"])
     check_module(fixture, layer)
     if "out/eq_kernel" in fixture:
-        layer.load_state_dict(fixture.group("state/"))
+        layer.load_state_dict(fixture.under("state/"))
         kernel, bias = layer.folded_one()
         close(kernel, fixture["out/eq_kernel"], 1e-10, "merged kernel")
         close(bias, fixture["out/eq_bias"], 1e-10, "merged bias")
 
 
 def check_block(fixture: Fixture) -> None:
-    cfg = fixture.cfg
+    cfg = fixture.meta
     scale = 1.0 if "state/gamma" in fixture else 0.0
     check_module(fixture, Block(cfg["dim"], large_kernel(cfg, cfg["dim"]), layer_scale_init=scale).double())
 
 
 def check_model(fixture: Fixture) -> None:
-    model = network(fixture.cfg)
-    model.load_state_dict(fixture.group("state/"))
+    model = network(fixture.meta)
+    model.load_state_dict(fixture.under("state/"))
     x, y = fixture["in/x"], fixture["in/y"]
     model.eval()
     ours = {"eval_logits": model(x)}
@@ -127,15 +110,15 @@ def check_model(fixture: Fixture) -> None:
     ours["train_logits"] = model(x)
     ours["loss"] = F.cross_entropy(ours["train_logits"], y)
     ours["loss"].backward()
-    for name, value in fixture.group("out/").items():
+    for name, value in fixture.under("out/").items():
         close(ours[name], value, 1e-9, name)
     check_gradients(fixture, model, None, 1e-9)
 
 
 def check_dst(fixture: Fixture) -> None:
-    cfg = fixture.cfg
+    cfg = fixture.meta
     model = network(cfg["model"])
-    model.load_state_dict(fixture.group("state/"))
+    model.load_state_dict(fixture.under("state/"))
     xs, ys = fixture["in/xs"], fixture["in/ys"]
     density = 1 - cfg["sparsity"]
     parameters = maskable_parameters(model, cfg["only_L"])
@@ -144,9 +127,9 @@ def check_dst(fixture: Fixture) -> None:
     ours = torch.tensor([1 - densities[name] for name in parameters], dtype=torch.float64)
     close(ours, fixture["out/snip_layer_sparsity"], 1e-8, "layer sparsity")
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    draws = fixture.group("in/init_uniform/")
+    draws = fixture.under("in/init_uniform/")
     masks = without_dense(bernoulli_masks(shapes, densities, lambda name, _: draws[name]))
-    same_masks(masks, fixture.group("out/mask0/"), "mask0")
+    same_masks(masks, fixture.under("out/mask0/"), "mask0")
 
     groups = parameter_groups(model, float(cfg["lr"]), float(cfg["weight_decay"]))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
@@ -168,14 +151,14 @@ def check_dst(fixture: Fixture) -> None:
         losses.append(loss.detach())
         rates.append(rate.value)
         if moved:
-            same_masks(sparse.masks, fixture.group(f"out/mask_after{step}/"), f"mask after {step}")
+            same_masks(sparse.masks, fixture.under(f"out/mask_after{step}/"), f"mask after {step}")
     close(torch.stack(losses), fixture["out/loss"], 1e-8, "loss")
     close(torch.tensor(rates, dtype=torch.float64), fixture["out/prune_rate"], 1e-8, "prune rate")
     state = model.state_dict()
-    for name, value in fixture.group("out/param/").items():
+    for name, value in fixture.under("out/param/").items():
         close(state[name], value, 1e-8, name)
     average = ema.state_dict()
-    for name, value in fixture.group("out/ema/").items():
+    for name, value in fixture.under("out/ema/").items():
         close(average[name], value, 1e-8, f"average of {name}")
 
 
@@ -186,7 +169,7 @@ def same_masks(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], w
 
 
 def check_schedules(fixture: Fixture) -> None:
-    cfg = fixture.cfg
+    cfg = fixture.meta
     for i, case in enumerate(cfg["cosine_cases"]):
         base, final, epochs, iters, warmup, start, steps = case
         ours = cosine_schedule(float(base), float(final), epochs, iters, warmup, float(start), steps)
@@ -205,20 +188,20 @@ def check_schedules(fixture: Fixture) -> None:
 
 
 def check_erk(fixture: Fixture) -> None:
-    densities = erk_densities(fixture.cfg["shapes"], float(fixture.cfg["density"]))
+    densities = erk_densities(fixture.meta["shapes"], float(fixture.meta["density"]))
     close(torch.tensor(densities, dtype=torch.float64), fixture["out/densities"], 1e-10, "densities")
 
 
 def check_erf(fixture: Fixture) -> None:
-    model = network(fixture.cfg["model"])
-    model.load_state_dict(fixture.group("state/"))
+    model = network(fixture.meta["model"])
+    model.load_state_dict(fixture.under("state/"))
     maps = contribution_maps(model.eval().forward_features, fixture["in/x"])
     close(maps, fixture["out/maps"], 1e-9, "maps")
     mean = maps.mean(0)
     close(mean, fixture["out/mean"], 1e-9, "mean")
     scaled = log_scaled(mean)
     close(scaled, fixture["out/log_scaled"], 1e-9, "log-scaled map")
-    rectangles = [rectangle(scaled, float(share)) for share in fixture.cfg["thresholds"]]
+    rectangles = [rectangle(scaled, float(share)) for share in fixture.meta["thresholds"]]
     close(torch.tensor(rectangles, dtype=torch.float64), fixture["out/rectangles"], 1e-9, "rectangles")
 
 
@@ -228,17 +211,6 @@ CHECKS = {
 }  # fmt: skip
 
 
-def test_there_are_files() -> None:
-    assert FILES, f"no *.npz in {FOLDER}"
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    fixture = Fixture(path)
-    assert fixture.kind in CHECKS, f"{path.name} is of an unknown kind: {fixture.kind}"
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        CHECKS[fixture.kind](fixture)
-    finally:
-        torch.set_default_dtype(default)
+    check_parity(path, CHECKS)

@@ -1,7 +1,6 @@
 """Numbers of the authors' released implementation: every .npz of TENFOLD_PARITY_DIR, by kind."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tenfold_shared.testing import Fixture, load_fixture, parity_files
+from tenfold_shared.testing import Fixture, check_parity, parity_files
 from tenfold_tost.activations import ACTIVATIONS, pswish, smooth_grad_relu, smooth_relu, softplus
 from tenfold_tost.ghosts import Ghosts, Skips, SparseRecipe
 from tenfold_tost.lrsi import Lrsi, ScaleAdam, learn_scales
@@ -38,8 +37,6 @@ from tenfold_tost.pruning import (
 from tenfold_tost.skips import ghost_skips, set_strength
 from tenfold_tost.smoothing import smoothed_cross_entropy
 
-FILES = parity_files(__file__)
-
 
 @pytest.fixture(autouse=True)
 def double():
@@ -47,18 +44,6 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def config(case: Fixture, entry: str):
-    return json.loads(str(np.asarray(case.arrays[entry]).reshape(-1)[0]))
-
-
-def tensor(case: Fixture, entry: str) -> torch.Tensor:
-    return torch.from_numpy(np.array(case.arrays[entry]))
-
-
-def entries(case: Fixture, prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor(case, name) for name in case.arrays if name.startswith(prefix)}
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
@@ -73,7 +58,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9)
 def procedural_state(case: Fixture) -> dict[str, torch.Tensor]:
     """The fixtures' deterministic weights, under the released keys."""
     state = {}
-    keys = zip(config(case, "cfg/keys"), config(case, "cfg/shapes"), strict=True)
+    keys = zip(case.decoded("cfg/keys"), case.decoded("cfg/shapes"), strict=True)
     for t, (key, shape) in enumerate(keys):
         v = (np.arange(math.prod(shape)) + 1.0) * 0.6180339887498949 + 0.1 * (t + 1) + 0.37 * case.meta["a"]
         v = (v % 1.0 - 0.5).reshape(shape)
@@ -122,8 +107,8 @@ def small_net(case: Fixture, state: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def batches(case: Fixture) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    count = sum(name.startswith("in/x_") for name in case.arrays)
-    return [(tensor(case, f"in/x_{i}").double(), tensor(case, f"in/y_{i}")) for i in range(count)]
+    count = len(case.under("in/x_"))
+    return [(case[f"in/x_{i}"].double(), case[f"in/y_{i}"]) for i in range(count)]
 
 
 def released_activation(name: str):
@@ -137,8 +122,8 @@ def released_activation(name: str):
 
 
 def check_activations(case: Fixture) -> None:
-    for name, expected in entries(case, "out/").items():
-        x = tensor(case, "in/x").requires_grad_()
+    for name, expected in case.under("out/").items():
+        x = case["in/x"].requires_grad_()
         if name == "pswish_default":
             y = pswish(x, float(case.meta["pswish_default_beta"]))
             close(pswish(x), expected, 1e-12)
@@ -148,7 +133,7 @@ def check_activations(case: Fixture) -> None:
             y = released_activation(name)(x)
         y.sum().backward()
         close(y, expected, 1e-12)
-        close(x.grad, tensor(case, f"grad/{name}"), 1e-12)
+        close(x.grad, case[f"grad/{name}"], 1e-12)
 
 
 def check_logits(case: Fixture, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -158,10 +143,10 @@ def check_logits(case: Fixture, model: nn.Module, state: dict[str, torch.Tensor]
     assert sum(p.numel() for p in model.parameters()) == case.meta["params"]
     convolutions = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert sum(convolutions) == case.meta["conv_params"]
-    x = tensor(case, "in/x")
+    x = case["in/x"]
     with torch.no_grad():
-        close(model.eval()(x), tensor(case, "out/logits_eval"))
-        close(model.train()(x), tensor(case, "out/logits_train"))
+        close(model.eval()(x), case["out/logits_eval"])
+        close(model.train()(x), case["out/logits_train"])
 
 
 def check_soft(case: Fixture) -> None:
@@ -189,39 +174,39 @@ def check_ghostskip(case: Fixture) -> None:
 
 
 def check_ghostskip_block(case: Fixture) -> None:
-    meta, x = case.meta, tensor(case, "in/x")
+    meta, x = case.meta, case["in/x"]
     recipe = SparseRecipe(soft=None, skips=Skips(), smoothing=None, lrsi=None)
     for alpha in meta["alphas"]:
         block = BasicBlock(meta["in_planes"], meta["planes"], meta["stride"], meta["activation"])
         Ghosts(block, recipe, x)
         for number, skip in enumerate(ghost_skips(block).values(), 1):
-            assert torch.equal(skip.jump.weight.unique(), tensor(case, f"out/init_unique_conv_jump{number}.weight"))
+            assert torch.equal(skip.jump.weight.unique(), case[f"out/init_unique_conv_jump{number}.weight"])
         assert sum(p.numel() for p in block.parameters()) == meta["params"]
         block.load_state_dict(released_skips(procedural_state(case)))
         set_strength(block, alpha)
         inputs = x.clone().requires_grad_()
         y = block(inputs)
-        close(y, tensor(case, f"out/y_train_{alpha}"))
+        close(y, case[f"out/y_train_{alpha}"])
         y.square().mean().backward()
-        close(inputs.grad, tensor(case, f"grad/x_{alpha}"))
-        close(block.conv1.weight.grad, tensor(case, f"grad/conv1.weight_{alpha}"))
-        close(block.conv1.ghost_skip.jump.weight.grad, tensor(case, f"grad/conv_jump1.weight_{alpha}"))
+        close(inputs.grad, case[f"grad/x_{alpha}"])
+        close(block.conv1.weight.grad, case[f"grad/conv1.weight_{alpha}"])
+        close(block.conv1.ghost_skip.jump.weight.grad, case[f"grad/conv_jump1.weight_{alpha}"])
         set_strength(block, 1.0)  # the release evaluates at full strength, whatever it trained at
         with torch.no_grad():
-            close(block.eval()(x), tensor(case, f"out/y_eval_{alpha}"))
+            close(block.eval()(x), case[f"out/y_eval_{alpha}"])
 
 
 def check_label_smoothing(case: Fixture) -> None:
-    logits = tensor(case, "in/logits").requires_grad_()
-    loss = smoothed_cross_entropy(logits, tensor(case, "in/labels"), case.meta["alpha"])
+    logits = case["in/logits"].requires_grad_()
+    loss = smoothed_cross_entropy(logits, case["in/labels"], case.meta["alpha"])
     loss.backward()
-    close(loss, tensor(case, "out/loss"), 1e-12)
-    close(logits.grad, tensor(case, "grad/logits"), 1e-12)
+    close(loss, case["out/loss"], 1e-12)
+    close(logits.grad, case["grad/logits"], 1e-12)
 
 
 def check_lrsi(case: Fixture) -> None:
     meta = case.meta
-    model = small_net(case, entries(case, "state/"))
+    model = small_net(case, case.under("state/"))
     settings = Lrsi(
         iters=meta["iters"],
         lr=meta["lr"],
@@ -235,37 +220,37 @@ def check_lrsi(case: Fixture) -> None:
         mask_lookahead=False,
     )
     report = learn_scales(model, itertools.cycle(batches(case)), settings)  # the loader begins anew at its end
-    assert report.constrained == tensor(case, "out/constraint_flags").tolist()
-    for name, expected in entries(case, "out/alpha/").items():
+    assert report.constrained == case["out/constraint_flags"].tolist()
+    for name, expected in case.under("out/alpha/").items():
         close(torch.tensor(report.scales[name]), expected, 1e-8)
     for name, parameter in model.named_parameters():
-        close(parameter, tensor(case, f"out/{name}"), 1e-8)
+        close(parameter, case[f"out/{name}"], 1e-8)
 
 
 def check_scale_adam(case: Fixture) -> None:
     meta = case.meta
-    start = [tensor(case, "in/p1"), tensor(case, "in/p2"), torch.zeros_like(tensor(case, "in/g_p3_0"))]
+    start = [case["in/p1"], case["in/p2"], torch.zeros_like(case["in/g_p3_0"])]
     rate, floor = (torch.tensor([float(v) for v in meta[key]]) for key in ("lr", "min_scale"))
     both = [torch.cat([values, values[-1:]])[:3] for values in (rate, floor)]
     alive = torch.tensor([True, True, False])
     adam = ScaleAdam(alive, *both, clip=meta["grad_clip"], betas=tuple(meta["betas"]), eps=meta["eps"])
-    for i, is_constraint in enumerate(tensor(case, "in/is_constraint").tolist()):
-        given = [tensor(case, f"in/g_p{j}_{i}") for j in (1, 2, 3)]
+    for i, is_constraint in enumerate(case["in/is_constraint"].tolist()):
+        given = [case[f"in/g_p{j}_{i}"] for j in (1, 2, 3)]
         adam.step(torch.stack([(g * p).sum() for g, p in zip(given, start, strict=True)]), is_constraint)
-        close(adam.alpha[:2], tensor(case, f"out/alpha_{i}"), 1e-12)
+        close(adam.alpha[:2], case[f"out/alpha_{i}"], 1e-12)
         for j in (1, 2):
-            close(adam.alpha[j - 1] * start[j - 1], tensor(case, f"out/p{j}_{i}"), 1e-12)
+            close(adam.alpha[j - 1] * start[j - 1], case[f"out/p{j}_{i}"], 1e-12)
 
 
 def check_masked_steps(case: Fixture) -> None:
     meta = case.meta
     for keeps_the_mask in (True, False):
-        model = small_net(case, entries(case, "state/"))
+        model = small_net(case, case.under("state/"))
         keeper = MaskKeeper(model, masks_from_zeros(model)) if keeps_the_mask else None
         optimiser = torch.optim.SGD(model.parameters(), meta["lr"], meta["momentum"], weight_decay=meta["weight_decay"])
         for i, (x, y) in enumerate(batches(case)[: meta["steps"]]):
             loss = smoothed_cross_entropy(model(x), y, meta["label_smoothing"])
-            close(loss, tensor(case, f"out/loss_{i}"))
+            close(loss, case[f"out/loss_{i}"])
             optimiser.zero_grad()
             loss.backward()
             if keeper is None:
@@ -276,36 +261,36 @@ def check_masked_steps(case: Fixture) -> None:
             if keeper is not None:
                 keeper.mask_weights()
         for name, value in model.state_dict().items():
-            close(value, tensor(case, f"out/{name}"))
+            close(value, case[f"out/{name}"])
 
 
 def check_imp_global(case: Fixture) -> None:
-    weights = entries(case, "state/")
+    weights = case.under("state/")
     assert sum(w.numel() for w in weights.values()) == case.meta["total"]
     for i in range(case.meta["rounds"]):
         masks, threshold = magnitude_cut(weights, case.meta["percent"])
-        assert threshold == float(tensor(case, f"out/threshold_{i}"))
+        assert threshold == float(case[f"out/threshold_{i}"])
         for name, mask in masks.items():
-            assert torch.equal(mask, tensor(case, f"out/mask_{i}/{name}"))
+            assert torch.equal(mask, case[f"out/mask_{i}/{name}"])
         remaining = sum(int(mask.sum()) for mask in masks.values())
-        assert remaining == int(tensor(case, f"out/remaining_{i}"))
-        assert case.meta["total"] - remaining == int(tensor(case, f"out/pruned_{i}"))
+        assert remaining == int(case[f"out/remaining_{i}"])
+        assert case.meta["total"] - remaining == int(case[f"out/pruned_{i}"])
         weights = {name: w * masks[name] for name, w in weights.items()}
 
 
 def check_lth_layerwise(case: Fixture) -> None:
-    weights = entries(case, "state/")
+    weights = case.under("state/")
     for i in range(case.meta["rounds"]):
         masks = layerwise_cut(weights, case.meta["percent"] / 100)
         for name, mask in masks.items():
-            assert torch.equal(mask, tensor(case, f"out/mask_{i}/{name}")), name
+            assert torch.equal(mask, case[f"out/mask_{i}/{name}"]), name
         weights = {name: w * masks[name] for name, w in weights.items()}
 
 
 def check_mask_scores(case: Fixture) -> None:
-    meta, given = case.meta, entries(case, "state/")
+    meta, given = case.meta, case.under("state/")
     model = small_net(case, given).train(meta["train_mode"])
-    shape = tuple(tensor(case, "in/x_0").shape[1:])
+    shape = tuple(case["in/x_0"].shape[1:])
     in_force = {name.removesuffix("_mask"): value for name, value in given.items() if name.endswith("_mask")}
     makers = {
         "mag": lambda: magnitude_scores(model),
@@ -317,37 +302,29 @@ def check_mask_scores(case: Fixture) -> None:
     }
     for method in {name.split("/")[2] for name in case.arrays if name.startswith("out/score/")}:
         scores = makers[method]()
-        for name, expected in entries(case, f"out/score/{method}/").items():
+        for name, expected in case.under(f"out/score/{method}/").items():
             close(scores[name] / expected.abs().max(), expected / expected.abs().max(), 1e-8)
         for scope, ours in (("global", "global"), ("local", "layer")):
             if method == "synflow":
                 masks = synflow_masks(model, meta["density"], shape, scope=ours, iterations=meta["synflow_iterations"])
             else:
                 masks = keep_above(scores, meta["density"], ours)
-            for name, expected in entries(case, f"out/mask/{method}/{scope}/").items():
+            for name, expected in case.under(f"out/mask/{method}/{scope}/").items():
                 assert torch.equal(masks[name.removesuffix("_mask")], expected), (method, scope, name)
 
 
 def check_zero_filters(case: Fixture) -> None:
-    counts = relaxed_zero_filters(entries(case, "state/").values(), case.meta["eps"], case.meta["threshold"])
-    assert counts == tuple(int(tensor(case, f"out/{name}")) for name in ("total", "zero", "zero_params"))
+    counts = relaxed_zero_filters(case.under("state/").values(), case.meta["eps"], case.meta["threshold"])
+    assert counts == tuple(int(case[f"out/{name}"]) for name in ("total", "zero", "zero_params"))
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 del CHECKS["logits"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", parity_files(__file__), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    case = load_fixture(path)
-    assert case.kind in CHECKS, f"{path.name} is of the unknown kind {case.kind}"
-    CHECKS[case.kind](case)
-
-
-def test_an_unknown_kind_fails(tmp_path: Path) -> None:
-    np.savez(tmp_path / "odd.npz", kind="odd")
-    with pytest.raises(AssertionError, match="unknown kind odd"):
-        test_parity(tmp_path / "odd.npz")
+    check_parity(path, CHECKS)
 
 
 def test_only_needed_weights_are_pruned() -> None:

@@ -64,25 +64,43 @@ def parity_files(tests: str | Path) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Fixture:
-    """One parity fixture: its kind, its options, its arrays by name."""
+    """One parity fixture: its kind, its options, and its arrays by name, each read as a tensor of its own."""
 
-    name: str
     kind: str
     meta: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
+
+    def __contains__(self, entry: str) -> bool:
+        """Whether the file has this entry."""
+        return entry in self.arrays
+
+    def __getitem__(self, entry: str) -> torch.Tensor:
+        """An array as a new tensor."""
+        return torch.from_numpy(np.array(self.arrays[entry]))
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All arrays whose names begin with ``prefix``, by the rest of their names."""
+        return {entry.removeprefix(prefix): self[entry] for entry in self.arrays if entry.startswith(prefix)}
+
+    def decoded(self, entry: str) -> Any:
+        """What an entry of JSON text holds."""
+        return json.loads(str(np.ravel(self.arrays[entry])[0]))
 
 
 def load_fixture(path: Path) -> Fixture:
     """Read a fixture without unpickling anything."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    kind = str(np.asarray(arrays["kind"]).reshape(-1)[0])
-    meta: Mapping[str, Any] = {}
-    for key in ("cfg/json", "cfg/meta", "meta"):
-        if key in arrays:
-            meta = json.loads(str(np.asarray(arrays[key]).reshape(-1)[0]))
-            break
-    return Fixture(path.stem, kind, meta, arrays)
+    fixture = Fixture(str(np.ravel(arrays["kind"])[0]), {}, arrays)
+    options = next((entry for entry in ("cfg/json", "cfg/meta", "meta") if entry in fixture), None)
+    return dataclasses.replace(fixture, meta=fixture.decoded(options)) if options else fixture
+
+
+def check_parity(path: Path, checks: Mapping[str, Callable[[Fixture], None]]) -> None:
+    """Run the check of a fixture's kind; a kind without one fails with its name."""
+    fixture = load_fixture(path)
+    assert fixture.kind in checks, f"{path.name} is of the unknown kind {fixture.kind!r}"
+    checks[fixture.kind](fixture)
 
 
 # -- conformance ------------------------------------------------------------------------------------------------------
