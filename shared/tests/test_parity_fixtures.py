@@ -26,5 +26,5 @@ def test_a_fixture_is_given_to_the_check_of_its_kind(tmp_path: Path) -> None:
     seen = []
     check_parity(tmp_path / "odd.npz", {"odd": seen.append})
     assert [(fixture.kind, fixture.meta) for fixture in seen] == [("odd", {})]
-    with pytest.raises(AssertionError, match="odd.npz is of the unknown kind 'odd'"):
+    with pytest.raises(AssertionError, match=r"odd\.npz is of the unknown kind 'odd'"):
         check_parity(tmp_path / "odd.npz", {"even": seen.append})
