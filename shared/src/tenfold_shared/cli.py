@@ -1,7 +1,7 @@
 """A package's command built from plain functions: verbs, typed options, recipes, one-sentence errors, exit codes.
 
 A verb is a function whose parameters are dataclasses (their fields become options, their attribute docstrings the help)
-or plain typed values::
+or plain typed values (their help is what the function's docstring says under Args)::
 
     COMMANDS = {"train": Command("tenfold_bip.train:train", "prune a network"), ...}
 
@@ -112,7 +112,8 @@ def _dispatch(slug: str, commands: Mapping[str, Command], arguments: list[str]) 
 
 def _parser(program: str, verb: str, command: Command, function: Callable[..., None]) -> tuple[Any, Callable]:
     """A jsonargparse parser for the verb, and the function that turns its result into the call's arguments."""
-    import jsonargparse  # noqa: PLC0415 - `tenfold-x --help` should not pay for it
+    import docstring_parser  # noqa: PLC0415 - `tenfold-x --help` should not pay for it
+    import jsonargparse  # noqa: PLC0415
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -123,6 +124,9 @@ def _parser(program: str, verb: str, command: Command, function: Callable[..., N
     parser = Parser(prog=f"{program} {verb}", description=command.help)
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     hints = typing.get_type_hints(function)
+    documented = docstring_parser.parse_from_object(function).params
+    texts = {entry.arg_name: entry.description or "" for entry in documented}
+    explained = {name: text[:1].upper() + text[1:] for name, text in texts.items()}
     groups: dict[str, type] = {}
     plain: list[str] = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -133,12 +137,13 @@ def _parser(program: str, verb: str, command: Command, function: Callable[..., N
             groups[name] = typing.cast(type, kind)
         else:
             plain.append(name)
+            about = {"type": kind, "help": explained.get(name)}
             if parameter.kind is parameter.VAR_POSITIONAL:
-                parser.add_argument(name, type=kind, nargs="*", default=[])
+                parser.add_argument(name, nargs="*", default=[], **about)
             elif parameter.default is inspect.Parameter.empty:
-                parser.add_argument(f"--{name}", type=kind, required=True)
+                parser.add_argument(f"--{name}", required=True, **about)
             else:
-                parser.add_argument(f"--{name}", type=kind, default=parameter.default)
+                parser.add_argument(f"--{name}", default=parameter.default, **about)
     if groups:
         parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="Recipe name or YAML file.")
     for kind in groups.values():

@@ -30,6 +30,10 @@ QUICK = ("mini-saltpepper", "mini-saltpepper-depth")
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     """Measure claims of the paper; without arguments a slice of the miniature on the exact blocks, and with --seeds 3 all
     of the miniature.
+
+    Args:
+        claims: their names, as ``tenfold-augnerf claims`` lists them.
+
     """
     if not claims and request.scale == "mini" and not request.seeds:
         claims = QUICK
@@ -86,6 +90,12 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
     of LLFF captures, whose validation views they are, every 8th training view is held out instead.
 
     The result, best point first, is printed and written to ``sweep.json`` in the run's folder.
+
+    Args:
+        grid: the values of every option that varies, as '{"lr": [0.1, 0.01]}'.
+        seeds: how many, from 0 on, the same at every point.
+        jobs: runs at the same time; 0: one a core on the CPU, one on a GPU.
+
     """
     metric, request = Metric("validation PSNR", "dB"), Request(seeds=seeds, jobs=jobs)
     judged = functools.partial(measure, load=load_to_choose)

@@ -168,7 +168,11 @@ def compare_masks(
     """Print the overlap (intersection over union) of the masks of every two checkpoints, what chance would give, and the
     overlap layer by layer.
 
-    ``keep`` and ``structure`` are those of the authors' checkpoints among them, as in ``eval``.
+    Args:
+        checkpoints: runs' folders or files, two or more.
+        keep: keep ratio of the authors' checkpoints with scores among them.
+        structure: which masks those have, where only convolutions have scores.
+
     """
     if len(set(checkpoints)) < 2 or len(set(checkpoints)) < len(checkpoints):
         raise UserError("compare-masks takes two or more different run folders, .safetensors or .pth.tar files")
@@ -217,8 +221,13 @@ def shrink(
 ) -> None:
     """Remove the pruned filters and channels of a structured checkpoint and write the small network with torch.export.
 
-    ``data`` names the images that the small network takes, where the checkpoint does not; ``keep`` and ``structure`` are
-    those of an authors' checkpoint, as in ``eval``.
+    Args:
+        checkpoint: a run's folder or a file.
+        output: the small network: .pt2.
+        data: the images that the small network takes, where the checkpoint does not say.
+        keep: keep ratio of an authors' checkpoint with scores.
+        structure: which masks that has, where only convolutions have scores.
+
     """
     from tenfold_bip.shrink import shrink as remove  # noqa: PLC0415 - torch.fx and torch.export are slow to import
 

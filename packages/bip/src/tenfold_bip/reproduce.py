@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the miniature on digits."""
+    """Measure claims of the paper; without arguments the miniature on digits.
+
+    Args:
+        claims: their names, as ``tenfold-bip claims`` lists them.
+
+    """
     outcomes = reproduce_claims("bip", claims, request, options, measure, figures)
     for line in winning_tickets(load_claims("tenfold_bip"), outcomes):
         print(line)
@@ -153,6 +158,12 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
 
     The result, best point first, is printed and written to ``sweep.json`` in the run's folder. The test images are
     never looked at: ``--data.validation`` must say which part of the training images takes their place.
+
+    Args:
+        grid: the values of every option that varies, as '{"lr": [0.1, 0.01]}'.
+        seeds: how many, from 0 on, the same at every point.
+        jobs: runs at the same time; 0: one a core on the CPU, one on a GPU.
+
     """
     if not recipe.data.validation:
         raise UserError("sweep chooses values, which the test images must not do: add --data.validation 0.2")

@@ -309,6 +309,10 @@ def prepare(data: DataConfig, folder: Path, seed: int = 0) -> None:
     """Write a data set in the layout of the released bundle; of CIFAR, 500 images of each class (50 of CIFAR-100's) are for
     validation unless --validation takes another number.
 
+    Args:
+        folder: where to.
+        seed: which images of each class are for validation.
+
     Raises:
         UserError: the data set is not there, or its images are not of three channels.
 

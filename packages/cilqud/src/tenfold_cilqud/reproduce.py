@@ -12,7 +12,12 @@ from tenfold_shared.run import Run, RunOptions
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the miniature on digits."""
+    """Measure claims of the paper; without arguments the miniature on digits.
+
+    Args:
+        claims: their names, as ``tenfold-cilqud claims`` lists them.
+
+    """
     from tenfold_cilqud.figures import figures  # noqa: PLC0415 - plotting is slow to import
 
     reproduce_claims("cilqud", claims, request, options, measure, figures)

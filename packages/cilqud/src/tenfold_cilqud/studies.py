@@ -29,6 +29,12 @@ def sweep(recipe: Recipe, options: RunOptions, grid: dict[str, list[Any]], seeds
 
     The result, best point first, is printed and written to ``sweep.json`` in the sweep's folder. The test images are
     never looked at: ``--data.validation N --data.evaluate_on validation`` puts others in their place.
+
+    Args:
+        grid: the values of every option that varies, as '{"lr": [0.1, 0.01]}'.
+        seeds: how many, from 0 on, the same at every point.
+        jobs: runs at the same time; 0: one a core on the CPU, one on a GPU.
+
     """
     if recipe.data.evaluate_on != "validation":
         raise UserError(
@@ -41,6 +47,11 @@ def repeat(recipe: Recipe, options: RunOptions, seeds: int = 5, jobs: int = 0) -
     """Run a recipe with several seeds, each with a class order of its own unless the recipe fixes it.
 
     Means with their 95 % intervals are printed and written to ``repeat.json``.
+
+    Args:
+        seeds: how many, from 0 on.
+        jobs: runs at the same time; 0: one a core on the CPU, one on a GPU.
+
     """
     _compare(recipe, options, "repeat", [{}], seeds, jobs)
 

@@ -41,6 +41,10 @@ QUICK = ("mini-unseen", "mini-depth", "mini-one-table")
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     """Measure claims of the paper; without arguments the miniature on tables never seen, and with --seeds 3 also the one
     of 1200 steps.
+
+    Args:
+        claims: their names, as ``tenfold-gnt claims`` lists them.
+
     """
     if not claims and request.scale == "mini" and not request.seeds:
         claims = QUICK
@@ -87,6 +91,12 @@ def sweep(recipe: Recipe, options: RunOptions, points: list[dict[str, Any]], see
 
     The points, best first, with their paired difference to the first, are printed and written to ``sweep.json`` in the
     run's folder. What the claims are judged on is never looked at.
+
+    Args:
+        points: the values of the options at every point.
+        seeds: how many, from 0 on, the same at every point.
+        jobs: runs at the same time; 0: one a core on the CPU, one on a GPU.
+
     """
     if recipe.data.name != "tabletop":
         raise UserError(

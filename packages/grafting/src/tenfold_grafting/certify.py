@@ -304,7 +304,13 @@ def export(config: ExportConfig) -> None:
 
 
 def compare_masks(*files: str, arch: str = "cnn_b") -> None:
-    """Print the overlap (Jaccard index, by layer and in all) of every two mask files or grafted checkpoints."""
+    """Print the overlap (Jaccard index, by layer and in all) of every two mask files or grafted checkpoints.
+
+    Args:
+        files: mask files, runs' folders or checkpoints, two or more.
+        arch: the network whose masks a mask file holds.
+
+    """
     if len(files) < 2:
         raise UserError("compare-masks takes two or more mask files or grafted checkpoints")
     masks = {name: _masks_of(Path(name), arch) for name in files}

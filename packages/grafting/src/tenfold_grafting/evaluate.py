@@ -113,7 +113,7 @@ def load_model(
         model, about = nn.Sequential(first, found.model), {"arch": found.arch}
         print(f"{path}: {found.arch} with the normalisation {name}; --data.normalisation chooses", file=sys.stderr)
     if arch and isinstance(about["arch"], str) and about["arch"] != arch:
-        raise UserError(f"{path} holds {about['arch']}, not {arch}: leave --arch out, or give that")
+        raise UserError(f"{path} holds {about['arch']}, not {arch}: give --arch {about['arch']}")
     if data.normalisation:
         _, model[0] = normalisation(data, _channels(model[1]))
     return model.eval(), about

@@ -32,7 +32,12 @@ VALUES = {
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the miniature on digits."""
+    """Measure claims of the paper; without arguments the miniature on digits.
+
+    Args:
+        claims: their names, as ``tenfold-grafting claims`` lists them.
+
+    """
     reproduce_claims("grafting", claims, request, options, measure, figures)
 
 

@@ -26,7 +26,12 @@ VALUES = {
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the miniature on digits. Seed k is the split number k."""
+    """Measure claims of the paper; without arguments the miniature on digits. Seed k is the split number k.
+
+    Args:
+        claims: their names, as ``tenfold-hypergcl claims`` lists them.
+
+    """
     reproduce_claims("hypergcl", claims, request, options, measure, figures)
 
 

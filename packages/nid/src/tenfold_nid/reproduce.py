@@ -46,7 +46,12 @@ SPEED_UP = "speed to 30 dB relative to a SIREN"
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the miniature."""
+    """Measure claims of the paper; without arguments the miniature.
+
+    Args:
+        claims: their names, as ``tenfold-nid claims`` lists them.
+
+    """
     reproduce_claims("nid", claims, request, options, measure, figures)
 
 

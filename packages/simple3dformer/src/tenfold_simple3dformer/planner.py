@@ -48,7 +48,15 @@ def costs(backbone: str, voxels: int, cell: int, classes: int = 40) -> list[Cost
 
 
 def plan(backbone: str = "small", voxels: int = 30, cell: int = 6, classes: int = 40) -> None:
-    """Print tokens, parameters, multiply-accumulates and training memory of every tokenizer."""
+    """Print tokens, parameters, multiply-accumulates and training memory of every tokenizer.
+
+    Args:
+        backbone: its size.
+        voxels: side length of the grid.
+        cell: side length of a cell, in voxels.
+        classes: of the head.
+
+    """
     table = Table(title=f"{backbone}, {voxels}^3 voxels in cells of {cell}^3")
     for column in ("tokenizer", "sequence lengths", "parameters", "GMAC", "MB a training sample"):
         table.add_column(column, justify="left" if column == "tokenizer" else "right")

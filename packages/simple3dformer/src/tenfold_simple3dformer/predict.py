@@ -326,7 +326,16 @@ def voxel_examples(run: Path, name: str, count: int = 3) -> list[tuple[str, ndar
 
 
 def convert(input: Path, output: Path, voxels: int = 30, points: int = 1024, seed: int = 0) -> None:
-    """Write a mesh or cloud as voxels (.binvox) or as sampled points with normals (.ply, .xyz)."""
+    """Write a mesh or cloud as voxels (.binvox) or as sampled points with normals (.ply, .xyz).
+
+    Args:
+        input: a mesh or a cloud.
+        output: the file; its ending says what is written.
+        voxels: side length of the grid.
+        points: how many are sampled.
+        seed: of the sampling.
+
+    """
     geometry = read_geometry(input)
     ending = output.suffix.lower()
     if ending not in (".binvox", ".ply", ".xyz"):
@@ -353,7 +362,13 @@ def convert(input: Path, output: Path, voxels: int = 30, points: int = 1024, see
 
 
 def show_transfer(weights: str, recipe: str = "modelnet40-projection-small") -> None:
-    """Print where every tensor of a recipe's network would come from, given image weights."""
+    """Print where every tensor of a recipe's network would come from, given image weights.
+
+    Args:
+        weights: image weights, as for ``train --weights``.
+        recipe: whose network.
+
+    """
     wanted = load_recipe("tenfold_simple3dformer", recipe, Recipe)
     classes, inputs = {"part_seg": (50, 22), "scene_seg": (13, 9), "detection": (10, 3), "image_cls": (22, 1)}.get(
         wanted.task, (40, 6)

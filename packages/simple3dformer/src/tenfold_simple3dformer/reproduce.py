@@ -26,7 +26,12 @@ VALUES = {
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Measure claims of the paper; without arguments the miniature on generated shapes."""
+    """Measure claims of the paper; without arguments the miniature on generated shapes.
+
+    Args:
+        claims: their names, as ``tenfold-simple3dformer claims`` lists them.
+
+    """
     reproduce_claims("simple3dformer", claims, request, options, measure, figures)
 
 

@@ -318,6 +318,15 @@ def erf(
 
     The paper takes 50 validation images: of `imagenet`, `folder` or CIFAR (below `root`, or in the data root) that many
     are drawn. From 384 pixels on they are resized to `size` (bicubic), as the eight pictures always are.
+
+    Args:
+        checkpoint: a run's folder or a file.
+        output: the picture: .png, .svg or .pdf.
+        data: where the images come from.
+        root: where `imagenet`, `folder` or CIFAR lie.
+        size: side length of the images, in pixels.
+        images: how many, at most.
+
     """
     from tenfold_slak.erf import effective_receptive_field, plot  # noqa: PLC0415
 
@@ -350,7 +359,15 @@ def erf(
 def export(
     checkpoint: Path, output: Path = Path("slak.onnx"), size: int = 224, form: Literal["two", "one"] = "two"
 ) -> None:
-    """Merge the branches of a checkpoint's layers and write it as ONNX (.onnx) or as a torch.export program (.pt2)."""
+    """Merge the branches of a checkpoint's layers and write it as ONNX (.onnx) or as a torch.export program (.pt2).
+
+    Args:
+        checkpoint: a run's folder or a file.
+        output: the file; its ending says which of the two.
+        size: side length of the images it will take, in pixels.
+        form: every large-kernel layer as two convolutions, or as one of the whole kernel.
+
+    """
     from tenfold_slak.export import branch_scores, export_onnx, export_program, onnx_runs  # noqa: PLC0415 - slow to import
 
     _at_least_one(size=size)

@@ -42,6 +42,10 @@ QUICK = ("mini-decomposed",)
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     """Measure claims of the paper; without arguments the miniature's kernels on long-range digits, in about three minutes,
     and with --seeds 5 all of the miniature.
+
+    Args:
+        claims: their names, as ``tenfold-slak claims`` lists them.
+
     """
     if not claims and request.scale == "mini" and not request.seeds:
         claims = QUICK

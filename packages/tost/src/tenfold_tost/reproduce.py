@@ -28,6 +28,10 @@ VANILLA = "vanilla"
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
     """Measure claims of the paper; without arguments those of the miniature on digits at 95 % sparsity, with two seeds,
     and with --seeds 5 the whole miniature.
+
+    Args:
+        claims: their names, as ``tenfold-tost claims`` lists them.
+
     """
     if not claims and request.scale == "mini" and not request.seeds:
         claims = QUICK
@@ -80,6 +84,13 @@ def sweep(
 
     The points, best first, with their paired difference to the first point of the grid, are printed and written to
     ``sweep.json`` in the run's folder. The test images are never looked at.
+
+    Args:
+        grid: the values of every option that varies, as '{"lr": [0.1, 0.01]}'.
+        points: the points themselves, as '[{"lr": 0.1, "epochs": 20}, ...]', in place of a grid.
+        seeds: how many, from 0 on, the same at every point.
+        jobs: runs at the same time; 0: one a core on the CPU, one on a GPU.
+
     """
     if recipe.data.judge != "dev":
         raise UserError("sweep chooses values, which the test images must not do: add --data.judge dev --data.dev 200")
@@ -93,7 +104,13 @@ def sweep(
 
 
 def ablate(recipe: Recipe, options: RunOptions, seeds: int = 3, jobs: int = 0) -> None:
-    """Run a recipe as vanilla, with each technique alone, with all but one, and with all; differences to vanilla."""
+    """Run a recipe as vanilla, with each technique alone, with all but one, and with all; differences to vanilla.
+
+    Args:
+        seeds: how many, from 0 on, the same for every arm.
+        jobs: runs at the same time; 0: one a core on the CPU, one on a GPU.
+
+    """
     names = ("soft", "skip", "ls", "lrsi")
     without = ["+".join(name for name in names if name != left) for left in names]
     points = [{"techniques": name} for name in (VANILLA, *names, *without, "tost")]

@@ -42,6 +42,10 @@ def make_mask(recipe: Recipe, options: RunOptions, file: Path = Path("mask.safet
     with the weights that it is rewound to, from which ``--mask.weights FILE`` trains it.
 
     Its run has a folder of its own, the name followed by "-mask", in which a ticket's training is kept.
+
+    Args:
+        file: where to: .safetensors.
+
     """
     if recipe.mask.method in ("dense", "file"):
         raise UserError(f"--mask.method {recipe.mask.method} makes no mask: choose another method")
@@ -77,6 +81,10 @@ def _check_name(option: str, path: Path, suffix: str) -> None:
 def analyse(*checkpoints: str, config: AnalyseConfig, options: RunOptions) -> None:
     """Print one JSON line a checkpoint: zeros by layer, zero filters, the gradient's norm, the Hessian's top eigenvalue
     and the loss along its eigenvector, on a batch of training images; then the Hamming distances of the masks.
+
+    Args:
+        checkpoints: runs' folders or files.
+
     """
     if not checkpoints:
         raise UserError("analyse takes one or more run folders or weight files")
@@ -114,6 +122,12 @@ def finalize(checkpoint: Path, output: Path, official: bool = False) -> None:
     """Write the plain network of a checkpoint: as safetensors, or with --official in the authors' layout (torch.save).
 
     A network that was trained to keep its ghosts is refused: it is another function without them.
+
+    Args:
+        checkpoint: a run's folder or a file.
+        output: where to.
+        official: write the authors' layout.
+
     """
     if not official:
         _check_name("--output", output, ".safetensors")
@@ -133,6 +147,13 @@ def finalize(checkpoint: Path, output: Path, official: bool = False) -> None:
 def export(checkpoint: Path, output: Path = Path("compact.safetensors"), batch: int = 64, rounds: int = 5) -> None:
     """Write the sparse network without its zeros and print, as one JSON line, what that saves: bytes of the file, and
     the time of a batch with dense and with sparse convolutions, measured in turns.
+
+    Args:
+        checkpoint: a run's folder or a file.
+        output: where to: .safetensors.
+        batch: images at a time.
+        rounds: how often each way is timed.
+
     """
     if batch < 1 or rounds < 1:
         raise UserError(f"--batch and --rounds take 1 or more, got {batch} and {rounds}")

@@ -97,7 +97,12 @@ def accuracy(model: nn.Module) -> float:
 
 
 def evaluate(checkpoint: Path, options: RunOptions) -> None:
-    """Accuracy of a checkpoint."""
+    """Accuracy of a checkpoint.
+
+    Args:
+        checkpoint: a run's folder or a file.
+
+    """
     tensors, kept = load_weights(
         checkpoint if checkpoint.is_file() else checkpoint / "checkpoints" / "last.safetensors"
     )
@@ -125,5 +130,10 @@ def figures(claims: Sequence[Claim], outcomes: Sequence[Outcome], folder: Path) 
 
 
 def reproduce(*claims: str, request: Request, options: RunOptions) -> None:
-    """Compare the arms."""
+    """Compare the arms.
+
+    Args:
+        claims: their names.
+
+    """
     reproduce_claims("toy", claims, request, options, measure, figures)
