@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tenfold_shared.testing import check_parity, load_fixture
+from tenfold_shared.parity import check_parity, load_fixture
 
 
 @pytest.mark.parametrize("entry", ["cfg/json", "cfg/meta", "meta"])

@@ -19,8 +19,8 @@ from tenfold_augnerf.renderer import RELEASED, RaySampling, Renderer, Rendering,
 from tenfold_augnerf.sampling import importance, stratified
 from tenfold_augnerf.schedules import learning_rate
 from tenfold_augnerf.weights import WeightPerturbation
+from tenfold_shared.parity import Fixture, check_parity, parity_files
 from tenfold_shared.scenes import normalise_llff, spherical_path, spiral_path
-from tenfold_shared.testing import Fixture, check_parity, parity_files
 
 
 def close(actual: Any, expected: torch.Tensor, absolute: float = 1e-9, relative: float = 1e-7) -> None:

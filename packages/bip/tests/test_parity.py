@@ -19,14 +19,7 @@ from tenfold_bip.released import (
     released_optimizer,
 )
 from tenfold_bip.schedules import cosine, mask_step, step
-from tenfold_shared.testing import Fixture, check_parity, parity_files
-
-
-def close(actual, expected, tolerance: float = 1e-9) -> None:
-    """|actual - expected| <= tolerance * max(1, max |expected|)."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    assert actual.shape == expected.shape
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, float(expected.abs().max())))
+from tenfold_shared.parity import Fixture, check_parity, close, parity_files
 
 
 def procedural_state(case: Fixture) -> dict[str, torch.Tensor]:

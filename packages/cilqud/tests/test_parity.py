@@ -28,7 +28,7 @@ from tenfold_cilqud.objective import (
 from tenfold_cilqud.protocol import Samples, new_samples, saved_samples, seen_samples
 from tenfold_cilqud.query import query
 from tenfold_cilqud.robust import Robust, labelled_attack, rft_attack, rkd_attack, rtc_attack, rtc_term, worst_cases
-from tenfold_shared.testing import Fixture, check_parity, parity_files
+from tenfold_shared.parity import Fixture, check_parity, parity_files
 
 
 def close(actual, expected, tolerance: float) -> None:

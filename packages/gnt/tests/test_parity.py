@@ -30,10 +30,10 @@ from tenfold_gnt.render import Model, Sampling, Views, render_rays
 from tenfold_gnt.sampling import depth_samples, importance_samples, points_at
 from tenfold_gnt.view_transformer import SubtractionAttention, ViewBlock
 from tenfold_gnt.views import crop, flip, nearest_views, rectify, views_by_direction
+from tenfold_shared.parity import Fixture, check_parity, parity_files
 from tenfold_shared.scenes import normalise_llff, spherical_path, spiral_path
 from tenfold_shared.scenes.blender import blender_cameras
 from tenfold_shared.scenes.llff import llff_cameras
-from tenfold_shared.testing import Fixture, check_parity, parity_files
 
 
 def close(actual, expected, tolerance: float, what: str = "") -> None:

@@ -29,9 +29,12 @@ class TestConformance(Conformance):
     def test_an_architecture_that_is_not_the_checkpoints(self, trained: Path, tmp_path: Path) -> None:
         """Refused where the file says what it holds, whatever is done with it."""
         run, onnx = str(self.checkpoints(trained, "whole").parent), str(tmp_path / "exported" / "network.onnx")
-        for arguments in (("eval", "--checkpoint", run), ("certify", "--model", run), ("export", "--model", run)):
-            self.refused(
-                self.quick(tmp_path, *arguments, "--arch", "cnn_a"), 2, "holds digits_cnn, not cnn_a", "--arch"
-            )
+        for arguments in (
+            ("eval", "--checkpoint", run),
+            ("certify", "--model", run),
+            ("export", "--model", run),
+        ):
+            done = self.quick(tmp_path, *arguments, "--arch", "cnn_a")
+            self.refused(done, 2, "holds digits_cnn, not cnn_a: give --arch digits_cnn")
         assert self.quick(tmp_path, "export", "--model", run, "--arch", "digits_cnn", "--images", "0").code == 0
         self.refused(self.quick(tmp_path, "certify", "--model", onnx, "--arch", "digits_cnn"), 2, "leave --arch out")

@@ -18,7 +18,7 @@ from tenfold_grafting.scores import significance
 from tenfold_grafting.selection import keep_masks
 from tenfold_grafting.specification import pixel_box
 from tenfold_grafting.zoo import load_network
-from tenfold_shared.testing import Fixture, check_parity, parity_files
+from tenfold_shared.parity import Fixture, check_parity, parity_files
 
 METHODS = ("ibp", "crown-ibp", "crown")
 

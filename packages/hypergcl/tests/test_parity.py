@@ -13,7 +13,7 @@ from tenfold_hypergcl.hypergraph import Hypergraph
 from tenfold_hypergcl.mlp import MLP
 from tenfold_hypergcl.setgnn import EncoderConfig, SetGNN
 from tenfold_hypergcl.train import Best
-from tenfold_shared.testing import check_parity, parity_files
+from tenfold_shared.parity import check_parity, parity_files
 
 
 def near(actual, expected, tolerance):

@@ -14,7 +14,7 @@ from torch import Tensor
 import tenfold_nid as nid
 from tenfold_nid.gates import LinearGate, ResNetGate, SetEncoder
 from tenfold_nid.networks import NetworkConfig
-from tenfold_shared.testing import Fixture, check_parity, parity_files
+from tenfold_shared.parity import Fixture, check_parity, parity_files
 
 
 def check(case: Fixture, key: str, value: Tensor | float, rtol: float, atol: float | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import interpolate as resize
 
-from tenfold_shared.testing import Fixture, check_parity, parity_files
+from tenfold_shared.parity import Fixture, check_parity, close, parity_files
 from tenfold_simple3dformer.abstraction import SetAbstraction
 from tenfold_simple3dformer.attention import rollout
 from tenfold_simple3dformer.augment import jitter, random_point_dropout, random_scale, random_shift, rotate_y
@@ -42,14 +42,6 @@ from tenfold_simple3dformer.pointops import (
     squared_distances,
 )
 from tenfold_simple3dformer.voxel import VoxelFormer, released_name
-
-
-def close(actual: object, expected: object, tolerance: float) -> None:
-    """|actual - expected| <= tolerance * max(1, max |expected|)."""
-    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
-    assert actual.shape == expected.shape
-    atol = tolerance * max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
-    torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=atol)
 
 
 def check_gradients(case: Fixture, model: nn.Module, tolerance: float) -> None:

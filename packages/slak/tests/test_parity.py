@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tenfold_shared.testing import Fixture, check_parity, parity_files
+from tenfold_shared.parity import Fixture, check_parity, parity_files
 from tenfold_slak.ema import SparseEMA
 from tenfold_slak.erf import contribution_maps, log_scaled, rectangle
 from tenfold_slak.layer import LargeKernel, merge_large_kernels

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tenfold_shared.testing import Fixture, check_parity, parity_files
+from tenfold_shared.parity import Fixture, check_parity, close, parity_files
 from tenfold_tost.activations import ACTIVATIONS, pswish, smooth_grad_relu, smooth_relu, softplus
 from tenfold_tost.ghosts import Ghosts, Skips, SparseRecipe
 from tenfold_tost.lrsi import Lrsi, ScaleAdam, learn_scales
@@ -44,15 +44,6 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
-    """|actual - expected| <= tolerance * max(1, max |expected|)."""
-    actual = torch.as_tensor(actual).detach()
-    assert actual.shape == expected.shape
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=0, atol=tolerance * max(1.0, float(expected.abs().max()))
-    )
 
 
 def procedural_state(case: Fixture) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What every package's tests use: the parity-fixture reader and the conformance suite.
+"""What every package's tests use: the conformance suite, and networks without values.
 
 A package's ``tests/test_conformance.py`` is::
 
@@ -20,17 +20,17 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -49,61 +49,6 @@ def shapes_alone() -> Iterator[None]:
     linspace = functools.partial(torch.linspace, device="cpu")  # timm before 1.0.21 reads numbers off it
     with torch.device("meta"), mock.patch.object(torch, "linspace", linspace):
         yield
-
-
-# -- parity -----------------------------------------------------------------------------------------------------------
-
-
-def parity_files(tests: str | Path) -> list[Path]:
-    """Every fixture in the folder named by ``TENFOLD_PARITY_DIR``, or in ``parity/`` beside the test file."""
-    folder = Path(os.environ.get("TENFOLD_PARITY_DIR") or Path(tests).parent / "parity")
-    files = sorted(folder.glob("*.npz"))
-    assert files, f"no parity fixture in {folder}"
-    return files
-
-
-@dataclasses.dataclass(frozen=True)
-class Fixture:
-    """One parity fixture: its kind, its options, and its arrays by name, each read as a tensor of its own."""
-
-    kind: str
-    meta: Mapping[str, Any]
-    arrays: Mapping[str, np.ndarray]
-
-    def __contains__(self, entry: str) -> bool:
-        """Whether the file has this entry."""
-        return entry in self.arrays
-
-    def __getitem__(self, entry: str) -> torch.Tensor:
-        """An array as a new tensor."""
-        return torch.from_numpy(np.array(self.arrays[entry]))
-
-    def under(self, prefix: str) -> dict[str, torch.Tensor]:
-        """All arrays whose names begin with ``prefix``, by the rest of their names."""
-        return {entry.removeprefix(prefix): self[entry] for entry in self.arrays if entry.startswith(prefix)}
-
-    def decoded(self, entry: str) -> Any:
-        """What an entry of JSON text holds."""
-        return json.loads(str(np.ravel(self.arrays[entry])[0]))
-
-
-def load_fixture(path: Path) -> Fixture:
-    """Read a fixture without unpickling anything."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    fixture = Fixture(str(np.ravel(arrays["kind"])[0]), {}, arrays)
-    options = next((entry for entry in ("cfg/json", "cfg/meta", "meta") if entry in fixture), None)
-    return dataclasses.replace(fixture, meta=fixture.decoded(options)) if options else fixture
-
-
-def check_parity(path: Path, checks: Mapping[str, Callable[[Fixture], None]]) -> None:
-    """Run the check of a fixture's kind; a kind without one fails with its name."""
-    fixture = load_fixture(path)
-    assert fixture.kind in checks, f"{path.name} is of the unknown kind {fixture.kind!r}"
-    checks[fixture.kind](fixture)
-
-
-# -- conformance ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +222,7 @@ class Conformance:
     # the command line
 
     def test_help(self, tmp_path: Path) -> None:
-        """Every verb explains itself."""
+        """Every verb explains itself, and every option of each."""
         done = self.call(tmp_path, "--help")
         assert done.code == 0, done.err
         for verb in ("train", "eval", "reproduce", "claims", "recipes"):
@@ -287,6 +232,10 @@ class Conformance:
             assert done.code == 0, done.err
             assert "--output" in done.out
             assert "--seed" in done.out
+        for verb in importlib.import_module(f"{self.package}.cli").COMMANDS:
+            shown = self.quick(tmp_path, verb, "--help").out
+            bare = re.findall(r"^  (-{0,2}\w+)(?: \S+)*(?: {2,}|\n {20,})\((?:required, )?type:", shown, re.MULTILINE)
+            assert not bare, f"{verb} --help does not explain {', '.join(bare)}"
 
     def test_claims_and_recipes_are_listed(self, tmp_path: Path) -> None:
         """Both lists name everything that is shipped."""
