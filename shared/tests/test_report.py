@@ -141,6 +141,14 @@ def test_whole_numbers_are_shown_in_full():
     assert "| ours | 50703838 % | 50703838 % (1 seed) |" in markdown_table(claims, [counted])
 
 
+def test_a_bound_near_zero_shows_its_side():
+    """A verdict follows from it: +0.0 would be either."""
+    close = outcome([3.486, 2.486, 1.486], [0.0, 0.0, 0.0])
+    assert "+2.5 [+0.002, +5.0] | **direction holds**" in markdown_table(CLAIMS, [close])
+    assert "-2.5 [-5.0, -0.002] |" in markdown_table(CLAIMS, [outcome([0.0] * 3, [3.486, 2.486, 1.486])])
+    assert "+1 [+1, +1]" in markdown_table(CLAIMS, [outcome([1.0] * 3, [0.0] * 3)])
+
+
 def test_console_table():
     console = rich.console.Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(console_table(CLAIMS, [GOOD, BAD]))

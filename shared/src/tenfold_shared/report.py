@@ -190,7 +190,13 @@ def _difference(comparison: Comparison, digits: int | None) -> str:
     text = _number(comparison.mean, digits, "+")
     if comparison.low is None:
         return text
-    return f"{text} [{_number(comparison.low, digits, '+')}, {_number(comparison.high, digits, '+')}]"
+    return f"{text} [{_bound(comparison.low, digits)}, {_bound(comparison.high, digits)}]"
+
+
+def _bound(value: float | None, digits: int | None) -> str:
+    """One that would be rounded to zero keeps a figure: on which side of zero it lies decides."""
+    shown = _number(value, digits, "+")
+    return f"{value:+.1g}" if value and not float(shown) else shown
 
 
 # --- Markdown and console ---------------------------------------------------------------------------------------------
