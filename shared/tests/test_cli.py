@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -143,6 +144,16 @@ def test_exit_codes(capsys: pytest.CaptureFixture) -> None:
     assert "Traceback" in capsys.readouterr().err
     with pytest.raises(KeyError):  # a bug is not dressed up
         run_command("toy", COMMANDS, ["fail", "--how", "bug"])
+
+
+def test_warnings_of_ours_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other packages stay as Python shows them."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        run_command("toy", {}, ["--help"])
+    ours, others = (f"site-packages/{package}/data.py" for package in ("tenfold_toy", "torch"))
+    assert warnings.formatwarning("two rows were merged.", UserWarning, ours, 7) == "note: two rows were merged.\n"
+    assert "torch/data.py:7: UserWarning: two rows" in warnings.formatwarning("two rows", UserWarning, others, 7)
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture) -> None:

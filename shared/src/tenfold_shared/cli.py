@@ -19,6 +19,7 @@ import re
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -54,6 +55,7 @@ def run_command(slug: str, commands: Mapping[str, Command], argv: Sequence[str] 
     """Parse ``argv``, call the verb, and leave with its exit code (0 done, 1 failed, 2 usage or data, 130/143 stopped)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    warnings.formatwarning = _format_warning
     try:
         _dispatch(slug, {**commands, **SHARED_COMMANDS}, [a for a in arguments if a != "--debug"])
     except Interrupted as stop:
@@ -68,6 +70,16 @@ def run_command(slug: str, commands: Mapping[str, Command], argv: Sequence[str] 
         sys.stderr.close()
         sys.exit(1)
     sys.exit(0)
+
+
+_format_of_others = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> str:
+    """Ours is a sentence, without the line of code that gave it."""
+    if category is UserWarning and any(part.startswith("tenfold_") for part in Path(filename).parts):
+        return f"note: {message}\n"
+    return _format_of_others(message, category, filename, *where, **more)
 
 
 def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
