@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -134,12 +133,10 @@ def run_recipe(run: Run, recipe: Recipe) -> tuple[nn.Module, Result]:
     data = load_data(recipe.data).to(run.device)
     if recipe.task == "memberships":
         return _train_links(run, recipe, data)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        if run.options.quiet or not run.is_main:
+            warnings.simplefilter("ignore")
         split = split_of(recipe.data, data, seed).to(run.device)
-    if run.is_main and not run.options.quiet:
-        for warning in caught:
-            print(f"note: {warning.message}", file=sys.stderr)
     return _train_nodes(run, recipe, data, split)
 
 
